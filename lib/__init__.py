@@ -1,0 +1,1 @@
+"""The library behind the book: data, models, training, attention, metrics, and what runs and renders chapters."""

@@ -1,0 +1,169 @@
+"""Sources of the data sets, as plain data: addresses, checksums, licences and official counts.
+
+All checksums are SHA-256. They were published by, and compared between: MNIST, TensorFlow Datasets (archives) and a
+copy whose MD5 sums are the published ones (files); UCSD and MVTec AD, anomalib; dSprites, two unrelated projects that
+pin the file.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Download:
+    """One file to download and what becomes of it.
+
+    Attributes:
+        urls: Mirrors, tried in turn.
+        sha256: Checksum of the file as downloaded.
+        size: Bytes, where published.
+        target: The file that it becomes, relative to the source's folder; empty where it becomes the folder itself.
+        inner: The folder inside a tar archive that becomes the target; empty for the whole archive.
+    """
+
+    urls: tuple[str, ...]
+    sha256: str
+    size: int | None = None
+    target: str = ""
+    inner: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set.
+
+    Attributes:
+        name: As typed on the command line.
+        title: As printed.
+        home: Page of the data set.
+        licence: Licence, as its authors or distributors state it.
+        credit: One line for figure captions.
+        folder: Where it lies below the data root.
+        patterns: For each split, which files below the folder belong to it.
+        official: For each split, the number of images in the release.
+        checksums: SHA-256 of files below the folder, where the release is told by them.
+        downloads: What to fetch.
+    """
+
+    name: str
+    title: str
+    home: str
+    licence: str
+    credit: str
+    folder: str
+    patterns: dict[str, str]
+    official: dict[str, int]
+    checksums: dict[str, str]
+    downloads: tuple[Download, ...]
+
+
+def _mnist(file: str, sha256: str, size: int) -> Download:
+    mirrors = (
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
+        "http://yann.lecun.com/exdb/mnist/",
+    )
+    return Download(tuple(f"{mirror}{file}.gz" for mirror in mirrors), sha256, size, target=f"raw/{file}")
+
+
+MNIST = Source(
+    name="mnist",
+    title="MNIST",
+    home="http://yann.lecun.com/exdb/mnist/",
+    licence="CC BY-SA 3.0",
+    credit="MNIST (LeCun, Cortes and Burges, CC BY-SA 3.0)",
+    folder="MNIST",
+    patterns={"train": "raw/train-images-idx3-ubyte", "test": "raw/t10k-images-idx3-ubyte"},
+    official={"train": 60_000, "test": 10_000},
+    checksums={
+        "raw/train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "raw/train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "raw/t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "raw/t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    },
+    downloads=(
+        _mnist(
+            "train-images-idx3-ubyte", "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609", 9_912_422
+        ),
+        _mnist("train-labels-idx1-ubyte", "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c", 28_881),
+        _mnist("t10k-images-idx3-ubyte", "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6", 1_648_877),
+        _mnist("t10k-labels-idx1-ubyte", "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6", 4_542),
+    ),
+)
+
+UCSD = Source(
+    name="ucsd",
+    title="UCSD Ped1",
+    home="http://www.svcl.ucsd.edu/projects/anomaly/dataset.htm",
+    licence="none stated",
+    credit="UCSD Anomaly Detection Dataset, Ped1 (Mahadevan et al. 2010)",
+    folder="UCSD_Anomaly_Dataset.v1p2",
+    patterns={
+        "train": "UCSDped1/Train/Train[0-9][0-9][0-9]/*",
+        "test": "UCSDped1/Test/Test[0-9][0-9][0-9]/*",
+        "masks": "UCSDped1/Test/Test[0-9][0-9][0-9]_gt/*",
+    },
+    official={"train": 6_800, "test": 7_200, "masks": 2_000},
+    checksums={},
+    downloads=(
+        Download(
+            ("http://www.svcl.ucsd.edu/projects/anomaly/UCSD_Anomaly_Dataset.tar.gz",),
+            "2329af326951f5097fdd114c50e853957d3e569493a49d22fc082a9fd791915b",
+            740_306_953,
+            inner="UCSD_Anomaly_Dataset.v1p2",
+        ),
+    ),
+)
+
+MVTEC = Source(
+    name="mvtec",
+    title="MVTec AD",
+    home="https://www.mvtec.com/company/research/datasets/mvtec-ad",
+    licence="CC BY-NC-SA 4.0",
+    credit="MVTec AD (Bergmann et al. 2019, CC BY-NC-SA 4.0)",
+    folder="mvtec",
+    patterns={"train": "*/train/good/*", "test": "*/test/*/*", "masks": "*/ground_truth/*/*"},
+    official={"train": 3_629, "test": 1_725, "masks": 1_258},
+    checksums={},
+    downloads=(
+        # MVTec moves its share links now and then; the older ones are kept in case it moves them back.
+        Download(
+            (
+                "https://www.mydrive.ch/shares/150996/b52ecdcbf521176e9db9c731f2304b27/download/"
+                "420938113-1629960298/mvtec_anomaly_detection.tar.xz",
+                "https://www.mydrive.ch/shares/38536/3830184030e49fe74747669442f0f283/download/"
+                "420938113-1629960298/mvtec_anomaly_detection.tar.xz",
+                "https://www.mydrive.ch/shares/38536/3830184030e49fe74747669442f0f282/download/"
+                "420938113-1629952094/mvtec_anomaly_detection.tar.xz",
+            ),
+            "cf4313b13603bec67abb49ca959488f7eedce2a9f7795ec54446c649ac98cd3d",
+            5_264_982_680,
+        ),
+    ),
+)
+
+_DSPRITES_FILE = "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"
+_DSPRITES_SHA256 = "857dc001287e8efa226e0025fac6b29e5745c621b380b0d3363e4e33f4e28fa2"
+
+DSPRITES = Source(
+    name="dsprites",
+    title="dSprites",
+    home="https://github.com/google-deepmind/dsprites-dataset",
+    licence="Apache 2.0",
+    credit="dSprites (Matthey et al. 2017, Apache 2.0)",
+    folder="",
+    patterns={"all": _DSPRITES_FILE},
+    official={"all": 737_280},
+    checksums={_DSPRITES_FILE: _DSPRITES_SHA256},
+    downloads=(
+        Download(
+            (
+                f"https://raw.githubusercontent.com/google-deepmind/dsprites-dataset/master/{_DSPRITES_FILE}",
+                f"https://github.com/google-deepmind/dsprites-dataset/raw/master/{_DSPRITES_FILE}",
+            ),
+            _DSPRITES_SHA256,
+            target=_DSPRITES_FILE,
+        ),
+    ),
+)
+
+SOURCES = {source.name: source for source in (MNIST, UCSD, MVTEC, DSPRITES)}

@@ -1,0 +1,65 @@
+"""Training recipes of the paper, of the reports and of other public code, as data."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hyper-parameters that, with the data, a model and a seed, determine a training run.
+
+    Attributes:
+        source: Where the values were read.
+        epochs: Passes over the training images.
+        batch_size: Images per step.
+        learning_rate: Step size of Adam.
+        latent_dim: Number of latents, D.
+        reduction: "sum" adds the loss over the images of a batch, as the authors' code does; "mean" divides by
+            the number of images.
+        betas: Decay rates of Adam's two moments.
+        epsilon: Term that Adam adds to the denominator.
+        kl_warmup_epochs: Epochs over which the weight of the KL term rises linearly from 0 to 1; 0 is no warm-up.
+    """
+
+    source: str
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    latent_dim: int
+    reduction: Literal["sum", "mean"] = "sum"
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    kl_warmup_epochs: int = 0
+
+
+MNIST = {
+    "liu2020": Recipe(
+        source="authors' code, default settings",
+        epochs=100,
+        batch_size=128,
+        learning_rate=1e-3,
+        latent_dim=32,
+    ),
+    "report1": Recipe(
+        source="first report, Table 1",
+        epochs=100,
+        batch_size=128,
+        learning_rate=1e-3,
+        latent_dim=32,
+    ),
+    "report2": Recipe(
+        source="second report, Table 1",
+        epochs=200,
+        batch_size=128,
+        learning_rate=1e-3,
+        latent_dim=32,
+    ),
+    "per_image": Recipe(
+        source="authors' code, with the loss divided by the batch size as Brongers et al. do",
+        epochs=100,
+        batch_size=128,
+        learning_rate=1e-3,
+        latent_dim=32,
+        reduction="mean",
+    ),
+}

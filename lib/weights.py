@@ -1,0 +1,154 @@
+"""The cache of trained weights: nothing is trained twice, and nothing stale is reused.
+
+A file is named by a digest of what determines its content: the model's class and shapes, the recipe, the number of
+epochs, the seed, the images, and the code of the model and of the training loop. It lies outside the repository, in
+the folder that the environment variable EXPVAE_CACHE names (default: ~/.cache/expvae), as safetensors.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from jaxtyping import UInt8
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from lib import provenance, training
+from lib.recipes import Recipe
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model and how it came about.
+
+    Attributes:
+        model: The model, in evaluation mode, on the device asked for.
+        history: Losses per epoch, seconds and images.
+        key: Digest of everything that determines the weights.
+        device: The device that trained them.
+        reused: Whether they were found in the cache.
+    """
+
+    model: nn.Module
+    history: training.History
+    key: str
+    device: str
+    reused: bool
+
+
+def folder() -> Path:
+    """Where weights are kept: EXPVAE_CACHE, or ~/.cache/expvae."""
+    return Path(os.environ.get("EXPVAE_CACHE") or Path.home() / ".cache" / "expvae")
+
+
+def trained(
+    make: Callable[[], nn.Module],
+    train_NCYX: UInt8[Tensor, "n c y x"],
+    validation_NCYX: UInt8[Tensor, "m c y x"],
+    recipe: Recipe,
+    *,
+    epochs: int,
+    seed: int,
+    device: torch.device,
+    progress: bool = True,
+) -> Trained:
+    """Train a model, or read its weights where the same training has been done before.
+
+    A training that was cut off goes on from its last checkpoint. Two processes that ask for the same weights at
+    once train them once: the second waits for the first.
+
+    Args:
+        make: Builds the untrained model, such as the class of a model.
+        train_NCYX: Training images.
+        validation_NCYX: Held-out images of the training split.
+        recipe: Hyper-parameters; its own number of epochs is not read.
+        epochs: Passes over the training images.
+        seed: Fixes initial weights, order and noise.
+        device: Where to train, and where the model is afterwards.
+        progress: Show a bar with loss and remaining time.
+
+    Raises:
+        lib.training.TrainingDivergedError: If the loss stops being finite.
+        ValueError: If the model's code is not in this repository, or if a file of the cache is damaged.
+    """
+    model = training.build(make, seed).to(device)
+    kind = type(model)
+    if provenance.code_hashes([kind.__module__])[kind.__module__] is None:
+        raise ValueError(
+            f"make builds a {kind.__module__}.{kind.__qualname__}, whose code is not in this repository, so that the "
+            "cache could not tell when it changes; define it in lib/models, or call lib.training.train"
+        )
+    key = _key(model, train_NCYX, validation_NCYX, recipe, epochs, seed)
+    path = folder() / f"{kind.__name__}-{key[:20]}.safetensors"
+    checkpoint = path.with_suffix(".checkpoint")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        for half_written in path.parent.glob(f"{path.stem}.*.tmp"):  # by a process that was killed
+            half_written.unlink()
+        reused = path.exists()
+        if not reused:
+            with _naming(checkpoint):
+                history = training.train(
+                    model,
+                    train_NCYX,
+                    validation_NCYX,
+                    recipe,
+                    epochs=epochs,
+                    seed=seed,
+                    checkpoint=checkpoint,
+                    progress=progress,
+                )
+            metadata = {
+                "key": key,
+                "history": json.dumps(vars(history)),
+                "device": provenance.describe_device(device),
+            }
+            training.write_tensors(path, model.state_dict(), metadata)
+        checkpoint.unlink(missing_ok=True)
+        with _naming(path):
+            tensors, metadata = training.read_tensors(path)
+    # Also a model trained just now goes through the file, so that both ways give the same model to the last bit.
+    model = training.build(make, seed).to(device)
+    model.load_state_dict(tensors)
+    model.eval()
+    return Trained(model, training.History(**json.loads(metadata["history"])), key, metadata["device"], reused)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file that turns out to be damaged."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
+
+
+def _key(
+    model: nn.Module,
+    train_NCYX: UInt8[Tensor, "n c y x"],
+    validation_NCYX: UInt8[Tensor, "m c y x"],
+    recipe: Recipe,
+    epochs: int,
+    seed: int,
+) -> str:
+    kind = type(model)
+    hyper_parameters = dataclasses.asdict(recipe)
+    del hyper_parameters["source"], hyper_parameters["epochs"]
+    determinants = {
+        "model": f"{kind.__module__}.{kind.__qualname__}",
+        "shapes": {name: list(value.shape) for name, value in model.state_dict().items()},
+        "recipe": hyper_parameters,
+        "epochs": epochs,
+        "seed": seed,
+        "train": provenance.tensor_digest(train_NCYX),
+        "validation": provenance.tensor_digest(validation_NCYX),
+        "code": provenance.code_hashes([kind.__module__, "lib.training"]),
+    }
+    return hashlib.sha256(json.dumps(determinants, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,54 @@
+"""Maps that need no attention, in the form of attention maps: what any map must beat to have explained something."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+CENTRE_SIGMA = 0.25  # of the image's height and width
+
+
+def input_intensity(x_BCYX: Float[Tensor, "b c y x"]) -> Float[Tensor, "b y x"]:
+    """The image itself, averaged over channels: M = 1/C Σ_c x_c. It marks all ink, whichever digit it belongs to."""
+    return x_BCYX.mean(dim=1)
+
+
+def reconstruction_error(
+    x_BCYX: Float[Tensor, "b c y x"], reconstruction_BCYX: Float[Tensor, "b c y x"]
+) -> Float[Tensor, "b y x"]:
+    """What the model could not reproduce: M = 1/C Σ_c (x_c − x̂_c)².
+
+    Args:
+        x_BCYX: Images.
+        reconstruction_BCYX: Their reconstructions in the same units: intensities, not the logits that a decoder gives.
+    """
+    return (x_BCYX - reconstruction_BCYX).square().mean(dim=1)
+
+
+def centre_prior(y: int, x: int) -> Float[Tensor, "1 y x"]:
+    """That anomalies lie in the middle: a Gaussian at the image's centre, the same for every image.
+
+        M(i, j) = exp(−½ [((i − (Y−1)/2) / σY)² + ((j − (X−1)/2) / σX)²]),  σ = 1/4
+
+    so that σ counts image heights and widths. Measures of rank such as the AUROC do not depend on σ.
+
+    Args:
+        y: Height Y in pixels.
+        x: Width X in pixels.
+
+    Returns:
+        One map; ``expand(len(x_BCYX), -1, -1)`` gives a batch without a copy.
+    """
+    vertical_Y, horizontal_X = (
+        torch.exp(-0.5 * ((torch.arange(size) - (size - 1) / 2) / (CENTRE_SIGMA * size)) ** 2) for size in (y, x)
+    )
+    return torch.outer(vertical_Y, horizontal_X)[None]
+
+
+def random_map(shape: tuple[int, int, int], generator: torch.Generator) -> Float[Tensor, "b y x"]:
+    """Knows nothing: independent values, uniform in [0, 1), so that the expected AUROC is ½.
+
+    Args:
+        shape: Batch, height and width.
+        generator: Source of the numbers; the map is made on its device.
+    """
+    return torch.rand(shape, generator=generator, device=generator.device)

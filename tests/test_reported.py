@@ -1,0 +1,418 @@
+import csv
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from pybtex.database import parse_file
+
+from lib import reported
+from lib.reported import CLAIMS, COLUMNS, NO_RUN, beside, decide, read, to_html, verdicts, wide
+from lib.runs import Run, row
+
+BOOK = Path(__file__).resolve().parents[1] / "book"
+PAPER, CODE = "attention, paper", "attention, authors' code"
+
+
+def make_run(digit=1, seed=0, *, metrics=(), kind="complete", used=100, stale=False, recipe="liu2020", chapter="mnist"):
+    parameters = {"digit": digit, "recipe": recipe, "seed": seed, "epochs": used, "data": "real"}
+    record = {
+        "metrics": list(metrics),
+        "budget": {"unit": "epochs", "asked": 100, "used": used},
+        "recipe": {"batch_size": 128, "learning_rate": 0.001},
+        "seconds": {"training": 3725.0},
+        "device": "cpu: 2 threads",
+        "data": {"kind": kind, "counts": {"train": 60000, "test": 10000}},
+        "git": {"commit": "0123456789abcdef"},
+        "code": {"lib.reported": "another hash"} if stale else {},
+    }
+    return Run(chapter, parameters, record, Path("nowhere"))
+
+
+def share(value, low, high, method=CODE):
+    return row("less intuitive maps", value, method, "all outliers", low=low, high=high)
+
+
+def pixel_rows(method, low, high, *, baseline_high=0.7, random=(0.49, 0.51)):
+    intervals = {method: (low, high), "random": random, "input intensity": (baseline_high - 0.1, baseline_high)}
+    intervals["centre prior"] = (0.55, 0.56)
+    return [
+        row("pixel AUROC", (low + high) / 2, name, "all outliers", low=low, high=high)
+        for name, (low, high) in intervals.items()
+    ]
+
+
+def published_share():
+    """The published share of less intuitive maps, the one number on the MNIST maps."""
+    table = read()
+    return table[table["table"] == "mnist"]
+
+
+def claim(name):
+    return next(claim for claim in CLAIMS if claim.id == name)
+
+
+# Published numbers
+
+
+def test_every_number_has_a_source_that_can_be_cited():
+    table = read()
+    assert set(table["table"]) == {"datasets", "dsprites", "mnist", "mvtec", "training", "ucsd"}
+    assert set(table["source"]) == set(reported.SOURCES)
+    assert not table[["where", "metric", "dataset", "published"]].eq("").any(axis=None)
+    keys = set(parse_file(BOOK / "references.bib").entries)
+    assert {"liu2020", "report1", "report2", "brongers2021", "expvae_code"} <= keys
+    # A report speaks for itself; only the paper is quoted by others.
+    own = table["source"].isin(["R1", "R2"])
+    assert (table.loc[own, "source"] == table.loc[own, "quoted_by"]).all()
+
+
+# Typed from the texts of the reports and the notes on the published code in a second reading.
+@pytest.mark.parametrize(
+    ("source", "quoted_by", "dataset", "setting", "metric", "value"),
+    [
+        ("R1", "R1", "UCSD Ped1", "conv3", "pixel AUROC", 0.58),
+        ("paper", "R1", "UCSD Ped1", "conv1", "pixel AUROC", 0.89),
+        ("R2", "R2", "UCSD Ped1", "conv1", "pixel AUROC", 0.8731),
+        ("R1", "R1", "MVTec AD", "metal nut", "IoU", 0.242),
+        ("paper", "R1", "MVTec AD", "capsule", "pixel AUROC", 0.74),
+        ("R1", "R1", "MVTec AD", "cable", "pixel AUROC", 0.27),
+        ("R2", "R2", "MVTec AD", "hazelnut", "IoU", 0.60),
+        ("R2", "R2", "MVTec AD", "zipper", "pixel AUROC", 0.67),
+        ("paper", "R2", "MVTec AD", "grid", "IoU", 0.02),
+        ("paper", "R2", "MVTec AD", "screw", "pixel AUROC", 0.97),
+        ("R1", "R1", "MNIST", "VAE", "parameters", 13_216_193),
+        ("R1", "R1", "UCSD Ped1", "VAE", "parameters", 77_243_073),
+        ("R1", "R1", "MVTec AD", "VAE", "parameters", 72_803_363),
+        ("R1", "R1", "MVTec AD", "VAE", "GPU time", 8 * 3600 + 5 * 60 + 46),
+        ("R2", "R2", "MVTec AD", "VAE", "batch size", 16),
+        ("R2", "R2", "UCSD Ped1", "", "test frames", 3400),
+        ("R1", "R1", "MVTec AD", "ten categories", "maps that miss the anomaly", 70),
+        (
+            "brongers",
+            "facts sheet",
+            "dSprites",
+            "AD-FactorVAE, γ 40, λ 20, first conv, seed 2",
+            "disentanglement metric",
+            0.8713,
+        ),
+        ("paper", "facts sheet", "dSprites", "β-VAE, β 16", "reconstruction loss", 111),
+    ],
+)
+def test_numbers_are_those_of_the_texts(source, quoted_by, dataset, setting, metric, value):
+    table = read()
+    found = table[
+        (table["source"] == source)
+        & (table["quoted_by"] == quoted_by)
+        & (table["dataset"] == dataset)
+        & (table["setting"] == setting)
+        & (table["metric"] == metric)
+    ]
+    assert found["value"].tolist() == [value]
+
+
+def test_ranges_are_those_of_the_texts():
+    table = read()
+    less_intuitive = table[table["metric"] == "less intuitive maps"].iloc[0]
+    assert (less_intuitive["source"], less_intuitive["low"], less_intuitive["high"]) == ("R1", 10, 15)
+    assert math.isnan(less_intuitive["value"])
+    figure = table[table["note"].str.contains("third party") & (table["metric"] == "disentanglement metric")]
+    assert len(figure) == 4 + 4 + 6
+    assert (figure["high"] - figure["value"]).round(9).eq(0.02).all()
+    assert (figure["value"] - figure["low"]).round(9).eq(0.02).all()
+
+
+def test_both_reports_quote_the_same_numbers_of_the_paper():
+    paper = read().query("source == 'paper' and metric in ['pixel AUROC', 'IoU']")
+    values = paper.pivot_table("value", ["dataset", "setting", "metric"], "quoted_by").dropna()
+    assert len(values) == 2 * 10 + 1  # ten categories, and conv2 on UCSD
+    assert (values["R1"] == values["R2"]).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"source": "R3"}, "source='R3' must be one of: paper, R1, R2, brongers, authors-code"),
+        ({"quoted_by": "hearsay"}, "quoted_by='hearsay' must be one of: R1, R2, facts sheet"),
+        ({"where": ""}, "where is blank"),
+        ({"metric": ""}, "metric is blank"),
+        ({"value": "o.58"}, "value='o.58' is not a number"),
+        ({"value": "nan"}, "value='nan' is not a finite number"),
+        ({"low": "0.1"}, "low and high must be given together"),
+        ({"value": ""}, "it needs a value, or low and high"),
+        ({"low": "0.6", "high": "0.7"}, "low, value and high must rise: 0.6, 0.58, 0.7"),
+        ({"our_metric": "pixel AUROC"}, "our_metric needs a chapter"),
+        ({"our_subset": "all outliers"}, "our_method, our_subset and our_parameters need our_metric"),
+        (
+            {"chapter": "ucsd", "our_metric": "pixel AUROC", "our_parameters": "layer:conv1"},
+            "our_parameters='layer:conv1' must be name=value pairs, separated by ';'",
+        ),
+    ],
+)
+def test_a_bad_row_is_rejected_with_its_file_and_line(tmp_path, change, sentence):
+    good = dict.fromkeys(COLUMNS, "") | {
+        "source": "R1",
+        "quoted_by": "R1",
+        "where": "Table 3",
+        "dataset": "UCSD Ped1",
+        "metric": "pixel AUROC",
+        "value": "0.58",
+    }
+    write(tmp_path / "ucsd.csv", [good])
+    assert read(tmp_path)["value"].tolist() == [0.58]
+    write(tmp_path / "ucsd.csv", [good, good | change])
+    with pytest.raises(ValueError, match=r"^ucsd.csv line 3: ") as error:
+        read(tmp_path)
+    assert str(error.value) == f"ucsd.csv line 3: {sentence}"
+    write(tmp_path / "ucsd.csv", [good, good])
+    with pytest.raises(ValueError, match=r"^ucsd.csv line 3: it repeats ucsd.csv line 2$"):
+        read(tmp_path)
+
+
+def test_bad_files_are_rejected(tmp_path):
+    with pytest.raises(ValueError, match="no CSV file of published numbers"):
+        read(tmp_path)
+    (tmp_path / "ucsd.csv").write_text("source,value\n")
+    with pytest.raises(ValueError, match=r"^ucsd.csv line 1: the columns must be source,quoted_by"):
+        read(tmp_path)
+    (tmp_path / "ucsd.csv").write_text(",".join(COLUMNS) + "\nR1,R1\n")
+    with pytest.raises(ValueError, match=r"^ucsd.csv line 2: it has 2 cells and needs 16$"):
+        read(tmp_path)
+
+
+def write(path, rows):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.mark.parametrize(
+    ("cells", "text"),
+    [
+        ({"value": "0.10"}, "0.10"),
+        ({"value": "13216193"}, "13,216,193"),
+        ({"low": "10", "high": "15", "unit": "%"}, "10–15 %"),
+        ({"low": "-30", "high": "30", "unit": "degrees"}, "-30 to 30 degrees"),
+        ({"value": "0.75", "low": "0.73", "high": "0.77"}, "0.75 (0.73–0.77)"),
+        ({"value": "4971", "unit": "s"}, "1 h 22 min 51 s"),
+        ({"low": "144000", "high": "288000", "unit": "s"}, "40 h to 80 h"),
+    ],
+)
+def test_published_numbers_keep_their_digits(tmp_path, cells, text):
+    start = {"source": "R1", "quoted_by": "R1", "where": "Table 3", "dataset": "UCSD Ped1", "metric": "some"}
+    write(tmp_path / "some.csv", [dict.fromkeys(COLUMNS, "") | start | cells])
+    assert read(tmp_path)["published"].tolist() == [text]
+
+
+# Ours beside them
+
+
+def test_without_runs_every_row_says_so():
+    table = read()
+    lines = beside(table, [])
+    assert len(lines) == len(table)
+    assert set(lines["ours"]) == {NO_RUN}
+    assert lines["published"].tolist() == table["published"].tolist()
+
+
+def test_several_seeds_share_a_line_with_mean_range_and_count():
+    runs = [
+        make_run(seed=seed, metrics=[share(value, value - 0.02, value + 0.02)])
+        for seed, value in enumerate((0.1, 0.14, 0.18))
+    ]
+    (line,) = beside(published_share(), runs).to_dict("records")
+    assert line["ours"] == "14.0 % (3 runs, 10.0–18.0)"
+    assert (line["our_value"], line["our_low"], line["our_high"], line["count"]) == pytest.approx((14, 10, 18, 3))
+    assert line["configuration"] == "digit=1, recipe=liu2020, epochs=100, data=real"
+    assert line["runs"].count("mnist: ") == 3
+
+
+def test_one_run_has_its_interval():
+    (line,) = beside(published_share(), [make_run(metrics=[share(0.1234, 0.101, 0.145)])]).to_dict("records")
+    assert line["ours"] == "12.3 % (10.1–14.5)"
+    assert (line["data"], line["budget"], line["stale"]) == ("complete", "100 epochs", "")
+
+
+def test_configurations_are_not_averaged_and_are_told_apart():
+    runs = [make_run(digit, metrics=[share(value, value, value)]) for digit, value in ((1, 0.1), (3, 0.3))]
+    runs.append(make_run(3, kind="partial", metrics=[share(0.5, 0.4, 0.6)]))
+    lines = beside(published_share(), runs)
+    assert lines["ours"].tolist() == [
+        "digit=1: 10.0 % (10.0–10.0)",
+        "digit=3: 30.0 % (30.0–30.0)",
+        "digit=3: 50.0 % (40.0–60.0) · partial data",
+    ]
+    (reading,) = wide(lines).to_dict("records")
+    assert reading["Ours"].splitlines() == lines["ours"].tolist()
+    assert reading["Report 1"] == "10–15 %"
+
+
+def test_other_methods_subsets_and_missing_values_do_not_match():
+    metrics = [share(0.2, 0.1, 0.3, PAPER), row("less intuitive maps", 0.2, CODE, "digit 7")]
+    empty = make_run(metrics=[row("less intuitive maps", None, CODE, "all outliers")])
+    elsewhere = make_run(metrics=[share(0.2, 0.1, 0.3)], chapter="ucsd")
+    lines = beside(published_share(), [make_run(metrics=metrics), empty, elsewhere])
+    assert lines["ours"].tolist() == [NO_RUN]
+
+
+def test_samples_are_left_out_and_weak_runs_are_marked():
+    metrics = [share(0.2, 0.1, 0.3)]
+    assert beside(published_share(), [make_run(kind="sample", metrics=metrics)])["ours"].tolist() == [NO_RUN]
+    weak = [make_run(seed=seed, kind="partial", used=20, stale=seed == 1, metrics=metrics) for seed in (0, 1)]
+    (line,) = beside(published_share(), weak).to_dict("records")
+    assert line["ours"] == "20.0 % (2 runs) · partial data · 20 of 100 epochs · 1 of 2 stale"
+    (line,) = beside(published_share(), weak[1:]).to_dict("records")
+    assert line["ours"] == "20.0 % (10.0–30.0) · partial data · 20 of 100 epochs · stale"
+
+
+def test_entries_of_the_record_stand_beside_hyper_parameters():
+    run = make_run(metrics=[row("parameters", 13_216_193)])
+    lines = beside(read(), [run, make_run(digit=3)])
+    lines = lines[(lines["dataset"] == "MNIST") & (lines["source"] == "R1")].set_index("metric")
+    assert lines.loc["parameters", "ours"] == lines.loc["parameters", "published"] == "13,216,193"
+    assert lines.loc["batch size", "ours"] == "128"
+    assert lines.loc["epochs", "ours"] == "100"
+    assert lines.loc["learning rate", "ours"] == "0.001"
+    assert lines.loc["training images", "ours"] == "60,000"
+    assert lines.loc["GPU time", "ours"] == "1 h 2 min 5 s · cpu: 2 threads"
+    assert lines.loc["latents", "ours"] == NO_RUN  # the record of this run does not have it
+
+
+def test_tables_show_the_papers_number_once_and_no_nan():
+    lines = beside(read(), [])
+    table = wide(lines[lines["table"] == "mvtec"])
+    carpet = table[(table["Setting"] == "carpet") & (table["Quantity"] == "IoU")].iloc[0]
+    assert (carpet["Liu et al. 2020"], carpet["Report 1"], carpet["Report 2"]) == ("0.10", "0.007", "0.51")
+    assert "Brongers et al." not in table
+    page = to_html(reported.listing(lines), "All <numbers>")
+    assert "nan" not in page.lower()
+    assert page.count("<tr") == len(lines) + 1
+    assert "<caption>All &lt;numbers&gt;</caption>" in page
+
+
+def test_html_keeps_long_texts_and_line_breaks():
+    page = to_html(pd.DataFrame({"A": ["word " * 40 + "end", "one\ntwo & three", None]}), "C")
+    assert "word end" in page
+    assert "one<br>two &amp; three" in page
+    assert page.startswith('<div style="overflow-x: auto"')
+
+
+# Verdicts
+
+
+def test_claims_are_unique_and_complete_and_untested_without_runs():
+    assert len({claim.id for claim in CLAIMS}) == len(CLAIMS)
+    assert all(claim.text and claim.claimed_by and claim.criterion for claim in CLAIMS)
+    for runs in ([], [make_run(kind="sample", metrics=pixel_rows(PAPER, 0.8, 0.9))]):
+        table = verdicts(runs)
+        assert set(table["verdict"]) == {"not yet tested"}
+        assert table["evidence"].str.startswith("No run of the chapter").all()
+
+
+def test_a_claim_without_a_judge_stays_untested():
+    verdict = decide(claim("UCSD AUROC"), [make_run(chapter="ucsd")], read())
+    assert verdict.verdict == "not yet tested"
+    assert verdict.evidence == "The stored runs of the chapter ucsd do not measure this."
+
+
+@pytest.mark.parametrize(("name", "method"), [("MNIST maps", PAPER), ("MNIST maps of the code", CODE)])
+@pytest.mark.parametrize(
+    ("intervals", "outcome", "tally"),
+    [
+        (((0.75, 0.8), (0.72, 0.8)), "held", "Above chance in 2 of 2 runs, above every baseline in 2 of 2."),
+        (((0.75, 0.8), (0.69, 0.8)), "partly held", "Above chance in 2 of 2 runs, above every baseline in 1 of 2."),
+        (((0.75, 0.8), (0.505, 0.6)), "did not hold", "Above chance in 1 of 2 runs, above every baseline in 1 of 2."),
+        (((0.2, 0.3), (0.4, 0.6)), "did not hold", "Above chance in 0 of 2 runs, above every baseline in 0 of 2."),
+    ],
+)
+def test_attention_verdicts(name, method, intervals, outcome, tally):
+    runs = [
+        make_run(digit, metrics=pixel_rows(method, *interval))
+        for digit, interval in zip((1, 3), intervals, strict=True)
+    ]
+    verdict = decide(claim(name), runs, read())
+    assert verdict.verdict == outcome
+    assert tally in verdict.evidence
+    assert "Not counted" not in verdict.evidence
+    assert verdict.runs == tuple(run.label for run in runs)
+
+
+def test_above_chance_alone_is_not_above_a_poor_random_map():
+    metrics = pixel_rows(PAPER, 0.55, 0.6, random=(0.4, 0.56))
+    runs = [make_run(digit, metrics=metrics) for digit in (1, 3)]
+    assert decide(claim("MNIST maps"), runs, read()).verdict == "did not hold"
+
+
+def test_evidence_is_made_of_the_records():
+    runs = [make_run(1, seed, metrics=pixel_rows(PAPER, low, low + 0.02)) for seed, low in ((0, 0.8), (1, 0.85))]
+    runs.append(make_run(3, metrics=pixel_rows(PAPER, 0.9, 0.92)))
+    evidence = decide(claim("MNIST maps"), runs, read()).evidence
+    assert evidence.startswith(
+        "Pixel AUROC — attention, paper: 0.810–0.860 (digit 1), 0.910 (digit 3); random: 0.500 (digit 1)"
+    )
+    assert "input intensity: 0.650 (digit 1), 0.650 (digit 3)" in evidence
+
+
+def test_evidence_names_stale_runs():
+    runs = [make_run(digit, stale=digit == 3, metrics=pixel_rows(PAPER, 0.8, 0.9)) for digit in (1, 3)]
+    assert decide(claim("MNIST maps"), runs, read()).evidence.endswith(" Stale: 1 of 2 runs.")
+
+
+def test_only_whole_runs_on_complete_data_count():
+    good = pixel_rows(PAPER, 0.8, 0.9)
+    bad = pixel_rows(PAPER, 0.2, 0.3)
+    counted = [make_run(digit, metrics=good) for digit in (1, 3)]
+    left_out = [
+        make_run(seed=1, kind="partial", metrics=bad),
+        make_run(seed=2, used=20, metrics=bad),
+        make_run(seed=3, recipe="per_image", metrics=bad),
+        make_run(8, metrics=bad),
+        make_run(seed=4, metrics=[]),
+        make_run(seed=5, kind="sample", metrics=bad),
+    ]
+    verdict = decide(claim("MNIST maps"), [*counted, *left_out], read())
+    assert verdict.verdict == "held"
+    assert verdict.runs == tuple(run.label for run in counted)
+    assert verdict.evidence.endswith(
+        "Not counted: 1 (partial data); 1 (20 of 100 epochs); 1 (recipe per_image, which is not a published one); "
+        "1 (digit 8); 1 (without this measure)."
+    )
+    alone = decide(claim("MNIST maps"), [counted[0], *left_out], read())
+    assert alone.verdict == "not yet tested"
+    assert alone.evidence.startswith("No run that counts for digit 3. Not counted: ")
+
+
+@pytest.mark.parametrize(
+    ("intervals", "outcome"),
+    [
+        (((0.05, 0.1), (0.149, 0.2)), "held"),
+        (((0.11, 0.12), (0.16, 0.2)), "partly held"),
+        (((0.01, 0.09), (0.16, 0.2)), "did not hold"),
+    ],
+)
+def test_share_verdicts(intervals, outcome):
+    runs = [
+        make_run(digit, metrics=[share((low + high) / 2, low, high)])
+        for digit, (low, high) in zip((1, 3), intervals, strict=True)
+    ]
+    verdict = decide(claim("MNIST share"), runs, read())
+    assert verdict.verdict == outcome
+    assert "Published: 10–15 %." in verdict.evidence
+
+
+@pytest.mark.parametrize(("count", "outcome"), [(13_216_193, "held"), (13_216_194, "did not hold")])
+def test_size_verdicts(count, outcome):
+    verdict = decide(claim("MNIST size"), [make_run(metrics=[row("parameters", count)])], read())
+    assert verdict.verdict == outcome
+    assert verdict.evidence == f"Our model has {count:,}; published: 13,216,193."
+    nothing = decide(claim("MNIST size"), [make_run()], read())
+    assert nothing.verdict == "not yet tested"
+
+
+def test_verdict_table_has_a_line_for_each_claim():
+    runs = [make_run(digit, metrics=pixel_rows(PAPER, 0.8, 0.9)) for digit in (1, 3)]
+    table = verdicts(runs, read())
+    assert table["id"].tolist() == [claim.id for claim in CLAIMS]
+    assert table.set_index("id")["verdict"]["MNIST maps"] == "held"
+    assert table.set_index("id")["verdict"]["MNIST share"] == "not yet tested"

@@ -1,0 +1,57 @@
+# make reproduce   runs every chapter on the data it finds and builds the book
+# make test        checks the style and runs the tests
+# make book        builds the book from the stored runs
+# make published   makes the runs that are kept in git; needs the real MNIST
+#
+# Each makes the environment in .venv first, if it is not there; PYTHON=python3.12 chooses its interpreter.
+
+PYTHON ?= python3
+DIGITS ?= 1 3
+SEEDS ?= 0 1 2
+
+BIN := .venv/bin
+INSTALLED := .venv/installed
+EXECUTED := _build/executed
+
+# Chapters ask for the kernel "python3": take that of .venv, not one that lies in the user's home.
+export JUPYTER_PREFER_ENV_PATH := 1
+
+.PHONY: reproduce test book published
+
+reproduce: $(INSTALLED)
+	$(BIN)/python -m lib.data status
+	mkdir -p $(EXECUTED)
+	$(BIN)/papermill book/data.md $(EXECUTED)/data.ipynb
+	$(BIN)/papermill book/method.md $(EXECUTED)/method.ipynb
+	$(BIN)/papermill book/mnist.md $(EXECUTED)/mnist-1.ipynb -p digit 1
+	$(BIN)/papermill book/mnist.md $(EXECUTED)/mnist-3.ipynb -p digit 3
+	$(BIN)/papermill book/comparison.md $(EXECUTED)/comparison.ipynb
+	$(BIN)/papermill book/index.md $(EXECUTED)/index.ipynb
+	@$(MAKE) --no-print-directory book
+
+test: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pytest -n 2 --dist loadgroup
+
+book: $(INSTALLED)
+	$(BIN)/jupyter-book build book/ -W -n --keep-going
+	@echo "$(CURDIR)/_build/html/index.html"
+
+published: $(INSTALLED)
+	mkdir -p $(EXECUTED)
+	$(BIN)/papermill book/method.md $(EXECUTED)/method.ipynb -p data real
+	for digit in $(DIGITS); do for seed in $(SEEDS); do \
+	  $(BIN)/papermill book/mnist.md $(EXECUTED)/mnist-$$digit-$$seed.ipynb \
+	    -p digit $$digit -p seed $$seed -p data real || exit 1; \
+	done; done
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:3]; sys.exit(None if (3, 11, 4) <= v < (3, 14) else \
+	  "Python 3.11.4 to 3.13 is needed, and $(PYTHON) is %d.%d.%d: choose one with make PYTHON=python3.12" % v)'
+	@if [ -x $(BIN)/python ] && [ "$$($(BIN)/python -V)" != "$$($(PYTHON) -V)" ]; then \
+	  echo ".venv was made with $$($(BIN)/python -V), and $(PYTHON) is $$($(PYTHON) -V): remove it with rm -r .venv" >&2; exit 1; fi
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.5,<1"
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable ".[test]"
+	@touch $@

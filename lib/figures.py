@@ -1,0 +1,242 @@
+"""Figures of the book: one style, colour-blind-safe colours, one colour scale for all maps that are compared."""
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from IPython.display import Image
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import CenteredNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from lib.attention import Attention
+
+SIGNED = "PuOr"  # orange is negative, purple positive; told apart with every kind of colour vision
+MAPS = "cividis"  # perceptually uniform, and read alike with every kind of colour vision
+COLOURS = sns.color_palette("colorblind")
+STYLE = {
+    **sns.axes_style("whitegrid"),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.prop_cycle": mpl.cycler(color=COLOURS),
+    "savefig.dpi": 160,
+    "savefig.bbox": "tight",
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "legend.frameon": False,
+}
+
+
+def show(figure: Figure | Path) -> Image:
+    """A figure, drawn just now or stored by a run, as an image for the page.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    if isinstance(figure, Path):
+        return Image(data=figure.read_bytes(), format="png")
+    buffer = BytesIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(buffer, format="png")
+    return Image(data=buffer.getvalue(), format="png")
+
+
+def image_rows(
+    rows: Mapping[str, np.ndarray],
+    *,
+    maps: Sequence[str],
+    titles: Sequence[str],
+    label: str,
+    credit: str,
+) -> Figure:
+    """A grid of small images: one row for each kind, one column for each image.
+
+    Args:
+        rows: Name of the row -> images [N, Y, X] in [0, 1]; NaN is drawn as nothing.
+        maps: Names of the rows that are maps; they share one colour scale from 0 to 1. The others are drawn in grey.
+        titles: One title per column.
+        label: Label of the maps' colour bar.
+        credit: Whose images these are; printed under the figure.
+    """
+    with mpl.rc_context(STYLE):
+        columns = len(titles)
+        figure = Figure(figsize=(1.0 * columns + 2.4, 1.02 * len(rows) + 0.6), layout="constrained")
+        axes = figure.subplots(len(rows), columns, squeeze=False)
+        norm = Normalize(0, 1)
+        for axes_row, (name, image_NYX) in zip(axes, rows.items(), strict=True):
+            axes_row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+            for axis, image_YX in zip(axes_row, image_NYX, strict=True):
+                axis.imshow(image_YX, cmap=MAPS if name in maps else "gray_r", norm=norm, interpolation="nearest")
+                axis.set(xticks=[], yticks=[])
+                axis.spines[:].set_visible(True)
+                axis.grid(False)
+        for axis, title in zip(axes[0], titles, strict=True):
+            axis.set_title(title)
+        if maps:
+            bar = figure.colorbar(ScalarMappable(norm, MAPS), ax=axes, fraction=0.03, pad=0.02, extend="max")
+            bar.set_label(label)
+            bar.outline.set_visible(False)
+        figure.supxlabel(credit, fontsize=7, color="0.35")
+    return figure
+
+
+def attention_steps(
+    image_YX: np.ndarray, paper: Attention, code: Attention, latents: Sequence[int], credit: str
+) -> Figure:
+    """How the attention maps of one image come about.
+
+    Above: the image, the signed linear map of the first latent, its positive part, the paper's map and that of the
+    authors' code. Below: the paper's maps of each latent, on one colour scale.
+
+    Args:
+        image_YX: The image in [0, 1].
+        paper: Its attention by the preset liu2020_paper, for all latents.
+        code: Its attention by the preset liu2020_code.
+        latents: The five latents whose maps are shown.
+        credit: Whose image it is; printed under the figure.
+    """
+    first_HW = paper.linear_BIHW[0, latents[0]].cpu().numpy()
+    above = {
+        "image": image_YX,
+        f"latent {latents[0]}: Σ α A": first_HW,
+        f"latent {latents[0]}: ReLU(Σ α A)": first_HW.clip(min=0),
+        "paper's map": paper.map_BYX[0].cpu().numpy(),
+        "authors' code": code.map_BYX[0].cpu().numpy(),
+    }
+    below = {f"latent {latent}": paper.map_BIYX[0, latent].cpu().numpy() for latent in latents}
+    highest = max(map_YX.max() for map_YX in below.values())
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(2.1 * len(latents), 4.6), layout="constrained")
+        axes = figure.subplots(2, len(latents))
+        for axis, (title, image) in zip(axes.flat, [*above.items(), *below.items()], strict=True):
+            axis.set(title=title, xticks=[], yticks=[])
+            axis.spines[:].set_visible(True)
+            axis.grid(False)
+            if title == "image":
+                drawn = axis.imshow(image, cmap="gray_r", vmin=0, vmax=1)
+            elif image.min() < 0:
+                drawn = axis.imshow(image, cmap=SIGNED, norm=CenteredNorm())
+            else:
+                drawn = axis.imshow(image, cmap=MAPS, vmin=0, vmax=highest if title in below else None)
+            if title in above:
+                bar = figure.colorbar(drawn, ax=axis, orientation="horizontal", fraction=0.06, pad=0.03)
+                bar.set_label("intensity" if title == "image" else "value")
+                bar.locator = MaxNLocator(3)
+        bar = figure.colorbar(drawn, ax=axes[1], fraction=0.02, pad=0.01)
+        bar.set_label("map $M_i$, one scale")
+        figure.supxlabel(credit, fontsize=7, color="0.35")
+    return figure
+
+
+def intervals(table: pd.DataFrame, *, label: str, chance: float | None = None) -> Figure:
+    """Point estimates with their intervals: one line per method, one colour per group.
+
+    Args:
+        table: Columns method, group, value, low and high.
+        label: What the values are.
+        chance: Value that is reached without knowing anything; drawn as a dashed line.
+    """
+    methods, groups = list(dict.fromkeys(table["method"])), list(dict.fromkeys(table["group"]))
+    with mpl.rc_context(STYLE):
+        height = 0.18 * len(methods) * max(len(groups), 2) + 1.1
+        figure = Figure(figsize=(7, height), layout="constrained")
+        axis = figure.subplots()
+        if chance is not None:
+            axis.axvline(chance, color="0.4", linestyle="--", linewidth=1, label="chance")
+        offsets = np.linspace(-0.3, 0.3, len(groups)) if len(groups) > 1 else [0.0]
+        markers = "osD^vP*X<>"
+        for index, (group, offset) in enumerate(zip(groups, offsets, strict=True)):
+            part = table[table["group"] == group]
+            y = [methods.index(method) + offset for method in part["method"]]
+            spread = [part["value"] - part["low"], part["high"] - part["value"]]
+            axis.errorbar(
+                part["value"],
+                y,
+                xerr=spread,
+                fmt=markers[index % len(markers)],
+                markersize=4,
+                capsize=2,
+                color=COLOURS[index % len(COLOURS)],
+                label=group,
+            )
+        axis.set_yticks(range(len(methods)), methods)
+        axis.invert_yaxis()
+        axis.grid(axis="y", visible=False)
+        axis.set_xlabel(label)
+        if len(groups) > 1 or chance is not None:
+            figure.legend(loc="outside upper right", ncols=min(4, len(groups) + 1))
+    return figure
+
+
+def training_curves(losses: Mapping[str, Sequence[float]]) -> Figure:
+    """Reconstruction loss and KL divergence over epochs, on training and held-out images.
+
+    Args:
+        losses: reconstruction, kl, validation_reconstruction and validation_kl, one value per epoch, in nats per image.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7, 2.8), layout="constrained")
+        for axis, (name, title) in zip(
+            figure.subplots(1, 2), {"reconstruction": "reconstruction loss", "kl": "KL divergence"}.items(), strict=True
+        ):
+            epochs = range(1, len(losses[name]) + 1)
+            axis.plot(epochs, losses[name], label="training")
+            axis.plot(epochs, losses[f"validation_{name}"], linestyle="--", label="held out")
+            axis.set(xlabel="epoch", ylabel="nats per image", title=title)
+            # The first epochs are several times as high as the rest and would flatten all that follows.
+            settled = [*losses[name][4:], *losses[f"validation_{name}"][4:]]
+            if settled:
+                margin = 0.1 * (max(settled) - min(settled)) or 1
+                axis.set_ylim(min(settled) - margin, max(settled) + margin)
+        axis.legend()
+    return figure
+
+
+def bars(values: Sequence[float], *, label: str, index: str) -> Figure:
+    """Values in descending order, as bars.
+
+    Args:
+        values: One value each.
+        label: What the values are.
+        index: What is counted along the axis.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7, 2.2), layout="constrained")
+        axis = figure.subplots()
+        axis.bar(range(1, len(values) + 1), sorted(values, reverse=True))
+        axis.set(xlabel=index, ylabel=label)
+        axis.grid(axis="x", visible=False)
+    return figure
+
+
+def histograms(samples: Mapping[str, np.ndarray], *, label: str, mark: float) -> Figure:
+    """Histograms of several samples on one axis, as shares of each.
+
+    Args:
+        samples: Name -> values in [0, 1].
+        label: What the values are.
+        mark: Value at which a dashed line is drawn.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7, 2.8), layout="constrained")
+        axis = figure.subplots()
+        for (name, value_N), linestyle in zip(samples.items(), ("-", "--", ":", "-."), strict=False):
+            weight_N = np.full(len(value_N), 1 / len(value_N))
+            axis.hist(
+                value_N,
+                bins=np.linspace(0, 1, 41),
+                weights=weight_N,
+                histtype="step",
+                linewidth=1.6,
+                linestyle=linestyle,
+                label=name,
+            )
+        axis.axvline(mark, color="0.4", linestyle="--", linewidth=1)
+        axis.set(xlabel=label, ylabel="share of images")
+        axis.legend(loc="upper left")
+    return figure

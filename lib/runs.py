@@ -1,0 +1,326 @@
+"""The store of results: what was computed, with which parameters, by which code, on which data.
+
+A run is a folder runs/<chapter>/<name=value,...>/ that holds
+
+    record.json   parameters, metrics, losses, budget, recipe, seconds, device, versions, commit, code, data card
+    arrays.npz    the few maps and curves that the figures show (compressed; float16, float32 or integers)
+    figures/      panels that show inputs, drawn when the run was computed
+
+A run is written to a temporary folder that is renamed when it is whole. The environment variable EXPVAE_RUNS names
+another folder for the store.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pandas as pd
+from filelock import FileLock
+from matplotlib.figure import Figure
+
+from lib import provenance
+from lib.data import root as data_root
+from lib.data.card import DataCard, survey
+from lib.data.catalogue import SOURCES
+from lib.recipes import Recipe
+
+T = TypeVar("T")
+METRIC_COLUMNS = ["metric", "method", "subset", "value", "low", "high", "n"]
+
+# Modules that a run loads but that cannot change its numbers.
+GLUE = {"lib", "lib.chapters", "lib.data", "lib.figures", "lib.models", "lib.metrics", "lib.provenance", "lib.recipes"}
+GLUE |= {"lib.data.card", "lib.data.catalogue", "lib.reported", "lib.runs", "lib.weights"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stored result.
+
+    Attributes:
+        chapter: Name of the chapter that computed it.
+        parameters: What it was computed with.
+        record: The content of record.json.
+        folder: Where it is stored.
+    """
+
+    chapter: str
+    parameters: dict[str, Any]
+    record: dict[str, Any]
+    folder: Path
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """One row per number: metric, method, subset, value, 95 % interval (low, high) and sample size n."""
+        return pd.DataFrame(self.record["metrics"], columns=METRIC_COLUMNS)
+
+    @cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Maps and curves, by name."""
+
+        def read() -> dict[str, np.ndarray]:
+            with np.load(self.folder / "arrays.npz", allow_pickle=False) as file:
+                return dict(file)
+
+        return _whole(self.folder, read)
+
+    @property
+    def card(self) -> DataCard:
+        """The card of the data that the run used."""
+        return DataCard.from_dict(self.record["data"])
+
+    @property
+    def label(self) -> str:
+        """The run in one line: chapter, parameters and commit."""
+        commit = self.record["git"]["commit"]
+        name = _folder_name(self.parameters).replace(",", ", ")
+        return f"{self.chapter}: {name} ({commit[:8] if commit else 'no commit'})"
+
+    @property
+    def caption(self) -> str:
+        """What a figure or a table says of the run that made it: label, data, budget and device."""
+        record = self.record
+        budget = record["budget"]
+        mark = f", {self.card.mark}" if self.card.mark else ""
+        return (
+            f"Run {self.label}; data: {self.card.name} ({sum(self.card.counts.values()):,} images{mark}); "
+            f"{budget['used']} of {budget['asked']} {budget['unit']}; {record['device']}."
+        )
+
+    @cached_property
+    def stale(self) -> list[str]:
+        """What has changed since the run: modules of the library, the chapter's own computation, the data at hand.
+
+        Data count as changed where there are some and they are others; where there are none there is no telling.
+        """
+        then = self.record["code"]
+        now = provenance.code_hashes(then)
+        changed = sorted(name for name in then if now[name] != then[name])
+        if self.card.kind != "sample" and _data_digest(self.card.name) not in (None, self.card.digest):
+            changed.append(f"data {self.card.name}")
+        return changed
+
+    def figure(self, name: str) -> Path:
+        """Path of a stored figure.
+
+        Raises:
+            FileNotFoundError: If the run has no such figure; the message lists those it has.
+        """
+        path = self.folder / "figures" / f"{name}.png"
+        if not path.exists():
+            there = sorted(figure.stem for figure in (self.folder / "figures").glob("*.png"))
+            raise FileNotFoundError(
+                f"the run {self.label} has no figure {name!r}; it has: {', '.join(there) or 'none'}"
+            )
+        return path
+
+    def metric(self, metric: str, method: str = "", subset: str = "") -> dict[str, Any]:
+        """The row of one number, as a dict with value, low, high and n.
+
+        Raises:
+            KeyError: If the run does not have it.
+        """
+        for row in self.record["metrics"]:
+            if (row["metric"], row["method"], row["subset"]) == (metric, method, subset):
+                return row
+        raise KeyError(f"the run {self.label} has no metric {metric!r} of {method!r} on {subset!r}")
+
+
+def row(metric: str, value: float | None, method: str = "", subset: str = "", **interval: float | int | None) -> dict:
+    """One row of a run's metrics; `interval` may give low, high and n."""
+    return {
+        "metric": metric,
+        "method": method,
+        "subset": subset,
+        "value": value,
+        "low": None,
+        "high": None,
+        "n": None,
+    } | (interval)
+
+
+def reading() -> bool:
+    """Whether stored runs are only to be read, as while Jupyter Book renders (EXPVAE_MODE is "read")."""
+    return os.environ.get("EXPVAE_MODE") == "read"
+
+
+def root() -> Path:
+    """The folder of the store: EXPVAE_RUNS, or runs/ in the repository."""
+    return Path(os.environ.get("EXPVAE_RUNS") or provenance.REPOSITORY / "runs")
+
+
+def find(chapter: str | None = None, **parameters: Any) -> list[Run]:
+    """All stored runs, of one chapter or of all, that have the parameters given; ordered by their folders."""
+    paths = sorted(root().glob(f"{chapter or '*'}/*/record.json"))
+    runs = [_read(path.parent) for path in paths if not path.parent.name.startswith(".")]
+    return [run for run in runs if run is not None and parameters.items() <= run.parameters.items()]
+
+
+def load(chapter: str, parameters: Mapping[str, Any]) -> Run | None:
+    """The stored run of a chapter with these parameters, or None.
+
+    With data="auto" that is the run on real data where there is one, otherwise the run on the embedded sample;
+    device is not looked at.
+    """
+    wanted = _determining(parameters)
+    for data in ({"data": "real"}, {"data": "sample"}) if wanted.get("data") == "auto" else ({},):
+        run = _read(root() / chapter / _folder_name(wanted | data))
+        if run is not None:
+            return run
+    return None
+
+
+def save(
+    chapter: str,
+    parameters: Mapping[str, Any],
+    *,
+    metrics: list[dict],
+    losses: Mapping[str, list[float]],
+    arrays: Mapping[str, np.ndarray],
+    figures: Mapping[str, Figure],
+    card: DataCard,
+    recipe: Recipe,
+    budget: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    device: str,
+    extra: Mapping[str, Any] | None = None,
+) -> Run:
+    """Store a run in place of any earlier one with the same chapter and parameters; whole, or not at all.
+
+    Args:
+        chapter: Name of the chapter.
+        parameters: What determines the result. data="auto" is stored as "real" or "sample", whichever was used;
+            device is no part of them.
+        metrics: Rows made by `row`.
+        losses: Curves per epoch.
+        arrays: Maps and curves for figures; never the images of a data set.
+        figures: Panels that show inputs; saved as PNG.
+        card: The card of the data used.
+        recipe: The recipe used.
+        budget: unit, asked and used, such as epochs, 100 and 20.
+        seconds: Wall-clock time by part.
+        device: Which device computed it.
+        extra: More facts for the record.
+
+    Raises:
+        ValueError: If a number is not finite, an array holds Python objects, or a parameter cannot be part of a
+            folder's name.
+    """
+    stored = _determining(parameters)
+    if "data" in stored:
+        stored["data"] = "sample" if card.kind == "sample" else "real"
+    record = {
+        "chapter": chapter,
+        "parameters": stored,
+        "metrics": metrics,
+        "losses": dict(losses),
+        "budget": dict(budget),
+        "recipe": asdict(recipe),
+        "seconds": dict(seconds),
+        "device": device,
+        "versions": provenance.versions(),
+        "git": provenance.commit(),
+        "code": _code(chapter),
+        "data": card.to_dict(),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **(extra or {}),
+    }
+    folder = root() / chapter / _folder_name(stored)
+    for part, value in record.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{part} of the run {folder.name} cannot be stored: JSON takes finite numbers, text, lists and dicts "
+                f"of Python ({error})"
+            ) from error
+    text = json.dumps(record, indent=1, ensure_ascii=False)
+    for name, array in arrays.items():
+        if np.asarray(array).dtype.hasobject:  # NumPy would pickle it
+            raise ValueError(f"arrays[{name!r}] of the run {folder.name} holds Python objects; give it a numeric type")
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+    try:
+        (temporary / "record.json").write_text(text + "\n", encoding="utf-8")
+        np.savez_compressed(temporary / "arrays.npz", **arrays)
+        (temporary / "figures").mkdir()
+        for name, figure in figures.items():
+            figure.savefig(temporary / "figures" / f"{name}.png")
+        temporary.chmod(0o755)  # mkdtemp makes private folders
+        _replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return _read(folder)
+
+
+@cache
+def _data_digest(name: str) -> str | None:
+    """Digest of the data set at hand, once per process: hashing thousands of images takes a while."""
+    try:
+        card = survey(SOURCES[name], data_root())
+    except ValueError:
+        return "damaged"
+    return card.digest if card else None
+
+
+def _code(chapter: str) -> dict[str, str]:
+    hashes = provenance.code_hashes([f"book/{chapter}.md", *(set(provenance.library_modules()) - GLUE)])
+    return {name: digest for name, digest in hashes.items() if digest is not None}  # a benchmark has no chapter
+
+
+def _replace(new: Path, folder: Path) -> None:
+    """Put a whole folder in the place of another; a folder cannot be renamed over one that holds files."""
+    with FileLock(folder.parent / ".lock"):
+        old = folder.with_name(f".old-{new.name}")
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _read(folder: Path) -> Run | None:
+    path = folder / "record.json"
+    try:
+        record = json.loads(_whole(folder, lambda: path.read_text(encoding="utf-8")))
+        return Run(record["chapter"], record["parameters"], record, folder)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:  # neither JSON nor UTF-8, or JSON of another form
+        raise ValueError(f"{path} is damaged ({error!r}); delete its folder and run the chapter again") from error
+
+
+def _whole(folder: Path, read: Callable[[], T]) -> T:
+    """What `read` finds in the folder of a run, also while another process puts a new run in its place."""
+    try:
+        return read()
+    except FileNotFoundError:
+        lock = folder.parent / ".lock"
+        if not lock.exists():  # nothing was ever written beside it
+            raise
+        with FileLock(lock):
+            return read()
+
+
+def _determining(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in parameters.items() if name != "device"}
+
+
+def _folder_name(parameters: Mapping[str, Any]) -> str:
+    parts = []
+    for name, value in sorted(parameters.items()):
+        part = f"{name}={value}"
+        if not set(part) <= _SAFE:
+            raise ValueError(f"{name}={value!r} cannot be part of a folder's name; use letters, digits and . _ + -")
+        parts.append(part)
+    return ",".join(parts) or "default"
+
+
+_SAFE = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._+-=")

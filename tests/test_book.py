@@ -1,0 +1,203 @@
+"""The rendered book: the real one, and small ones that show what happens to missing runs and to errors."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import jupytext
+import pytest
+import yaml
+from bs4 import BeautifulSoup
+
+from lib.data.card import DataCard
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+BOOK = REPOSITORY / "book"
+PAGES = [entry["file"] for entry in yaml.safe_load((BOOK / "_toc.yml").read_text())["chapters"]]
+PAGES += [yaml.safe_load((BOOK / "_toc.yml").read_text())["root"]]
+
+# Pages of one build are built once per worker.
+pytestmark = pytest.mark.xdist_group("book")
+
+
+def build(book: Path, output: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Build a book as the README says, but elsewhere."""
+    program = Path(sys.executable).with_name("jupyter-book")
+    return subprocess.run(
+        [program, "build", book, "--path-output", output, "-W", "-n", "--keep-going"],
+        env=os.environ | {"JUPYTER_PREFER_ENV_PATH": "1"} | environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+    )
+
+
+def notebooks() -> dict[str, object]:
+    """The pages of the book that hold code."""
+    pages = {page: jupytext.read(BOOK / f"{page}.md", fmt="md:myst") for page in PAGES}
+    return {page: notebook for page, notebook in pages.items() if "kernelspec" in notebook.metadata}
+
+
+@pytest.fixture(scope="session")
+def html(tmp_path_factory) -> Path:
+    """The folder of the real book's pages, built without data and without a GPU."""
+    output = tmp_path_factory.mktemp("book")
+    done = build(BOOK, output, EXPVAE_DATA=str(output / "no-data"), CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert "Validation errors" not in done.stdout  # in _config.yml; Jupyter Book goes on without a warning
+    return output / "_build" / "html"
+
+
+@pytest.fixture(scope="session")
+def soups(html) -> dict[str, BeautifulSoup]:
+    return {page: BeautifulSoup((html / f"{page}.html").read_text(encoding="utf-8"), "html.parser") for page in PAGES}
+
+
+def test_every_page_has_a_title(soups):
+    for page, soup in soups.items():
+        assert soup.select_one("article h1") is not None, page
+
+
+def test_images_are_there_and_have_alternative_text(soups, html):
+    count = 0
+    for page, soup in soups.items():
+        for image in soup.select("article img"):
+            count += 1
+            assert image.get("alt", "").strip(), f"{page}: {image}"
+            # Sphinx falls back to the name of the file, which says nothing.
+            assert not re.search(r"\.(png|svg|jpe?g)$", image["alt"]), f"{page}: {image}"
+            if not image["src"].startswith("data:"):
+                assert (html / unquote(image["src"])).stat().st_size > 0, f"{page}: {image}"
+    assert count > 0
+
+
+def test_no_page_shows_an_error(soups):
+    for page, soup in soups.items():
+        shown = soup.select_one("article").get_text()
+        assert "Traceback (most recent call last)" not in shown, page
+        assert not soup.select(".output.traceback, .output.stderr, .problematic, .system-message"), page
+
+
+def test_no_number_is_shown_as_python_writes_it(soups):
+    for page, soup in soups.items():
+        outputs = " ".join(output.get_text() for output in soup.select("article .cell_output"))
+        found = re.findall(r"np\.(?:float|int|bool|str)\w*\(|tensor\(|array\(|<[\w.]+ object at 0x|\bnan\b", outputs)
+        assert not found, f"{page}: {found}"
+
+
+def test_internal_links_lead_somewhere(soups, html):
+    targets = {f"{page}.html": {tag["id"] for tag in soup.select("[id]")} for page, soup in soups.items()}
+    count = 0
+    for page, soup in soups.items():
+        for link in soup.select("a[href]"):
+            address = urlsplit(link["href"])
+            if address.scheme or address.netloc:
+                continue
+            name = unquote(address.path) or f"{page}.html"
+            assert (html / name).is_file(), f"{page}: {link['href']}"
+            if address.fragment and name in targets:
+                assert unquote(address.fragment) in targets[name], f"{page}: {link['href']}"
+            count += 1
+    assert count > len(PAGES)
+
+
+def test_run_is_the_last_statement_of_its_cell():
+    # Where a run is missing the rest of the cell would still be executed, see lib.chapters.stop_page.
+    count = 0
+    for page, notebook in notebooks().items():
+        for cell in notebook.cells:
+            if cell.cell_type == "code" and "chapters.run(" in cell.source:
+                last = ast.parse(cell.source).body[-1]
+                assert "chapters.run(" in ast.unparse(last), page
+                count += 1
+    assert count > 0
+
+
+def test_make_reproduce_runs_every_chapter():
+    steps = subprocess.run(["make", "-n", "reproduce"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    executed = re.findall(r"papermill book/(\w+)\.md", steps.stdout)
+    assert set(executed) == set(notebooks())
+    assert re.findall(r"-p digit (\d)", steps.stdout) == ["1", "3"]
+    assert steps.stdout.rstrip().splitlines()[-1].endswith('_build/html/index.html"')
+
+
+HEADER = """\
+---
+jupytext:
+  text_representation:
+    extension: .md
+    format_name: myst
+kernelspec:
+  display_name: Python 3
+  name: python3
+---
+
+"""
+
+
+def small_book(folder: Path, text: str) -> Path:
+    """A book of one page with the real book's settings."""
+    book = folder / "book"
+    book.mkdir()
+    shutil.copy(REPOSITORY / "_config.yml", folder)
+    shutil.copy(BOOK / "references.bib", book)
+    (book / "_toc.yml").write_text("format: jb-book\nroot: index\n")
+    (book / "index.md").write_text(HEADER + textwrap.dedent(text))
+    return book
+
+
+def test_a_missing_run_is_named_and_shown_once_it_is_there(tmp_path):
+    book = small_book(
+        tmp_path,
+        """\
+        # A page without its run
+
+        ```{code-cell} ipython3
+        from lib import chapters
+        def compute():
+            raise AssertionError("computed while the book is built")
+        run = chapters.run("mnist", {"digit": 4}, compute)
+        ```
+
+        ```{code-cell} ipython3
+        print("folder:", run.folder.name)
+        ```
+
+        Text behind the run.
+        """,
+    )
+    store = tmp_path / "runs"
+    done = build(book, tmp_path, EXPVAE_RUNS=str(store))
+    assert done.returncode == 0, done.stdout[-5000:]
+    article = BeautifulSoup((tmp_path / "_build/html/index.html").read_text(), "html.parser").article
+    notice = article.select_one(".admonition.warning").get_text()
+    assert "No stored run of this chapter with digit = 4" in notice
+    assert "papermill book/mnist.md out.ipynb -p digit 4" in notice
+    assert "folder:" not in "".join(output.get_text() for output in article.select(".cell_output"))
+    assert "Text behind the run." in article.get_text()
+
+    # The page's text is as it was: the second build has to look at the store again all the same.
+    card = DataCard("mnist", "sample", {"train": 1}, {"train": 1}, "digest", "licence", "credit")
+    record = {"chapter": "mnist", "parameters": {"digit": 4}, "code": {}, "data": card.to_dict()}
+    (store / "mnist" / "digit=4").mkdir(parents=True)
+    (store / "mnist" / "digit=4" / "record.json").write_text(json.dumps(record))
+    done = build(book, tmp_path, EXPVAE_RUNS=str(store))
+    assert done.returncode == 0, done.stdout[-5000:]
+    article = BeautifulSoup((tmp_path / "_build/html/index.html").read_text(), "html.parser").article
+    assert not article.select(".admonition")
+    assert "folder: digit=4" in article.get_text()
+
+
+@pytest.mark.parametrize("code", ["raise ValueError('broken cell')", "import sys; print('a warning', file=sys.stderr)"])
+def test_an_error_or_a_warning_of_a_cell_fails_the_build(tmp_path, code):
+    book = small_book(tmp_path, f"# A page\n\n```{{code-cell}} ipython3\n{code}\n```\n")
+    assert build(book, tmp_path).returncode != 0

@@ -1,0 +1,343 @@
+"""Chapters under papermill: its command line is run as a user types it, on a small chapter."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import papermill
+import pytest
+from click.testing import CliRunner
+from papermill.cli import papermill as command
+
+from lib import chapters
+from lib.data.card import DataCard
+
+PARAMETERS = """\
+digit: int = 1  # 0 | 1 | 2 | 3; the inlier class
+layer: str = "conv3"  # conv1 | conv2 | conv3
+seed: int = 0  # 0 or more; a text with an = sign
+rate: float = 1e-3  # above 0; step size
+categories: str = "all"  # ; names
+quick: bool = False
+"""
+NAMES = "digit, layer, seed, rate, categories, quick"
+
+
+def chapter(parameters: str = PARAMETERS, code: str = "print([digit, layer, seed, rate, categories, quick])") -> str:
+    """The text of a chapter with a parameters cell and one more cell."""
+    return textwrap.dedent("""\
+        ---
+        jupytext:
+          text_representation:
+            extension: .md
+            format_name: myst
+        kernelspec:
+          display_name: Python 3
+          name: python3
+        ---
+
+        # A small chapter
+
+        ```{{code-cell}} ipython3
+        :tags: [parameters]
+        {parameters}
+        ```
+
+        ```{{code-cell}} ipython3
+        {code}
+        ```
+        """).format(parameters=parameters, code=code)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book" / "small.md").write_text(chapter())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_papermill(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [Path(sys.executable).with_name("papermill"), *words],
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def printed(path: Path) -> str:
+    """What the cells of an executed notebook printed."""
+    cells = nbformat.read(path, as_version=4).cells
+    return "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
+
+
+def injected(notebook) -> str:
+    (cell,) = [cell for cell in notebook.cells if "injected-parameters" in cell.metadata.get("tags", [])]
+    return cell.source
+
+
+def test_command_as_typed(folder):
+    words = "-p digit 3 -p categories 10 -r seed 7 -p rate 1 -p quick True"
+    done = run_papermill("book/small.md", "out.ipynb", *words.split())
+    assert done.returncode == 0, done.stderr
+    assert printed(folder / "out.ipynb") == "[3, 'conv3', 7, 1.0, '10', True]\n"
+    metadata = nbformat.read("out.ipynb", as_version=4).metadata
+    assert metadata.papermill.input_path == "book/small.md"
+    assert metadata.language_info.name == "python"
+    assert "does not end in" not in done.stderr
+
+
+BAD = [
+    ("-p digt 3", f"has no parameter 'digt'; it has {NAMES}."),
+    ("-p digit 9", "digit = 9 is not allowed; give a whole number: 0 | 1 | 2 | 3."),
+    ("-p digit seven", "digit = 'seven' is not allowed; give a whole number: 0 | 1 | 2 | 3."),
+    ("-p layer conv4", "layer = 'conv4' is not allowed; give text: conv1 | conv2 | conv3."),
+    ("-p seed -1", "seed = -1 is not allowed; give a whole number: 0 or more."),
+    ("-p rate 0", "rate = 0 is not allowed; give a number: above 0."),
+    ("-p quick 1", "quick = 1 is not allowed; give True or False."),
+    ("-r digit 3.0", "digit = '3.0' is not allowed; give a whole number: 0 | 1 | 2 | 3."),
+    ("-y {digit:[3]}", "digit = [3] is not allowed; give a whole number: 0 | 1 | 2 | 3."),
+    ("-f wrong.yml", "layer = 'conv4' is not allowed; give text: conv1 | conv2 | conv3."),
+    ("-b " + base64.b64encode(b"epochs: 3").decode(), f"has no parameter 'epochs'; it has {NAMES}."),
+]
+
+
+@pytest.mark.parametrize(("words", "sentence"), BAD)
+def test_bad_parameter_stops_the_command_before_anything_runs(folder, words, sentence):
+    (folder / "wrong.yml").write_text("digit: 3\nlayer: conv4\n")
+    (folder / "book" / "small.md").write_text(chapter(code="open('kernel-ran', 'w')"))
+    done = CliRunner().invoke(command, ["book/small.md", "out.ipynb", *words.split()])
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SystemExit)  # and no other, which would show a traceback
+    assert sentence in done.output.splitlines()[-1]
+    assert sorted(path.name for path in folder.iterdir()) == ["book", "wrong.yml"]
+
+
+def test_bad_parameter_in_a_process_of_its_own(folder):
+    done = run_papermill("book/small.md", "out.ipynb", "-p", "digt", "3")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"Error: book/small.md has no parameter 'digt'; it has {NAMES}."
+    assert "Traceback" not in done.stderr
+    assert not Path("out.ipynb").exists()
+
+
+@pytest.mark.parametrize("path", ["./book/small.md", "../{name}/book/small.md", "{folder}/book/small.md"])
+def test_other_spellings_of_the_path(folder, path):
+    path = path.format(name=folder.name, folder=folder)
+    notebook = papermill.execute_notebook(path, "out.ipynb", {"digit": 2}, prepare_only=True, progress_bar=False)
+    assert notebook.metadata.papermill.input_path == path
+    assert "digit = 2" in injected(nbformat.read("out.ipynb", as_version=4))
+    with pytest.raises(ValueError, match="digit = 4 is not allowed"):
+        papermill.execute_notebook(path, "no.ipynb", {"digit": 4}, prepare_only=True, progress_bar=False)
+    assert not Path("no.ipynb").exists()
+
+
+def test_parameters_from_yaml_text_and_file(folder):
+    Path("right.yml").write_text("layer: conv1\nrate: 0.5\n")
+    words = ["book/small.md", "out.ipynb", "--prepare-only", "-f", "./right.yml", "-y", "{digit: 3}"]
+    assert CliRunner().invoke(command, words).exit_code == 0
+    lines = injected(nbformat.read("out.ipynb", as_version=4)).splitlines()
+    assert sorted(lines) == ["# Parameters", "digit = 3", 'layer = "conv1"', "rate = 0.5"]
+
+
+def test_help_lists_types_defaults_and_choices(folder):
+    done = run_papermill("--help-notebook", "book/small.md")
+    assert done.returncode == 0
+    listing = " ".join(done.stdout.split())
+    assert "digit: int (default 1) 0 | 1 | 2 | 3; the inlier class" in listing
+    assert "layer: str (default 'conv3') conv1 | conv2 | conv3" in listing
+    assert "seed: int (default 0) 0 or more; a text with an = sign" in listing
+
+
+def test_plain_notebooks_in_the_same_process_are_as_before(folder):
+    plain = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    plain.metadata["language_info"] = {"name": "python"}
+    plain.cells = [nbformat.v4.new_code_cell("digit = 1", metadata={"tags": ["parameters"]})]
+    nbformat.write(plain, "plain.ipynb")
+    options = {"prepare_only": True, "progress_bar": False}
+    papermill.execute_notebook("book/small.md", "out.ipynb", {"digit": 3}, **options)
+    for path in ("plain.ipynb", "./plain.ipynb", str(folder / "plain.ipynb")):
+        notebook = papermill.execute_notebook(path, "out.ipynb", {"digit": 99, "other": [1]}, **options)
+        assert injected(notebook).splitlines() == ["# Parameters", "digit = 99", "other = [1]"]
+
+
+def test_two_chapters_in_one_process_keep_their_own_parameters(folder):
+    Path("book/other.md").write_text(chapter("beta: float = 1.0  # above 0", "print(beta)"))
+    options = {"prepare_only": True, "progress_bar": False}
+    papermill.inspect_notebook("book/small.md")
+    papermill.execute_notebook("book/other.md", "out.ipynb", {"beta": 2}, **options)
+    with pytest.raises(chapters.ChapterError, match=r"book/other.md has no parameter 'digit'; it has beta\."):
+        papermill.execute_notebook("book/other.md", "out.ipynb", {"digit": 1}, **options)
+    papermill.execute_notebook("book/small.md", "out.ipynb", {"digit": 1}, **options)
+
+
+def test_paths_that_papermill_injects_are_no_unknown_parameters(folder):
+    words = ["book/small.md", "out.ipynb", "--prepare-only", "--inject-paths"]
+    assert CliRunner().invoke(command, words).exit_code == 0
+    assert 'PAPERMILL_INPUT_PATH = "book/small.md"' in injected(nbformat.read("out.ipynb", as_version=4))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("absent.md", None, "There is no chapter book/absent.md."),
+        ("page.md", "# Only text\n", "book/page.md is not a chapter that can be run"),
+        ("broken.md", "---\njupytext: {text\n---\n", "book/broken.md is not a chapter that can be run"),
+        ("cell.md", chapter().replace("[parameters]", "[parameters"), "book/cell.md cannot be read as a MyST notebook"),
+        ("kernel.md", chapter().replace("kernelspec:", "kernel:"), "names no kernelspec"),
+        ("code.md", chapter("digit = 1"), "must read 'name: int|float|str|bool = value'"),
+        ("syntax.md", chapter("digit: int = "), "the parameters cell is not valid Python"),
+        ("default.md", chapter("digit: int = 7  # 0 | 1"), "the default of digit must be a whole number: 0 | 1:"),
+        ("kind.md", chapter('digit: int = "1"'), "the default of digit must be a whole number:"),
+        ("computed.md", chapter("digit: int = 1 + 1"), "the default of digit must be written out"),
+        ("comment.md", chapter("digit: int = 1  # the digit"), "must begin with 'a | b | c'"),
+        ("choices.md", chapter("digit: int = 1  # 1 | two"), "must begin with 'a | b | c'"),
+    ],
+)
+def test_a_file_that_is_no_chapter_gets_one_sentence(folder, name, text, sentence):
+    if text is not None:
+        Path("book", name).write_text(text)
+    with pytest.raises(chapters.ChapterError) as raised:
+        papermill.execute_notebook(f"book/{name}", "out.ipynb", progress_bar=False)
+    assert sentence in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert not Path("out.ipynb").exists()
+
+
+def test_a_chapter_is_never_overwritten(folder):
+    done = CliRunner().invoke(command, ["book/small.md", "./book/small.md", "--prepare-only"])
+    assert done.exit_code == 1
+    assert "give a name that ends in .ipynb" in done.output
+    assert Path("book/small.md").read_text() == chapter()
+
+
+@pytest.mark.parametrize(
+    ("kind", "constraint", "given", "expected"),
+    [
+        (int, "", "12", 12),
+        (int, "", np.int64(3), 3),
+        (int, "", True, None),
+        (int, "", 2.0, None),
+        (int, "", None, None),
+        (int, "", "1_0", None),
+        (int, "0 or more", 0, 0),
+        (int, "above 0", 0, None),
+        (float, "", 2, 2.0),
+        (float, "", "1e-3", 1e-3),
+        (float, "", True, None),
+        (float, "", float("nan"), None),
+        (float, "", "inf", None),
+        (float, "", 10**400, None),
+        (float, "0.1 | 0.2", 0.2, 0.2),
+        (float, "0.1 | 0.2", 0.3, None),
+        (float, "-1 or more", -1, -1.0),
+        (str, "", "x", "x"),
+        (str, "", 10, "10"),
+        (str, "", 0.5, None),
+        (str, "", False, None),
+        (str, "8 | 16", 16, "16"),
+        (bool, "", "true", True),
+        (bool, "", "False", False),
+        (bool, "", 0, None),
+        (bool, "", "yes", None),
+    ],
+)
+def test_values(kind, constraint, given, expected):
+    default = {int: 8, float: 0.1, str: "8", bool: True}[kind]
+    source = f"name: {kind.__name__} = {default!r}  # {constraint}; text"
+    cell = nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})
+    known = chapters.declared(nbformat.v4.new_notebook(cells=[cell]), "x.md")
+    if expected is None:
+        with pytest.raises(chapters.ChapterError, match=r"x\.md: name = "):
+            chapters.check({"name": given}, known, "x.md")
+    else:
+        value = chapters.check({"name": given}, known, "x.md")["name"]
+        assert value == expected
+        assert type(value) is kind
+
+
+def test_a_chapter_without_parameters_takes_none():
+    assert chapters.declared(nbformat.v4.new_notebook(), "x.md") == {}
+    with pytest.raises(chapters.ChapterError, match=r"x\.md has no parameter 'digit'; it has none"):
+        chapters.check({"digit": 1}, {}, "x.md")
+
+
+def test_stop_page_blanks_the_later_cells(folder):
+    code = textwrap.dedent("""\
+        from lib import chapters
+from lib.data.card import DataCard
+        chapters.stop_page("Nothing stored.")
+        print("the rest of the cell")
+        ```
+
+        ```{code-cell} ipython3
+        print("a later cell")
+        raise RuntimeError
+        ```
+
+        ```{code-cell} ipython3
+        %matplotlib no_such_backend""")
+    Path("book/small.md").write_text(chapter(code=code))
+    done = run_papermill("book/small.md", "out.ipynb", EXPVAE_MODE="read")
+    assert done.returncode == 0, done.stderr
+    assert printed(folder / "out.ipynb") == "the rest of the cell\n"
+    assert "Nothing stored." in json.dumps(nbformat.read("out.ipynb", as_version=4))
+
+
+def test_stop_page_outside_a_notebook_is_an_error():
+    with pytest.raises(RuntimeError, match="cells of a notebook"):
+        chapters.stop_page("Nothing stored.")
+
+
+@pytest.fixture
+def stored(folder, monkeypatch):
+    """A store with one run of the small chapter, for digit 2, and a function that must not be called."""
+    monkeypatch.setenv("EXPVAE_RUNS", str(folder / "runs"))
+    monkeypatch.setattr(chapters, "BOOK", folder / "book")
+    card = DataCard("mnist", "sample", {"train": 1}, {"train": 1}, "digest", "licence", "credit")
+    record = {"chapter": "small", "parameters": {"digit": 2}, "code": {}, "data": card.to_dict()}
+    path = folder / "runs" / "small" / "digit=2" / "record.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(record))
+    return path
+
+
+def must_not_compute():
+    raise AssertionError("computed while reading")
+
+
+def test_run_computes_unless_the_book_is_rendered(stored, monkeypatch):
+    monkeypatch.delenv("EXPVAE_MODE", raising=False)
+    assert chapters.run("small", {"digit": 2}, lambda: "computed") == "computed"
+
+
+def test_run_only_reads_while_the_book_is_rendered(stored, monkeypatch, capsys):
+    monkeypatch.setenv("EXPVAE_MODE", "read")
+    run = chapters.run("small", {"digit": 2}, must_not_compute)
+    assert run.parameters == {"digit": 2}
+    assert capsys.readouterr().out == ""
+
+
+def test_stale_run_is_shown_with_the_command(stored, monkeypatch, capsys):
+    monkeypatch.setenv("EXPVAE_MODE", "read")
+    stored.write_text(json.dumps(json.loads(stored.read_text()) | {"code": {"lib.chapters": "another hash"}}))
+    assert chapters.run("small", {"digit": 2}, must_not_compute) is not None
+    shown = capsys.readouterr().out
+    assert "stale: lib.chapters changed" in shown
+    assert "papermill book/small.md out.ipynb -p digit 2" in shown
+
+
+def test_command_names_what_differs_from_the_defaults(stored):
+    given = {"digit": 1, "layer": "conv1", "categories": "two words", "rate": 0.001, "undeclared": 3}
+    assert chapters.command("small", given) == (
+        "papermill book/small.md out.ipynb -p layer conv1 -p categories 'two words'"
+    )

@@ -1,0 +1,414 @@
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from filelock import FileLock
+from matplotlib.figure import Figure
+
+from lib import provenance, runs
+from lib.data.card import DataCard
+from lib.recipes import MNIST
+
+HERE = Path(__file__)
+PARAMETERS = {"digit": 1, "seed": 0}
+CHAPTER = """\
+# Mini
+
+```{code-cell} ipython3
+def compute():
+    return digit + 1
+```
+
+```{code-cell} ipython3
+run = chapters.run("mini", {"digit": digit}, compute)
+```
+
+```{code-cell} ipython3
+print(run.metrics)
+```
+"""
+
+
+def card(kind="complete"):
+    counts = {"train": 60_000, "test": 10_000}
+    return DataCard("mnist", kind, counts, counts, "ab" * 32, "CC BY-SA 3.0", "MNIST, LeCun et al.", "")
+
+
+def panel():
+    figure = Figure(figsize=(1, 1))
+    figure.add_subplot().plot([0, 1])
+    return figure
+
+
+def save(parameters=PARAMETERS, chapter="mini", value=0.5, **changes):
+    arguments = {
+        "metrics": [runs.row("AUROC", value, "ours", "digit 7", low=0.25, high=0.75, n=9), runs.row("units", None)],
+        "losses": {"kl": [2.0, value]},
+        "arrays": {"curve": np.full(500, value, np.float32), "count": np.arange(3, dtype=np.uint8)},
+        "figures": {"panel": panel()},
+        "card": card(),
+        "recipe": MNIST["report2"],
+        "budget": {"unit": "epochs", "asked": 200, "used": 2},
+        "seconds": {"training": 1.5},
+        "device": "cpu: 2 threads, AVX2",
+    }
+    return runs.save(chapter, parameters, **(arguments | changes))
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path, monkeypatch):
+    monkeypatch.setenv("EXPVAE_RUNS", str(tmp_path / "store"))
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository in which a run uses one module, lib.training."""
+    folder = tmp_path / "repository"
+    modules = {name: "x = 1" for name in ("lib/__init__.py", "lib/training.py", "lib/runs.py", "lib/unused.py")}
+    for name, text in {**modules, "book/mini.md": CHAPTER}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    monkeypatch.setattr(provenance, "REPOSITORY", folder)
+    monkeypatch.setattr(provenance, "library_modules", lambda: ["lib", "lib.runs", "lib.training"])
+    return folder
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# --- round trip ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_is_found_again(store):
+    save()
+    run = runs.load("mini", {"seed": 0, "digit": 1})
+    assert run.chapter == "mini"
+    assert run.parameters == PARAMETERS
+    assert run.folder == store / "mini" / "digit=1,seed=0"
+    assert run.arrays.keys() == {"curve", "count"}
+    assert run.arrays["curve"].dtype == np.float32
+    assert run.arrays["curve"].tolist() == [0.5] * 500
+    assert run.arrays["count"].tolist() == [0, 1, 2]
+    assert run.card == card()
+    assert run.figure("panel").read_bytes().startswith(b"\x89PNG")
+    assert files(store) == [
+        "mini/.lock",
+        "mini/digit=1,seed=0/arrays.npz",
+        "mini/digit=1,seed=0/figures/panel.png",
+        "mini/digit=1,seed=0/record.json",
+    ]
+    assert run.folder.stat().st_mode & 0o777 == 0o755
+
+
+def test_the_record_says_where_the_run_comes_from(repository):
+    record = save(extra={"weights": {"key": "abc"}}).record
+    assert record["recipe"]["epochs"] == 200
+    assert record["recipe"]["source"] == MNIST["report2"].source
+    assert record["budget"] == {"unit": "epochs", "asked": 200, "used": 2}
+    assert record["losses"] == {"kl": [2.0, 0.5]}
+    assert record["seconds"] == {"training": 1.5}
+    assert record["device"] == "cpu: 2 threads, AVX2"
+    assert record["versions"] == provenance.versions()
+    assert record["git"] == provenance.commit()
+    assert record["data"] == card().to_dict()
+    assert record["weights"] == {"key": "abc"}
+    assert record["code"] == provenance.code_hashes(["book/mini.md", "lib.training"])
+    assert save(chapter="benchmark").record["code"] == provenance.code_hashes(["lib.training"])  # has no chapter
+    assert abs(time.time() - pd.Timestamp(record["created"]).timestamp()) < 300
+
+
+def test_metrics_are_a_table_of_rows():
+    metrics = save().metrics
+    assert list(metrics.columns) == ["metric", "method", "subset", "value", "low", "high", "n"]
+    assert metrics.iloc[0].to_dict() == {
+        "metric": "AUROC",
+        "method": "ours",
+        "subset": "digit 7",
+        "value": 0.5,
+        "low": 0.25,
+        "high": 0.75,
+        "n": 9,
+    }
+    assert metrics.iloc[1][["value", "low", "high", "n"]].isna().all()
+    assert list(save(metrics=[]).metrics.columns) == runs.METRIC_COLUMNS
+
+
+def test_one_number_by_name():
+    run = save()
+    assert run.metric("AUROC", "ours", "digit 7")["high"] == 0.75
+    assert run.metric("units")["value"] is None
+    with pytest.raises(KeyError, match="has no metric 'AUROC' of 'theirs' on 'digit 7'"):
+        run.metric("AUROC", "theirs", "digit 7")
+
+
+def test_a_missing_figure_names_those_that_are_there():
+    with pytest.raises(FileNotFoundError, match=r"has no figure 'maps'; it has: panel$"):
+        save().figure("maps")
+    with pytest.raises(FileNotFoundError, match=r"it has: none$"):
+        save(figures={}).figure("maps")
+
+
+@pytest.mark.parametrize(("commit", "end"), [("0123456789abcdef", "(01234567)"), (None, "(no commit)")])
+def test_label(monkeypatch, commit, end):
+    monkeypatch.setattr(provenance, "commit", lambda: {"commit": commit, "dirty": None})
+    assert save().label == f"mini: digit=1, seed=0 {end}"
+
+
+def test_a_second_run_takes_the_place_of_the_first(store):
+    save(value=0.5, figures={"old": panel()})
+    run = save(value=0.75)
+    assert run.metric("AUROC", "ours", "digit 7")["value"] == 0.75
+    assert files(run.folder) == ["arrays.npz", "figures/panel.png", "record.json"]
+    assert len(runs.find()) == 1
+
+
+def test_find_selects_by_chapter_and_parameters(store):
+    for seed in (2, 0, 1):
+        save({"digit": 3, "seed": seed})
+    save({"digit": 1, "seed": 0})
+    save({"layer": "conv1"}, chapter="other")
+    assert [run.folder.name for run in runs.find("mini")] == [
+        "digit=1,seed=0",
+        "digit=3,seed=0",
+        "digit=3,seed=1",
+        "digit=3,seed=2",
+    ]
+    assert len(runs.find()) == 5
+    assert [run.parameters["seed"] for run in runs.find("mini", digit=3)] == [0, 1, 2]
+    assert [run.chapter for run in runs.find(layer="conv1")] == ["other"]
+    assert runs.find("mini", digit=9) == runs.find("nothing") == []
+
+
+def test_half_written_runs_are_not_found(store):
+    hidden = store / "mini" / ".writing-abc"
+    save().folder.rename(hidden)
+    assert (hidden / "record.json").exists()
+    assert runs.find() == []
+
+
+def test_looking_for_a_run_creates_nothing(store):
+    assert runs.load("mini", PARAMETERS) is None
+    assert runs.find() == []
+    assert not store.exists()
+
+
+def test_the_device_is_no_part_of_a_run():
+    run = save(PARAMETERS | {"device": "cuda"})
+    assert run.parameters == PARAMETERS
+    assert runs.load("mini", PARAMETERS | {"device": "auto"}).folder == run.folder
+
+
+def test_a_chapter_without_parameters_keeps_its_other_runs():
+    save()
+    save({})
+    assert runs.load("mini", {}).parameters == {}
+    assert len(runs.find("mini")) == 2
+
+
+def test_auto_prefers_real_data(store):
+    auto = {"digit": 1, "data": "auto"}
+    assert runs.load("mini", auto) is None
+    sample = save(auto, card=card("sample"))
+    assert sample.parameters == {"digit": 1, "data": "sample"}
+    assert runs.load("mini", auto).parameters["data"] == "sample"
+    assert runs.load("mini", {"digit": 1, "data": "real"}) is None
+    real = save(auto, card=card("partial"))
+    assert real.parameters == {"digit": 1, "data": "real"}
+    assert runs.load("mini", auto).card.kind == "partial"
+    assert runs.load("mini", {"digit": 1, "data": "sample"}).card.kind == "sample"
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("read", True), ("", False), ("compute", False), (None, False)])
+def test_reading(monkeypatch, mode, expected):
+    monkeypatch.delenv("EXPVAE_MODE", raising=False)
+    if mode is not None:
+        monkeypatch.setenv("EXPVAE_MODE", mode)
+    assert runs.reading() is expected
+
+
+def test_the_store_is_in_the_repository_unless_said_otherwise(monkeypatch, store):
+    assert runs.root() == store
+    monkeypatch.delenv("EXPVAE_RUNS")
+    assert runs.root() == HERE.parents[1] / "runs"
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("metrics", {"metrics": [runs.row("AUROC", float("nan"))]}),
+        ("metrics", {"metrics": [runs.row("AUROC", 0.5, low=float("-inf"))]}),
+        ("metrics", {"metrics": [runs.row("AUROC", np.float64("nan"))]}),
+        ("metrics", {"metrics": [runs.row("AUROC", 0.5) | {"n": np.int64(3)}]}),
+        ("losses", {"losses": {"kl": [1.0, float("inf")]}}),
+        ("seconds", {"seconds": {"training": float("nan")}}),
+        ("ours", {"extra": {"ours": {"value": float("nan")}}}),
+    ],
+)
+def test_what_json_cannot_hold_is_refused(store, part, changes):
+    with pytest.raises(ValueError, match=rf"^{part} of the run digit=1,seed=0 cannot be stored: JSON takes finite"):
+        save(**changes)
+    assert not store.exists()
+
+
+@pytest.mark.parametrize("array", [np.array([{}]), np.array([None]), np.zeros(2, [("a", object)])])
+def test_arrays_of_objects_are_refused(store, array):
+    with pytest.raises(ValueError, match=r"^arrays\['maps'\] of the run digit=1,seed=0 holds Python objects"):
+        save(arrays={"curve": np.zeros(3), "maps": array})
+    assert not store.exists()
+
+
+def test_pickles_are_not_read():
+    run = save()
+    np.savez(run.folder / "arrays.npz", planted=np.array([{}]))
+    with pytest.raises(ValueError, match="allow_pickle"):
+        _ = run.arrays
+
+
+@pytest.mark.parametrize("value", ["a/b", "../..", "a,seed=1", "a b", "a\\b", "a\0", "ä", "a:b", "*"])
+def test_values_that_are_no_part_of_a_name_are_refused(store, value):
+    for act in (save, lambda parameters: runs.load("mini", parameters)):
+        with pytest.raises(ValueError, match=r"^digit='.*' cannot be part of a folder's name; use letters, digits"):
+            act({"digit": value})
+    assert not store.exists()
+
+
+class Undrawable(Figure):
+    def savefig(self, *arguments, **options):
+        raise OSError("No space left on device")
+
+
+def test_a_failed_save_leaves_the_earlier_run_alone(store):
+    before = save(value=0.5)
+    kept = {name: (store / name).read_bytes() for name in files(store)}
+    with pytest.raises(OSError, match="No space left"):
+        save(value=0.75, figures={"panel": panel(), "broken": Undrawable()})
+    assert {name: (store / name).read_bytes() for name in files(store)} == kept
+    assert sorted(path.name for path in before.folder.parent.iterdir()) == [".lock", "digit=1,seed=0"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"chapter": "mini", "para', b"{}", b"[]", b"null", b'"a"', b"\xff\xfe{}"])
+def test_a_damaged_record_is_named(content):
+    path = save().folder / "record.json"
+    path.write_bytes(content)
+    for act in (runs.find, lambda: runs.load("mini", PARAMETERS)):
+        with pytest.raises(
+            ValueError, match=r"is damaged \(.*\); delete its folder and run the chapter again"
+        ) as caught:
+            act()
+        assert str(caught.value).startswith(str(path))
+
+
+# --- stale marks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "stale"),
+    [
+        ("lib/training.py", "x = 1", "x = 2", ["lib.training"]),
+        ("lib/training.py", "x = 1", '"""What x is."""\n\nx = 1  # one', []),
+        ("lib/unused.py", "x = 1", "x = 2", []),
+        ("lib/runs.py", "x = 1", "x = 2", []),
+        ("book/mini.md", "digit + 1", "digit + 2", ["book/mini.md"]),
+        ("book/mini.md", "# Mini", "# The mini chapter", []),
+        ("book/mini.md", "print(run.metrics)", "print(run.losses)", []),
+    ],
+)
+def test_stale_mark(repository, file, old, new, stale):
+    save()
+    assert runs.load("mini", PARAMETERS).stale == []
+    text = (repository / file).read_text()
+    assert old in text
+    (repository / file).write_text(text.replace(old, new))
+    assert runs.load("mini", PARAMETERS).stale == stale
+    (repository / file).write_text(text)
+    assert runs.load("mini", PARAMETERS).stale == []
+
+
+def test_a_run_of_a_removed_module_is_stale(repository):
+    save()
+    (repository / "lib" / "training.py").unlink()
+    assert runs.load("mini", PARAMETERS).stale == ["lib.training"]
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["record", "arrays"])
+def test_a_reader_waits_for_a_writer_between_its_two_renames(part):
+    run, missing = save(), threading.Event()
+    away = run.folder.with_name(".old-x")
+
+    def replace():
+        with FileLock(run.folder.parent / ".lock"):
+            run.folder.rename(away)
+            missing.set()
+            time.sleep(0.3)
+            away.rename(run.folder)
+
+    writer = threading.Thread(target=replace)
+    writer.start()
+    missing.wait()
+    assert not run.folder.exists()
+    if part == "record":
+        assert runs.load("mini", PARAMETERS).parameters == PARAMETERS
+    else:
+        assert run.arrays.keys() == {"curve", "count"}
+    writer.join()
+
+
+def write_often(name, value, count):
+    """Save the same run many times, from the moment that the file `go` is there."""
+    (runs.root() / f"{name}.ready").touch()
+    while not (runs.root() / "go").exists():
+        time.sleep(0.005)
+    for _ in range(count):
+        save(value=value, figures={})
+
+
+def test_two_writers_and_a_reader(store):
+    save(value=0.0)
+    values = (1.0, 2.0)
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"import {HERE.stem}; {HERE.stem}.write_often('{value}', {value}, 20)"],
+            cwd=HERE.parent,
+        )
+        for value in values
+    ]
+    try:
+        limit = time.monotonic() + 300
+        while len(list(store.glob("*.ready"))) < 2:
+            assert all(writer.poll() is None for writer in writers)
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        (store / "go").touch()
+        seen = set()
+        while any(writer.poll() is None for writer in writers):
+            run = runs.load("mini", PARAMETERS)
+            seen.add(run.metric("AUROC", "ours", "digit 7")["value"])
+            assert np.unique(run.arrays["curve"]).item() in {0.0, *values}
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.wait()
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert seen & set(values)
+    assert seen <= {0.0, *values}
+
+    (run,) = runs.find("mini")
+    value = run.metric("AUROC", "ours", "digit 7")["value"]
+    assert value in values
+    assert np.unique(run.arrays["curve"]).tolist() == [value]
+    assert json.loads((run.folder / "record.json").read_text()) == run.record
+    assert sorted(path.name for path in run.folder.parent.iterdir()) == [".lock", "digit=1,seed=0"]

@@ -1,0 +1,260 @@
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lib import provenance, training, weights
+from lib.recipes import Recipe
+
+RECIPE = Recipe(source="test", epochs=100, batch_size=4, learning_rate=1e-2, latent_dim=2)
+STEPS = 10  # two epochs of 20 images
+HERE = Path(__file__)
+
+
+class TinyVAE(nn.Module):
+    """Calls `event` with the number of the training step, from 1, before the step."""
+
+    def __init__(self, event=lambda step: None):
+        super().__init__()
+        self.encoder, self.decoder = nn.Conv2d(1, 4, 4), nn.Linear(2, 16)
+        self.event, self.steps = event, 0
+
+    def encode(self, x_BCYX):
+        if self.training:
+            self.steps += 1
+            self.event(self.steps)
+        return self.encoder(x_BCYX).flatten(1).chunk(2, dim=1)
+
+    def decode(self, z_BI):
+        return self.decoder(z_BI).unflatten(1, (1, 4, 4))
+
+
+class OtherVAE(TinyVAE):
+    pass
+
+
+def images(count=20, first=0):
+    return (torch.arange(first, first + count * 16) * 37 % 256).to(torch.uint8).reshape(count, 1, 4, 4)
+
+
+def trained(make=TinyVAE, train_NCYX=None, validation_NCYX=None, recipe=RECIPE, **options):
+    options = {"epochs": 2, "seed": 0, "device": torch.device("cpu"), "progress": False} | options
+    train_NCYX = images() if train_NCYX is None else train_NCYX
+    validation_NCYX = images(4, 1000) if validation_NCYX is None else validation_NCYX
+    return weights.trained(make, train_NCYX, validation_NCYX, recipe, **options)
+
+
+def use(repository, cache, patch):
+    patch.setattr(provenance, "REPOSITORY", repository)
+    patch.setenv("EXPVAE_CACHE", str(cache))
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository of two files: the training loop, and this file as the module of the model."""
+    folder = tmp_path / "repository"
+    (folder / "lib").mkdir(parents=True)
+    (folder / "lib" / "training.py").write_text("x = 1")
+    (folder / f"{__name__}.py").write_text("x = 1")
+    use(folder, tmp_path / "cache", monkeypatch)
+    return folder
+
+
+@pytest.fixture
+def frequent_checkpoints(monkeypatch):
+    monkeypatch.setattr(training, "train", partial(training.train, checkpoint_seconds=0.0))
+
+
+def stored(ending=".safetensors"):
+    return sorted(path for path in weights.folder().iterdir() if path.name.endswith(ending))
+
+
+def assert_same_model(ours, theirs):
+    for (name, value), other in zip(ours.model.state_dict().items(), theirs.model.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
+
+
+def test_folder_of_the_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("EXPVAE_CACHE", str(tmp_path))
+    assert weights.folder() == tmp_path
+    monkeypatch.delenv("EXPVAE_CACHE")
+    assert weights.folder() == Path.home() / ".cache" / "expvae"
+
+
+def test_nothing_is_trained_twice(repository):
+    first = trained()
+    second = trained(lambda: TinyVAE(lambda step: pytest.fail("trained again")))
+    assert (first.reused, second.reused) == (False, True)
+    assert first.key == second.key
+    assert first.history == second.history
+    assert first.device == second.device == provenance.describe_device(torch.device("cpu"))
+    assert_same_model(first, second)
+    assert not first.model.training
+    assert not second.model.training
+    assert [path.suffix for path in sorted(weights.folder().iterdir())] == [".lock", ".safetensors"]
+
+
+def test_the_model_is_the_one_that_the_loop_trains(repository):
+    expected = training.build(TinyVAE, 0)
+    history = training.train(expected, images(), images(4, 1000), RECIPE, epochs=2, seed=0, progress=False)
+    result = trained()
+    for value, other in zip(result.model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(value, other)
+    assert result.history.kl == pytest.approx(history.kl)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"epochs": 3},
+        {"make": OtherVAE},
+        {"recipe": replace(RECIPE, batch_size=5)},
+        {"recipe": replace(RECIPE, learning_rate=1e-3)},
+        {"recipe": replace(RECIPE, latent_dim=3)},
+        {"recipe": replace(RECIPE, reduction="mean")},
+        {"recipe": replace(RECIPE, betas=(0.8, 0.999))},
+        {"recipe": replace(RECIPE, epsilon=1e-7)},
+        {"recipe": replace(RECIPE, kl_warmup_epochs=1)},
+        {"train_NCYX": images().flip(0)},
+        {"train_NCYX": images() ^ torch.tensor([1] + [0] * 15, dtype=torch.uint8).reshape(1, 4, 4)},
+        {"validation_NCYX": images(4, 1001)},
+    ],
+    ids=lambda change: " ".join(map(str, change)),
+)
+def test_another_training_is_not_taken_for_this_one(repository, change):
+    first = trained()
+    other = trained(**change)
+    assert not other.reused
+    assert other.key != first.key
+    assert trained().reused  # beside it, not in its place
+
+
+@pytest.mark.parametrize("name", ["lib/training.py", f"{__name__}.py"])
+def test_weights_of_other_code_are_not_reused(repository, name):
+    trained()
+    (repository / name).write_text('"""What x is."""\n\nx = 1  # one')
+    assert trained().reused
+    (repository / name).write_text("x = 2")
+    assert not trained().reused
+
+
+def test_what_cannot_change_the_weights_does_not_count(repository):
+    trained()
+    (repository / "lib" / "figures.py").write_text("x = 1")
+    assert trained(recipe=replace(RECIPE, source="elsewhere", epochs=7)).reused
+
+
+def test_a_model_whose_code_cannot_be_seen_is_refused(repository):
+    (repository / f"{__name__}.py").unlink()
+    with pytest.raises(ValueError, match=rf"make builds a {__name__}\.TinyVAE, whose code is not in this repository"):
+        trained()
+    assert not weights.folder().exists()
+
+
+def test_a_training_that_was_cut_off_goes_on(repository, frequent_checkpoints, monkeypatch, tmp_path):
+    def interrupt(step):
+        if step == 7:
+            raise KeyboardInterrupt
+
+    taken = []
+    with pytest.raises(KeyboardInterrupt):
+        trained(lambda: TinyVAE(interrupt))
+    assert stored() == []
+    resumed = trained(lambda: TinyVAE(taken.append))
+    assert len(taken) == STEPS - 6
+    assert not resumed.reused
+    assert stored(".checkpoint") == []
+    monkeypatch.setenv("EXPVAE_CACHE", str(tmp_path / "empty cache"))
+    uninterrupted = trained()
+    assert not uninterrupted.reused
+    assert_same_model(resumed, uninterrupted)
+    assert resumed.history.kl == uninterrupted.history.kl
+
+
+def test_a_training_that_diverges_stores_no_weights(repository):
+    with pytest.raises(training.TrainingDivergedError, match="no longer finite"):
+        trained(recipe=replace(RECIPE, learning_rate=1e39))
+    assert stored() == []
+
+
+def test_what_a_killed_process_left_is_swept_up(repository):
+    trained()
+    (path,) = stored()
+    checkpoint = path.with_suffix(".checkpoint")
+    leftovers = [path.with_name(f"{path.name}.1.tmp"), path.with_name(f"{checkpoint.name}.1.tmp"), checkpoint]
+    stranger = path.with_name("OtherVAE-0123.safetensors.1.tmp")
+    for file in [*leftovers, stranger]:
+        file.touch()
+    assert trained().reused
+    assert not any(file.exists() for file in leftovers)
+    assert stranger.exists()
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+def test_damaged_weights_are_named(repository, kept):
+    trained()
+    (path,) = stored()
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * kept)])
+    with pytest.raises(ValueError, match=r"is damaged \(.*\); delete it and run again$") as caught:
+        trained()
+    assert str(caught.value).startswith(str(path))
+    path.unlink()
+    assert not trained().reused
+
+
+def test_a_damaged_checkpoint_is_named(repository):
+    trained()
+    (path,) = stored()
+    path.rename(path.with_suffix(".checkpoint"))
+    path.with_suffix(".checkpoint").write_bytes(b"half a checkpoint")
+    with pytest.raises(ValueError, match=r"\.checkpoint is damaged \(.*\); delete it and run again$"):
+        trained()
+    path.with_suffix(".checkpoint").unlink()
+    assert not trained().reused
+
+
+# --- two processes ---------------------------------------------------------------------------------------------------
+
+
+def child(repository, cache, started):
+    """Train, slowly from the moment that the file `started` is there."""
+
+    def event(step):
+        if step == 2:
+            started.touch()
+            time.sleep(1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        use(repository, cache, patch)
+        result = trained(lambda: TinyVAE(event))
+    print(json.dumps({"reused": result.reused, "kl": result.history.kl}))
+
+
+def test_two_processes_train_once(repository, tmp_path):
+    started = tmp_path / "started"
+    call = f"child(Path({str(repository)!r}), Path({str(weights.folder())!r}), Path({str(started)!r}))"
+    command = [sys.executable, "-c", f"from pathlib import Path; import {HERE.stem}; {HERE.stem}.{call}"]
+    process = subprocess.Popen(command, cwd=HERE.parent, stdout=subprocess.PIPE, text=True)
+    try:
+        limit = time.monotonic() + 300
+        while not started.exists():
+            assert process.poll() is None
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        assert stored() == []
+        second = trained(lambda: TinyVAE(lambda step: pytest.fail("both processes train")))
+        first = json.loads(process.communicate(timeout=300)[0])
+    finally:
+        process.kill()
+        process.wait()
+    assert (first["reused"], second.reused) == (False, True)
+    assert first["kl"] == second.history.kl

@@ -319,7 +319,7 @@ def to_html(table: pd.DataFrame, caption: str) -> str:
         body = table.to_html(index=False, na_rep="", border=0, justify="left", classes="published")
     body = body.replace("\\n", "<br>").replace("<th>", '<th scope="col">').replace("<td>", f'<td style="{CELL}">')
     body = body.replace("<table", f'<table style="min-width: {7 * len(table.columns)}rem"', 1)
-    body = body.replace("<thead>", f"<caption>{caption}</caption>\n  <thead>", 1)
+    body = body.replace("<thead>", f'<caption style="text-align: left">{caption}</caption>\n  <thead>', 1)
     return f'<div style="overflow-x: auto" role="region" tabindex="0" aria-label="{caption}">\n{body}\n</div>'
 
 

@@ -26,7 +26,7 @@ import pandas as pd
 from filelock import FileLock
 from matplotlib.figure import Figure
 
-from lib import provenance
+from lib import provenance, recipes
 from lib.data import root as data_root
 from lib.data.card import DataCard, survey
 from lib.data.catalogue import SOURCES
@@ -79,9 +79,11 @@ class Run:
     @property
     def label(self) -> str:
         """The run in one line: chapter, parameters and commit."""
-        commit = self.record["git"]["commit"]
+        git = self.record["git"]
+        commit = git["commit"][:8] if git["commit"] else "no commit"
+        commit += " with changes" if git["dirty"] else ""
         name = _folder_name(self.parameters).replace(",", ", ")
-        return f"{self.chapter}: {name} ({commit[:8] if commit else 'no commit'})"
+        return f"{self.chapter}: {name} ({commit})"
 
     @property
     def caption(self) -> str:
@@ -96,13 +98,15 @@ class Run:
 
     @cached_property
     def stale(self) -> list[str]:
-        """What has changed since the run: modules of the library, the chapter's own computation, the data at hand.
+        """What has changed since the run: modules of the library, the chapter's own computation, recipe, data at hand.
 
         Data count as changed where there are some and they are others; where there are none there is no telling.
         """
         then = self.record["code"]
         now = provenance.code_hashes(then)
         changed = sorted(name for name in then if now[name] != then[name])
+        if not _is_current(self.record["recipe"]):
+            changed.append("recipe")
         if self.card.kind != "sample" and _data_digest(self.card.name) not in (None, self.card.digest):
             changed.append(f"data {self.card.name}")
         return changed
@@ -259,6 +263,14 @@ def save(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return _read(folder)
+
+
+def _is_current(recipe: dict[str, Any]) -> bool:
+    """Whether a recipe with these values, whatever its name and source, is still among the recipes."""
+    tables = [table for table in vars(recipes).values() if isinstance(table, dict)]
+    known = [asdict(entry) for table in tables for entry in table.values() if isinstance(entry, Recipe)]
+    # As JSON has them: tuples are lists there.
+    return any(json.loads(json.dumps(entry | {"source": ""})) == recipe | {"source": ""} for entry in known)
 
 
 @cache

@@ -274,7 +274,6 @@ def test_a_chapter_without_parameters_takes_none():
 def test_stop_page_blanks_the_later_cells(folder):
     code = textwrap.dedent("""\
         from lib import chapters
-from lib.data.card import DataCard
         chapters.stop_page("Nothing stored.")
         print("the rest of the cell")
         ```

@@ -1,5 +1,7 @@
 import csv
+import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -7,6 +9,8 @@ import pytest
 from pybtex.database import parse_file
 
 from lib import reported
+from lib.data.card import DataCard
+from lib.recipes import MNIST
 from lib.reported import CLAIMS, COLUMNS, NO_RUN, beside, decide, read, to_html, verdicts, wide
 from lib.runs import Run, row
 
@@ -14,16 +18,19 @@ BOOK = Path(__file__).resolve().parents[1] / "book"
 PAPER, CODE = "attention, paper", "attention, authors' code"
 
 
+COUNTS = {"train": 60000, "test": 10000}
+
+
 def make_run(digit=1, seed=0, *, metrics=(), kind="complete", used=100, stale=False, recipe="liu2020", chapter="mnist"):
     parameters = {"digit": digit, "recipe": recipe, "seed": seed, "epochs": used, "data": "real"}
     record = {
         "metrics": list(metrics),
         "budget": {"unit": "epochs", "asked": 100, "used": used},
-        "recipe": {"batch_size": 128, "learning_rate": 0.001},
+        "recipe": json.loads(json.dumps(asdict(MNIST["liu2020"]))),
         "seconds": {"training": 3725.0},
         "device": "cpu: 2 threads",
-        "data": {"kind": kind, "counts": {"train": 60000, "test": 10000}},
-        "git": {"commit": "0123456789abcdef"},
+        "data": DataCard("mnist", kind, COUNTS, COUNTS, "digest", "licence", "credit").to_dict(),
+        "git": {"commit": "0123456789abcdef", "dirty": False},
         "code": {"lib.reported": "another hash"} if stale else {},
     }
     return Run(chapter, parameters, record, Path("nowhere"))

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -156,9 +157,16 @@ def test_a_missing_figure_names_those_that_are_there():
         save(figures={}).figure("maps")
 
 
-@pytest.mark.parametrize(("commit", "end"), [("0123456789abcdef", "(01234567)"), (None, "(no commit)")])
-def test_label(monkeypatch, commit, end):
-    monkeypatch.setattr(provenance, "commit", lambda: {"commit": commit, "dirty": None})
+@pytest.mark.parametrize(
+    ("commit", "dirty", "end"),
+    [
+        ("0123456789abcdef", False, "(01234567)"),
+        ("0123456789abcdef", True, "(01234567 with changes)"),
+        (None, None, "(no commit)"),
+    ],
+)
+def test_label(monkeypatch, commit, dirty, end):
+    monkeypatch.setattr(provenance, "commit", lambda: {"commit": commit, "dirty": dirty})
     assert save().label == f"mini: digit=1, seed=0 {end}"
 
 
@@ -333,6 +341,15 @@ def test_stale_mark(repository, file, old, new, stale):
     assert runs.load("mini", PARAMETERS).stale == stale
     (repository / file).write_text(text)
     assert runs.load("mini", PARAMETERS).stale == []
+
+
+def test_a_run_by_a_recipe_that_has_changed_is_stale(monkeypatch):
+    save()
+    changed = dataclasses.replace(MNIST["report2"], learning_rate=5e-4)
+    monkeypatch.setitem(MNIST, "report2", dataclasses.replace(MNIST["report2"], source="another page"))
+    assert runs.load("mini", PARAMETERS).stale == []
+    monkeypatch.setitem(MNIST, "report2", changed)
+    assert runs.load("mini", PARAMETERS).stale == ["recipe"]
 
 
 def test_a_run_of_a_removed_module_is_stale(repository):

@@ -53,7 +53,7 @@ def test_histograms_show_shares():
 
 def test_training_curves_hold_every_epoch():
     names = ("reconstruction", "kl", "validation_reconstruction", "validation_kl")
-    losses = {name: [100.0, 50, 20, 10, 9, 8, 7] for name in names}
+    losses = {name: [100.0, 50.0, 20.0, 10.0, 9.0, 8.0, 7.0] for name in names}
     for axis in figures.training_curves(losses).axes:
         assert [list(line.get_ydata()) for line in axis.lines] == [losses["kl"]] * 2
 

@@ -45,6 +45,7 @@ published: $(INSTALLED)
 	  $(BIN)/papermill book/mnist.md $(EXECUTED)/mnist-$$digit-$$seed.ipynb \
 	    -p digit $$digit -p seed $$seed -p data real || exit 1; \
 	done; done
+	$(BIN)/python benchmarks/training.py --data real
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:3]; sys.exit(None if (3, 11, 4) <= v < (3, 14) else \

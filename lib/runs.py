@@ -137,7 +137,9 @@ class Run:
         raise KeyError(f"the run {self.label} has no metric {metric!r} of {method!r} on {subset!r}")
 
 
-def row(metric: str, value: float | int | None, method: str = "", subset: str = "", **interval: float | int | None) -> dict:
+def row(
+    metric: str, value: float | int | None, method: str = "", subset: str = "", **interval: float | int | None
+) -> dict:
     """One row of a run's metrics; `interval` may give low, high and n."""
     return {
         "metric": metric,

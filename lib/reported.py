@@ -243,7 +243,9 @@ def _summary(found: Sequence[Measured], unit: str, exact: bool) -> dict[str, Any
         "runs": ", ".join(run.label for run in runs),
     }
     short = summary["budget"] if _cut_short(runs[0]) else ""
-    device = runs[0].record["device"] if unit == "s" else ""  # a time says nothing without the machine
+    # A time says nothing without the machine; that of the training may be another than that of the run.
+    trained_on = [run.record.get("weights", run.record)["device"] for run in runs]
+    device = "; ".join(dict.fromkeys(trained_on)) if unit == "s" else ""
     marks = ["partial data" if summary["data"] == "partial" else "", short, summary["stale"], device]
     text = _with_unit(_shown(mean, unit, exact), unit) + spread
     return summary | {"ours": " · ".join([text, *filter(None, marks)])}

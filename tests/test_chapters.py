@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import asdict
 from pathlib import Path
 
 import nbformat
@@ -17,6 +18,7 @@ from papermill.cli import papermill as command
 
 from lib import chapters
 from lib.data.card import DataCard
+from lib.recipes import MNIST
 
 PARAMETERS = """\
 digit: int = 1  # 0 | 1 | 2 | 3; the inlier class
@@ -304,6 +306,7 @@ def stored(folder, monkeypatch):
     monkeypatch.setattr(chapters, "BOOK", folder / "book")
     card = DataCard("mnist", "sample", {"train": 1}, {"train": 1}, "digest", "licence", "credit")
     record = {"chapter": "small", "parameters": {"digit": 2}, "code": {}, "data": card.to_dict()}
+    record["recipe"] = asdict(MNIST["liu2020"])
     path = folder / "runs" / "small" / "digit=2" / "record.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(record))

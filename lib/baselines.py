@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+NAMES = ("input intensity", "reconstruction error", "mean image difference", "centre prior", "random")
 CENTRE_SIGMA = 0.25  # of the image's height and width
 
 
@@ -22,6 +23,18 @@ def reconstruction_error(
         reconstruction_BCYX: Their reconstructions in the same units: intensities, not the logits that a decoder gives.
     """
     return (x_BCYX - reconstruction_BCYX).square().mean(dim=1)
+
+
+def mean_image_difference(x_BCYX: Float[Tensor, "b c y x"], mean_CYX: Float[Tensor, "c y x"]) -> Float[Tensor, "b y x"]:
+    """What sets an image apart from the average of the training: M = 1/C Σ_c (x_c − x̄_c)², x̄ = 1/N Σ_n x_n.
+
+    It is the reconstruction error of a model that answers every image with the same one.
+
+    Args:
+        x_BCYX: Images.
+        mean_CYX: The mean training image in the same units, ``training.to_unit(train_NCYX).mean(0)``.
+    """
+    return reconstruction_error(x_BCYX, mean_CYX.expand_as(x_BCYX))
 
 
 def centre_prior(y: int, x: int) -> Float[Tensor, "1 y x"]:
@@ -52,3 +65,28 @@ def random_map(shape: tuple[int, int, int], generator: torch.Generator) -> Float
         generator: Source of the numbers; the map is made on its device.
     """
     return torch.rand(shape, generator=generator, device=generator.device)
+
+
+def maps(
+    x_BCYX: Float[Tensor, "b c y x"],
+    reconstruction_BCYX: Float[Tensor, "b c y x"],
+    mean_CYX: Float[Tensor, "c y x"],
+    generator: torch.Generator,
+) -> dict[str, Float[Tensor, "b y x"]]:
+    """Every baseline of a batch, by its name in NAMES: one map per image, on the images' device, as attention gives.
+
+    Args:
+        x_BCYX: Images.
+        reconstruction_BCYX: Their reconstructions in the same units.
+        mean_CYX: The mean training image in the same units.
+        generator: Source of the random map's numbers; one on the CPU gives the same on every device.
+    """
+    b, _, y, x = x_BCYX.shape
+    maps_BYX = (
+        input_intensity(x_BCYX),
+        reconstruction_error(x_BCYX, reconstruction_BCYX),
+        mean_image_difference(x_BCYX, mean_CYX),
+        centre_prior(y, x).expand(b, -1, -1),
+        random_map((b, y, x), generator),
+    )
+    return {name: map_BYX.to(x_BCYX.device) for name, map_BYX in zip(NAMES, maps_BYX, strict=True)}

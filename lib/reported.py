@@ -543,9 +543,9 @@ _MNIST_RUNS = (
 )
 _ATTENTION_CRITERION = (
     _MNIST_RUNS + "Held: in every run the {} pixel AUROC over all outliers has an interval above one half and above "
-    "the intervals of the random map and of every baseline (input intensity, reconstruction error, centre prior). "
-    "Partly held: in every run it lies above one half and above the random map, which a map that ignores the image can "
-    "do as well. Did not hold: otherwise."
+    "the intervals of the random map and of every baseline (input intensity, reconstruction error, mean image "
+    "difference, centre prior). Partly held: in every run it lies above one half and above the random map, which a map "
+    "that ignores the image can do as well. Did not hold: otherwise."
 )
 
 CLAIMS = (

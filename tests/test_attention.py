@@ -1,12 +1,20 @@
 import dataclasses
+import functools
+import itertools
 
 import pytest
 import torch
 from captum.attr import LayerGradCam
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from lib.attention import PRESETS, RMS_EPSILON, attention
+from lib.attention import PRESETS, Method, attention, upsample
+from lib.gradients import RMS_EPSILON
 from lib.models.mnist import MNISTVAE
+from lib.models.mvtec import MVTecVAE
+from lib.models.ucsd import UCSDVAE
 
 
 @pytest.fixture(scope="module")
@@ -62,22 +70,39 @@ def test_code_map_by_hand():
 
 
 def test_activation_in_place_changes_nothing():
-    for preset in PRESETS:
+    for preset in ("liu2020_paper", "liu2020_code", "brongers2021"):
         expected = attention(Tiny(inplace=False), "conv", X, preset).map_BYX
         torch.testing.assert_close(attention(Tiny(inplace=True), "conv", X, preset).map_BYX, expected)
 
 
-@pytest.mark.parametrize("layer", ["encoder.conv1", "encoder.conv2"])
+SHAPES = {MNISTVAE: (1, 28, 28), UCSDVAE: (1, 100, 100), MVTecVAE: (3, 256, 256)}
+
+
+@functools.cache
+def network(kind):
+    torch.manual_seed(0)
+    return kind(latent_dim=2).eval()
+
+
+def convolutions(kind):
+    return [name for name, module in network(kind).encoder.named_modules() if isinstance(module, nn.Conv2d)]
+
+
+@pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.filterwarnings("ignore:Setting forward, backward hooks and attributes:UserWarning")
-def test_latents_equal_captum(vae, x_BCYX, layer):
-    result = attention(vae.encode, layer, x_BCYX, "liu2020_paper")
-    gradcam = LayerGradCam(lambda x: vae.encode(x)[0], vae.get_submodule(layer))
-    for latent in range(6):
-        expected = gradcam.attribute(x_BCYX, target=latent)
-        torch.testing.assert_close(result.linear_BIHW[:, [latent]], expected.detach(), atol=1e-8, rtol=1e-4)
-        upsampled = nn.functional.interpolate(expected.relu(), (28, 28), mode="bilinear")
-        torch.testing.assert_close(result.map_BIYX[:, [latent]], upsampled.detach(), atol=1e-8, rtol=1e-4)
-    torch.testing.assert_close(result.map_BYX, result.map_BIYX.mean(1))
+def test_every_layer_of_every_encoder_equals_captum(kind):
+    vae, x_BCYX = network(kind), torch.rand(2, *SHAPES[kind], generator=torch.Generator().manual_seed(1))
+    layers = convolutions(kind)
+    assert len(layers) == {MNISTVAE: 2, UCSDVAE: 3, MVTecVAE: 20}[kind]
+    for layer in layers:
+        result = attention(vae.encode, f"encoder.{layer}", x_BCYX, "liu2020_paper")
+        gradcam = LayerGradCam(lambda x: vae.encode(x)[0], vae.encoder.get_submodule(layer))
+        for latent in (1,) if kind is MVTecVAE else (0, 1):  # captum takes half a second for each there
+            expected = gradcam.attribute(x_BCYX, target=latent).detach()
+            close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+            close(result.linear_BIHW[:, [latent]], expected)
+            close(result.map_BIYX[:, [latent]], upsample(expected.relu(), x_BCYX.shape[2:]))
+        torch.testing.assert_close(result.map_BYX, result.map_BIYX.mean(1))
 
 
 def test_code_preset_equals_direct_reading(vae, x_BCYX):
@@ -103,12 +128,423 @@ def test_code_map_depends_on_the_batch_and_paper_map_does_not(vae, x_BCYX):
     assert (alone - together).abs().max() > 0.01 * alone.max()
 
 
+def test_pooled_auroc_depends_on_the_batch_size_through_the_batch_normaliser_alone():
+    """With s = Σ_hw A²/2 the gradient is A itself, so that L = mean(A) A and the map without normaliser is x̄ x.
+
+    Divided by its root mean square r alone, an image's map is x̄ x / r, which is free of the image's brightness but for
+    one factor; divided by that of the batch it is not.
+    """
+    conv = nn.Conv2d(1, 1, 1, bias=False)
+    nn.init.ones_(conv.weight)
+
+    def encode(x_BCYX):
+        return conv(x_BCYX).square().sum((2, 3)) / 2
+
+    generator = torch.Generator().manual_seed(0)
+    x_BCYX = 1 + 0.01 * torch.rand(16, 1, 6, 6, generator=generator)
+    truth_BYX = torch.zeros(16, 6, 6, dtype=bool)
+    truth_BYX[:, 2:4, 2:4] = True
+    x_BCYX[truth_BYX.unsqueeze(1)] *= 4
+    x_BCYX *= 1.2 ** torch.arange(16).reshape(16, 1, 1, 1)  # bright images beside dark ones, each as clear as the other
+
+    def aurocs(normaliser, size):
+        method = Method(score="sum_of_means", normaliser=normaliser, channels="abs_of_sum")
+        parts = [attention(encode, conv, part, method).map_BYX for part in x_BCYX.split(size)]
+        map_BYX = torch.cat(parts)
+        alone = [roc_auc_score(t.flatten(), m.flatten()) for t, m in zip(truth_BYX, map_BYX, strict=True)]
+        assert alone == [1.0] * 16
+        return roc_auc_score(truth_BYX.flatten(), map_BYX.flatten())
+
+    by_batch = [aurocs("batch", size) for size in (1, 2, 4, 8, 16)]
+    assert all(later < earlier - 0.001 for earlier, later in itertools.pairwise(by_batch))
+    for normaliser in ("none", "image"):
+        assert len({aurocs(normaliser, size) for size in (1, 2, 4, 8, 16)}) == 1
+    assert aurocs("image", 16) == pytest.approx(by_batch[0], abs=1e-6)
+
+
 def test_latents_cancel_in_the_sum_and_not_in_the_mean_of_relu(vae, x_BCYX):
     each = dataclasses.replace(PRESETS["liu2020_code"], normaliser="none", score="each_mean")
     summed = dataclasses.replace(PRESETS["liu2020_code"], normaliser="none")
     linear = attention(vae.encode, "encoder.conv2", x_BCYX, each).linear_BIHW
     total = attention(vae.encode, "encoder.conv2", x_BCYX, summed).linear_BIHW[:, 0]
     torch.testing.assert_close(linear.sum(1), total, atol=1e-7, rtol=1e-4)
+
+
+# --- the choices ------------------------------------------------------------------------------------------------
+
+
+def test_presets_are_the_table_of_the_published_code():
+    """Of Liu et al.'s paper and code, and of Brongers et al.'s two notebooks."""
+    expected = {
+        "liu2020_paper": Method("each_mean", "before", "none", "relu_of_sum", align_corners=False),
+        "liu2020_code": Method("sum_of_means", "before", "batch", "abs_of_sum", align_corners=False),
+        "brongers2021": Method("sum_of_means", "before", "batch", "mean_of_abs", align_corners=True),
+        "brongers2021_disentanglement": Method("each_sample", "mixed", "none", "sum_of_relu", align_corners=True),
+    }
+    assert expected == PRESETS
+
+
+def test_brongers_map_by_hand():
+    result = attention(Tiny(), "conv", X, "brongers2021")
+    # As for the authors' code, α is nonzero for the second channel alone, which holds -2x.
+    expected = (result.alpha_BIC[0, 0, 1] * 2 * X[:, 0]).abs() / 2
+    torch.testing.assert_close(result.map_BYX, expected)
+
+
+def test_disentanglement_map_by_hand():
+    def encode(x_BCYX):
+        return tiny(x_BCYX), torch.full((1, 2), -1e9)  # no variance: the sample is the mean
+
+    tiny = Tiny(inplace=True)
+    result = attention(encode, tiny.conv, X, "brongers2021_disentanglement", generator=torch.Generator())
+    torch.testing.assert_close(result.alpha_BIC, ALPHA)
+    positive, negative = X[0, 0].relu(), (-2 * X[0, 0]).relu()
+    # Latent 0: both weights are positive; latent 1: only the second.
+    expected = torch.stack([0.75 * positive + 1.25 * negative, negative])[None]
+    torch.testing.assert_close(result.map_BIYX, expected)
+
+
+class SmallVAE(nn.Module):
+    """An encoder of mean and logarithm of the variance, small enough for hundreds of methods."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.relu, self.conv2 = nn.Conv2d(2, 3, 3, stride=2), nn.ReLU(inplace=True), nn.Conv2d(3, 2, 2)
+        self.mu, self.logvar = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def encode(self, x_BCYX):
+        hidden = self.conv2(self.relu(self.conv1(x_BCYX))).tanh().flatten(1)
+        return self.mu(hidden), self.logvar(hidden)
+
+
+def direct(vae, x_BCYX, method, epsilon_BD, normal):
+    """The map at the first convolution, step by step with every gradient in full."""
+    before = vae.conv1(x_BCYX).detach().requires_grad_()
+    after = before.relu()
+    hidden = vae.conv2(after).tanh().flatten(1)
+    mu, std = vae.mu(hidden), (0.5 * vae.logvar(hidden)).exp()
+    scores = {
+        "each_mean": lambda: mu,
+        "sum_of_means": lambda: mu.sum(1, keepdim=True),
+        "each_sample": lambda: mu + std * epsilon_BD,
+        "normal_difference": lambda: (normal[0] - mu + (normal[1].exp() + std**2).sqrt() * epsilon_BD).sum(
+            1, keepdim=True
+        ),
+    }[method.score]()
+    maps = []
+    for score in scores.unbind(1):
+        wrt = after if method.tensor == "after" else before
+        (gradient,) = torch.autograd.grad(score.sum(), wrt, retain_graph=True)
+        over = {"none": None, "image": (1, 2, 3), "batch": (0, 1, 2, 3)}[method.normaliser]
+        if over is not None:
+            gradient = gradient / (gradient.pow(2).mean(over, keepdim=True).sqrt() + 1e-5)
+        values = before if method.tensor == "before" else after
+        product = gradient.mean((2, 3), keepdim=True) * values.detach()
+        small = {
+            "relu_of_sum": lambda p: p.sum(1, keepdim=True).relu(),
+            "abs_of_sum": lambda p: p.sum(1, keepdim=True),
+            "mean_of_abs": lambda p: p.abs().mean(1, keepdim=True),
+            "sum_of_relu": lambda p: p.relu().sum(1, keepdim=True),
+        }[method.channels](product)
+        maps.append(nn.functional.interpolate(small, (7, 7), mode="bilinear", align_corners=method.align_corners))
+    map_BIYX = torch.cat(maps, 1).abs()
+    return map_BIYX.mean(1) if method.aggregate == "mean" else map_BIYX.sum(1)
+
+
+CHOICES = [
+    Method(*choices, align_corners=choices[2] == "none")
+    for choices in itertools.product(
+        ("each_mean", "sum_of_means", "each_sample", "normal_difference"),
+        ("before", "after", "mixed"),
+        ("none", "image", "batch"),
+        ("relu_of_sum", "abs_of_sum", "mean_of_abs", "sum_of_relu"),
+        ("mean", "sum"),
+    )
+]
+
+
+def test_every_combination_of_choices_equals_direct_reading():
+    torch.manual_seed(0)
+    vae, x_BCYX = SmallVAE(), torch.rand(3, 2, 7, 7)
+    normal = (torch.randn(4), torch.randn(4))
+    assert len(CHOICES) == 4 * 3 * 3 * 4 * 2
+    for method in CHOICES:
+        generator = torch.Generator().manual_seed(2)
+        epsilon_BD = torch.randn(3, 4, generator=torch.Generator().manual_seed(2))
+        expected = direct(vae, x_BCYX, method, epsilon_BD, normal).detach()
+        result = attention(vae.encode, "conv1", x_BCYX, method, normal=normal, generator=generator)
+        torch.testing.assert_close(
+            result.map_BYX, expected, rtol=1e-4, atol=1e-5 * float(expected.max()), msg=str(method)
+        )
+
+
+def test_normal_difference_without_noise_is_minus_the_sum_of_means(vae, x_BCYX):
+    """As its docstring derives; checked through a distribution without variance."""
+
+    def encode(x):
+        return vae.encode(x)[0], torch.full((len(x), 6), -1e9)
+
+    normal = (torch.ones(6), torch.full((6,), -1e9))
+    layer = vae.encoder.conv2
+    difference = Method(score="normal_difference", channels="abs_of_sum")
+    result = attention(encode, layer, x_BCYX, difference, normal=normal, generator=torch.Generator())
+    summed = attention(encode, layer, x_BCYX, Method(score="sum_of_means", channels="abs_of_sum"))
+    torch.testing.assert_close(result.alpha_BIC, -summed.alpha_BIC)
+    torch.testing.assert_close(result.map_BYX, summed.map_BYX)
+    torch.testing.assert_close(result.latents_BD, 1 - vae.encode(x_BCYX)[0].detach())
+
+
+def test_chosen_latents_come_in_the_order_asked_for(vae, x_BCYX):
+    everything = attention(vae.encode, "encoder.conv1", x_BCYX)
+    some = attention(vae.encode, "encoder.conv1", x_BCYX, latents=[4, 1])
+    torch.testing.assert_close(some.map_BIYX, everything.map_BIYX[:, [4, 1]], rtol=1e-4, atol=1e-9)
+    assert some.latents_BD.shape == (3, 6)
+    with pytest.raises(ValueError, match=r"latents=\[6\] must be one or more indices between 0 and 5"):
+        attention(vae.encode, "encoder.conv1", x_BCYX, latents=[6])
+
+
+def test_highest_responses_are_aggregated(vae, x_BCYX):
+    for channels in ("relu_of_sum", "abs_of_sum"):
+        everything = attention(vae.encode, "encoder.conv2", x_BCYX, Method(channels=channels))
+        two = attention(vae.encode, "encoder.conv2", x_BCYX, Method(channels=channels, highest=2))
+        for b in range(3):
+            order = sorted(range(6), key=lambda i, b=b: -float(everything.map_BIHW[b, i].mean()))
+            assert two.highest_BK(2)[b].tolist() == order[:2]
+            torch.testing.assert_close(two.map_BYX[b], everything.map_BIYX[b, order[:2]].mean(0))
+    with pytest.raises(ValueError, match="k=7 must lie between 1 and 6"):
+        everything.highest_BK(7)
+
+
+def test_after_the_activation_equals_the_activation_as_layer(vae, x_BCYX):
+    after = attention(vae.encode, "encoder.conv2", x_BCYX, Method(tensor="after"))
+    torch.testing.assert_close(after.map_BYX, attention(vae.encode, "encoder.relu2", x_BCYX).map_BYX)
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        nn.ReLU(True),
+        nn.LeakyReLU(0.3),
+        nn.LeakyReLU(0.3, True),
+        nn.SiLU(),
+        nn.GELU(),
+        nn.GELU("tanh"),
+        nn.Sigmoid(),
+        nn.Tanh(),
+    ],
+)
+def test_activations_are_found(activation):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(1, 3, 3)
+    encode = nn.Sequential(conv, activation, nn.Flatten(), nn.Linear(3 * 36, 4))
+    x_BCYX = torch.rand(2, 1, 8, 8)
+    result = attention(encode, conv, x_BCYX, Method(tensor="after"))
+    torch.testing.assert_close(result.values_BCHW, activation(conv(x_BCYX)).detach())
+    alpha_IC = encode[3].weight.detach().reshape(4, 3, 36).mean(2)
+    torch.testing.assert_close(result.alpha_BIC, alpha_IC.expand(2, 4, 3))
+
+
+# --- properties -------------------------------------------------------------------------------------------------
+
+
+def small_net(seed, channels=3, latents=4):
+    torch.manual_seed(seed)
+    conv = nn.Conv2d(2, channels, 3, padding=1)
+    return nn.Sequential(
+        conv, nn.ReLU(), nn.Conv2d(channels, 2, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(2 * 9, latents)
+    )
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 99),
+    b=st.integers(1, 4),
+    preset=st.sampled_from(["liu2020_paper", "liu2020_code", "brongers2021"]),
+    factor=st.floats(0.5, 8),
+)
+def test_shapes_scale_and_permutations(seed, b, preset, factor):
+    net, x_BCYX = small_net(seed), torch.rand(b, 2, 7, 7, generator=torch.Generator().manual_seed(seed))
+    result = attention(net, "0", x_BCYX, preset)
+    i = 4 if PRESETS[preset].score == "each_mean" else 1
+    assert result.alpha_BIC.shape == (b, i, 3)
+    assert result.map_BIYX.shape == (b, i, 7, 7)
+    assert result.map_BYX.shape == (b, 7, 7)
+    assert (result.map_BIYX >= 0).all()
+
+    def close(actual, expected):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5 * float(expected.max()) + 1e-12)
+
+    # Images in another order have the same maps in that order, also where the batch normalises.
+    order = torch.randperm(b, generator=torch.Generator().manual_seed(seed))
+    close(attention(net, "0", x_BCYX[order], preset).map_BYX, result.map_BYX[order])
+    # The order of the channels inside does not matter.
+    with torch.no_grad():
+        conv, after = net[0], net[2]
+        conv.weight.copy_(conv.weight[[2, 0, 1]])
+        conv.bias.copy_(conv.bias[[2, 0, 1]])
+        after.weight.copy_(after.weight[:, [2, 0, 1]])
+    close(attention(net, "0", x_BCYX, preset).map_BYX, result.map_BYX)
+    # Latents in another unit have maps in that unit; a normaliser takes the unit away.
+    with torch.no_grad():
+        net[5].weight *= factor
+    plain = Method(channels=PRESETS[preset].channels, score=PRESETS[preset].score)
+    scaled = attention(net, "0", x_BCYX, plain).map_BYX
+    with torch.no_grad():
+        net[5].weight /= factor
+    close(scaled, factor * attention(net, "0", x_BCYX, plain).map_BYX)
+
+
+# --- differentiable maps ----------------------------------------------------------------------------------------
+
+
+def overlap(result):
+    """A loss on maps in the way of the attention disentanglement loss."""
+    first, second = result.map_BIYX[:, 0], result.map_BIYX[:, 1]
+    return (first * second).sum() + (first**2).sum()
+
+
+def smooth_net():
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, 2))
+    return nn.Sequential(*layers).double()
+
+
+@pytest.mark.parametrize("channels", ["relu_of_sum", "abs_of_sum", "mean_of_abs", "sum_of_relu"])
+def test_second_order_gradient_equals_finite_differences(channels):
+    net, x_BCYX = smooth_net(), torch.rand(2, 1, 8, 8, dtype=torch.float64)
+    method = Method(channels=channels)
+    overlap(attention(net, "0", x_BCYX, method, graph="second_order")).backward()
+    for parameter in (net[0].weight, net[2].weight, net[5].weight):
+        for index in (0, parameter.numel() // 2, parameter.numel() - 1):
+            values = []
+            for step in (1e-6, -2e-6):
+                with torch.no_grad():
+                    parameter.view(-1)[index] += step
+                values.append(float(overlap(attention(net, "0", x_BCYX, method))))
+            with torch.no_grad():
+                parameter.view(-1)[index] += 1e-6
+            slope = (values[0] - values[1]) / 2e-6
+            assert float(parameter.grad.view(-1)[index]) == pytest.approx(slope, rel=1e-4, abs=1e-8)
+
+
+@pytest.mark.parametrize("route", ["auto", "loop", "batched", "pooled"])
+def test_constant_alpha_touches_the_layers_below_only(route):
+    net, x_BCYX = smooth_net(), torch.rand(2, 1, 8, 8, dtype=torch.float64)
+    result = attention(net, "0", x_BCYX, graph="constant_alpha", route=route)
+    overlap(result).backward()
+    assert {name for name, value in net.named_parameters() if value.grad is not None} == {"0.weight", "0.bias"}
+    alpha = attention(net, "0", x_BCYX).alpha_BIC
+    small = torch.einsum("bic,bchw->bihw", alpha, net[0](x_BCYX)).relu()
+    first, second = upsample(small, (8, 8)).unbind(1)
+    (expected,) = torch.autograd.grad((first * second).sum() + (first**2).sum(), net[0].weight)
+    torch.testing.assert_close(net[0].weight.grad, expected)
+
+
+def test_latents_share_the_graph_of_the_maps(vae, x_BCYX):
+    result = attention(
+        vae.encode,
+        "encoder.conv1",
+        x_BCYX,
+        "brongers2021_disentanglement",
+        latents=[0, 1],
+        generator=torch.Generator().manual_seed(0),
+        graph="second_order",
+    )
+    parameters = [vae.encoder.conv1.weight, vae.mu.weight]
+    for loss in (overlap(result), result.latents_BD.square().sum(), result.encoded[1].sum()):
+        assert torch.autograd.grad(loss, parameters[0], retain_graph=True)[0].abs().sum() > 0
+    assert torch.autograd.grad(overlap(result), parameters[1], retain_graph=True)[0].abs().sum() > 0
+    still = attention(vae.encode, "encoder.conv1", x_BCYX)
+    assert not any(t.requires_grad for t in (still.map_BYX, still.latents_BD, *still.encoded))
+
+
+# --- any model --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("preset", ["liu2020_paper", "liu2020_code"])
+def test_precisions(x_BCYX, dtype, preset):
+    net = small_net(1)
+    x_BCYX = torch.rand(2, 2, 7, 7, generator=torch.Generator().manual_seed(1))
+    expected = attention(net, "0", x_BCYX, preset).map_BYX
+    result = attention(net.to(dtype), "0", x_BCYX.to(dtype), preset).map_BYX
+    assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    tolerance = {torch.float16: 0.01, torch.bfloat16: 0.08, torch.float64: 1e-4}[dtype]
+    assert (result - expected).abs().max() < tolerance * expected.max()
+
+
+class Residual(nn.Module):
+    """A residual block with batch normalisation and activations in place, as in torchvision's ResNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+        self.conv1, self.bn1 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+        self.head = nn.Linear(4 * 64, 5)
+        for bn in (self.bn1, self.bn2):
+            bn.running_mean.uniform_(-1, 1)
+            bn.running_var.uniform_(0.5, 2)
+
+    def forward(self, x_BCYX):
+        identity = self.stem(x_BCYX)
+        hidden = self.relu(self.bn1(self.conv1(identity)))
+        hidden = self.bn2(self.conv2(hidden))
+        hidden += identity
+        return self.head(self.relu(hidden).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("layer", "route"), [("stem", "batched"), ("conv1", "pooled"), ("bn1", "pooled"), ("conv2", "pooled")]
+)
+def test_residual_block_one_image_at_a_time(layer, route):
+    torch.manual_seed(0)
+    net, x_BCYX = Residual().eval(), torch.rand(3, 1, 8, 8)
+    result = attention(net, layer, x_BCYX)
+    assert result.route == route
+    for b, i in itertools.product(range(3), range(5)):
+        kept = []
+        module = net.get_submodule(layer)
+        handle = module.register_forward_hook(lambda _m, _i, out, kept=kept: (kept.append(out), out.clone())[1])
+        score = net(x_BCYX[[b]])[0, i]
+        handle.remove()
+        (gradient,) = torch.autograd.grad(score, kept[0])
+        torch.testing.assert_close(result.alpha_BIC[b, i], gradient[0].mean((1, 2)), rtol=1e-4, atol=1e-7)
+
+
+def test_batch_normalisation_in_training_mode_is_refused_and_left_alone():
+    net = Residual()
+    before = net.bn1.running_mean.clone()
+    with pytest.raises(ValueError, match=r"put the model in evaluation mode first: model.eval\(\)"):
+        attention(net, "conv2", torch.rand(3, 1, 8, 8))
+    assert torch.equal(net.bn1.running_mean, before)
+    assert net.training
+    assert not torch.nn.modules.module._global_forward_pre_hooks
+    assert attention(net.eval(), "conv2", torch.rand(1, 1, 8, 8)).map_BYX.shape == (1, 8, 8)
+
+
+def test_model_is_left_as_found_when_it_raises(x_BCYX):
+    vae = MNISTVAE(latent_dim=2)
+
+    def encode(x):
+        vae.encode(x)
+        raise RuntimeError("from within")
+
+    with pytest.raises(RuntimeError, match="from within"):
+        attention(encode, vae.encoder.conv1, x_BCYX)
+    assert not any(module._forward_hooks for module in vae.modules())
+    assert not torch.nn.modules.module._global_forward_pre_hooks
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("graph", ["none", "constant_alpha"])
+def test_frozen_model(x_BCYX, frozen, graph):
+    net = MNISTVAE(latent_dim=6).requires_grad_(not frozen)
+    expected = attention(net.encode, "encoder.conv2", x_BCYX, route="loop").map_BYX
+    result = attention(net.encode, "encoder.conv2", x_BCYX, graph=graph)
+    assert result.route == "pooled"
+    torch.testing.assert_close(result.map_BYX.detach(), expected, rtol=1e-4, atol=1e-8)
 
 
 def test_model_is_left_as_found(x_BCYX):
@@ -122,9 +558,11 @@ def test_model_is_left_as_found(x_BCYX):
     assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
 
 
-def test_works_under_no_grad():
-    with torch.no_grad():
-        torch.testing.assert_close(attention(Tiny(), "conv", X).alpha_BIC, ALPHA)
+@pytest.mark.parametrize("without_grad", [torch.no_grad, torch.inference_mode])
+def test_works_without_grad(without_grad):
+    tiny = Tiny()
+    with without_grad():
+        torch.testing.assert_close(attention(tiny, "conv", X.clone()).alpha_BIC, ALPHA)
 
 
 def test_layer_as_module_and_encoder_as_function():
@@ -137,7 +575,9 @@ def test_errors(vae, x_BCYX):
         ValueError, match=r"'conv9' is unknown; convolutions of this model: encoder.conv1, encoder.conv2"
     ):
         attention(vae.encode, "conv9", x_BCYX)
-    with pytest.raises(ValueError, match="'gradcam' is unknown; choose one of: liu2020_paper, liu2020_code"):
+    with pytest.raises(
+        ValueError, match="'gradcam' is unknown; choose one of: liu2020_paper, liu2020_code, brongers2021"
+    ):
         attention(vae.encode, "encoder.conv1", x_BCYX, "gradcam")
     with pytest.raises(ValueError, match="is not reached"):
         attention(vae.encode, "decoder.deconv1", x_BCYX)
@@ -152,3 +592,25 @@ def test_errors(vae, x_BCYX):
         attention(lambda x: (tiny(x) * 0).detach() + tiny.head.weight.sum(), tiny.conv, X)
     with pytest.raises(ValueError, match="not finite"):
         attention(tiny, "conv", X * float("inf"))
+    with pytest.raises(ValueError, match="route='fast' is unknown; choose one of: auto, loop, batched, pooled"):
+        attention(tiny, "conv", X, route="fast")
+    with pytest.raises(ValueError, match="graph='all' is unknown; choose one of: none, constant_alpha, second_order"):
+        attention(tiny, "conv", X, graph="all")
+    wrong = Method()
+    object.__setattr__(wrong, "channels", "max")  # the type checker of the tests would be first to refuse it
+    with pytest.raises(ValueError, match="channels='max' is unknown; choose one of: relu_of_sum, abs_of_sum"):
+        wrong.__post_init__()
+    with pytest.raises(ValueError, match="highest=0 must be 1 or more"):
+        Method(highest=0)
+    with pytest.raises(ValueError, match="score='each_sample' needs an encoder that gives"):
+        attention(tiny, "conv", X, "brongers2021_disentanglement", generator=torch.Generator())
+    with pytest.raises(ValueError, match="score='each_sample' draws samples; give generator="):
+        attention(vae.encode, "encoder.conv1", x_BCYX, Method(score="each_sample"))
+    with pytest.raises(ValueError, match="needs normal="):
+        attention(vae.encode, "encoder.conv1", x_BCYX, Method(score="normal_difference"), generator=torch.Generator())
+    with pytest.raises(ValueError, match=r"no activation \(Relu, .*\) follows it directly"):
+        attention(vae.encode, "encoder.relu1", x_BCYX, Method(tensor="after"))
+    with pytest.raises(ValueError, match="route='pooled' needs no normaliser"):
+        attention(vae.encode, "encoder.conv1", x_BCYX, "liu2020_code", route="pooled")
+    with pytest.raises(ValueError, match="route='batched' keeps no second-order graph"):
+        attention(vae.encode, "encoder.conv1", x_BCYX, graph="second_order", route="batched")

@@ -1,9 +1,10 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from lib import baselines
+from lib import baselines, training
 
 
 def test_input_intensity_is_the_mean_over_channels():
@@ -15,6 +16,24 @@ def test_reconstruction_error_is_the_squared_difference_averaged_over_channels()
     x_BCYX = torch.tensor([[[[0.0, 1.0]], [[0.5, 0.25]]]])
     reconstruction_BCYX = torch.tensor([[[[0.5, 0.0]], [[0.5, 0.75]]]])
     assert baselines.reconstruction_error(x_BCYX, reconstruction_BCYX).tolist() == [[[0.125, 0.625]]]
+
+
+def test_mean_image_difference_equals_numpys():
+    random = np.random.default_rng(0)
+    train_NCYX = random.integers(0, 256, (7, 3, 4, 5), dtype=np.uint8)
+    x_BCYX = random.random((2, 3, 4, 5), dtype=np.float32)
+    mean_CYX = training.to_unit(torch.from_numpy(train_NCYX)).mean(0)
+    ours_BYX = baselines.mean_image_difference(torch.from_numpy(x_BCYX), mean_CYX)
+    theirs_BYX = np.mean((x_BCYX - np.mean(train_NCYX / 255, axis=0)) ** 2, axis=1)
+    np.testing.assert_allclose(ours_BYX.numpy(), theirs_BYX, rtol=1e-5, atol=1e-7)
+
+
+def test_mean_image_difference_is_nil_at_the_mean_and_blind_to_the_sign():
+    mean_CYX = torch.rand(1, 4, 5, generator=torch.Generator().manual_seed(0))
+    x_BCYX = mean_CYX + torch.tensor([0.0, 0.25, -0.25]).reshape(3, 1, 1, 1)
+    map_BYX = baselines.mean_image_difference(x_BCYX, mean_CYX)
+    expected_BYX = torch.tensor([0.0, 0.0625, 0.0625]).reshape(3, 1, 1).expand(3, 4, 5)
+    torch.testing.assert_close(map_BYX, expected_BYX, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("y", "x"), [(28, 28), (5, 8), (1, 3)])
@@ -46,3 +65,29 @@ def test_random_map_is_uniform_and_repeats_with_its_generator():
     # The mean of 15 680 uniform values has a standard deviation of 0.0023.
     assert first.mean().item() == pytest.approx(0.5, abs=0.01)
     assert first.std().item() == pytest.approx(1 / math.sqrt(12), abs=0.01)
+
+
+def test_maps_are_all_baselines_by_name_in_the_form_of_attention_maps():
+    images = torch.Generator().manual_seed(0)
+    x_BCYX, reconstruction_BCYX = (torch.rand(4, 3, 6, 5, generator=images) for _ in range(2))
+    mean_CYX = torch.rand(3, 6, 5, generator=images)
+    found = baselines.maps(x_BCYX, reconstruction_BCYX, mean_CYX, torch.Generator().manual_seed(1))
+    assert tuple(found) == baselines.NAMES
+    expected = {
+        "input intensity": x_BCYX.mean(1),
+        "reconstruction error": ((x_BCYX - reconstruction_BCYX) ** 2).mean(1),
+        "mean image difference": ((x_BCYX - mean_CYX) ** 2).mean(1),
+        "centre prior": torch.stack([baselines.centre_prior(6, 5)[0]] * 4),
+        "random": torch.rand(4, 6, 5, generator=torch.Generator().manual_seed(1)),
+    }
+    assert found.keys() == expected.keys()
+    for name, map_BYX in found.items():
+        torch.testing.assert_close(map_BYX, expected[name])
+
+
+def test_maps_lie_on_the_device_of_the_images():
+    # "meta" stands for any device that is not the generator's.
+    x_BCYX, mean_CYX = torch.empty(4, 1, 6, 5, device="meta"), torch.empty(1, 6, 5, device="meta")
+    found = baselines.maps(x_BCYX, x_BCYX, mean_CYX, torch.Generator().manual_seed(1))
+    assert {map_BYX.device.type for map_BYX in found.values()} == {"meta"}
+    assert {map_BYX.shape for map_BYX in found.values()} == {(4, 6, 5)}

@@ -1,0 +1,62 @@
+"""The VAE of the first report for UCSD Pedestrian 1 (its Figure 5b): 77 243 073 parameters with 32 latents."""
+
+from collections import OrderedDict
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class UCSDVAE(nn.Module):
+    """Convolutional VAE for 100x100 grey images.
+
+    Encoder: Conv 1→64→128→256 (kernel 4, stride 2, padding 1, ReLU), Linear 36864→1024 (ReLU), and two linear heads,
+    the mean μ and the logarithm of the variance of q(z|x). Decoder: the mirror image with transposed convolutions.
+
+    The layers that attention can be asked for are ``encoder.conv1`` (64x50x50), ``encoder.conv2`` (128x25x25) and
+    ``encoder.conv3`` (256x12x12).
+
+    Args:
+        latent_dim: Number of latents, D.
+    """
+
+    def __init__(self, latent_dim: int = 32):
+        super().__init__()
+        self.encoder = nn.Sequential(
+            OrderedDict(
+                conv1=nn.Conv2d(1, 64, kernel_size=4, stride=2, padding=1),
+                relu1=nn.ReLU(),
+                conv2=nn.Conv2d(64, 128, kernel_size=4, stride=2, padding=1),
+                relu2=nn.ReLU(),
+                conv3=nn.Conv2d(128, 256, kernel_size=4, stride=2, padding=1),
+                relu3=nn.ReLU(),
+                flatten=nn.Flatten(),
+                linear=nn.Linear(256 * 12 * 12, 1024),
+                relu4=nn.ReLU(),
+            )
+        )
+        self.mu = nn.Linear(1024, latent_dim)
+        self.logvar = nn.Linear(1024, latent_dim)
+        self.decoder = nn.Sequential(
+            OrderedDict(
+                linear1=nn.Linear(latent_dim, 1024),
+                relu1=nn.ReLU(),
+                linear2=nn.Linear(1024, 256 * 12 * 12),
+                relu2=nn.ReLU(),
+                unflatten=nn.Unflatten(1, (256, 12, 12)),
+                # conv3 rounds 25 down to 12; kernel 5 leads back from 12 to 25, where kernel 4 gives 24.
+                deconv1=nn.ConvTranspose2d(256, 128, kernel_size=5, stride=2, padding=1),
+                relu3=nn.ReLU(),
+                deconv2=nn.ConvTranspose2d(128, 64, kernel_size=4, stride=2, padding=1),
+                relu4=nn.ReLU(),
+                deconv3=nn.ConvTranspose2d(64, 1, kernel_size=4, stride=2, padding=1),
+            )
+        )
+
+    def encode(self, x_BCYX: Float[Tensor, "b 1 100 100"]) -> tuple[Float[Tensor, "b i"], Float[Tensor, "b i"]]:
+        """Mean and log-variance of the posterior q(z|x) of images in [0, 1]."""
+        hidden = self.encoder(x_BCYX)
+        return self.mu(hidden), self.logvar(hidden)
+
+    def decode(self, z_BI: Float[Tensor, "b i"]) -> Float[Tensor, "b 1 100 100"]:
+        """Logits of the pixels given the latents; their sigmoid is the image in (0, 1)."""
+        return self.decoder(z_BI)

@@ -1,0 +1,166 @@
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from lib import gradients
+from lib.attention import Method, attention
+from lib.models.mnist import MNISTVAE
+from lib.models.mvtec import MVTecVAE
+from lib.models.ucsd import UCSDVAE
+
+
+def slow_alpha(encode, layer, x_BCYX, latents):
+    """One image and one latent at a time, in the graph of the whole network."""
+    alphas = []
+    for x_CYX, latent in itertools.product(x_BCYX, latents):
+        kept = []
+
+        def keep(_module, _inputs, output, kept=kept):
+            kept.append(output)
+            return output.clone()
+
+        handle = layer.register_forward_hook(keep)
+        score = encode(x_CYX.unsqueeze(0))[0, latent]
+        handle.remove()
+        (gradient_BCHW,) = torch.autograd.grad(score, kept[0])
+        alphas.append(gradient_BCHW[0].mean((1, 2)))
+    return torch.stack(alphas).reshape(len(x_BCYX), len(latents), -1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "layers"),
+    [
+        (MNISTVAE, (2, 1, 28, 28), ["conv1", "relu1", "conv2", "relu2"]),
+        (UCSDVAE, (2, 1, 100, 100), ["conv1", "conv2", "conv3", "relu3"]),
+        (MVTecVAE, (1, 3, 256, 256), ["layer2.1.conv1", "layer4.0.downsample.0", "layer4.1.bn2"]),
+    ],
+)
+def test_every_route_equals_the_slow_loop(kind, shape, layers):
+    torch.manual_seed(0)
+    vae, x_BCYX, latents = kind(latent_dim=3).eval(), torch.rand(shape), [2, 0]
+    for layer in layers:
+        expected = slow_alpha(lambda x: vae.encode(x)[0], vae.encoder.get_submodule(layer), x_BCYX, latents)
+        routes = ["loop", "batched", *([] if layer == "layer4.0.downsample.0" else ["pooled"])]
+        for route in routes:
+            result = attention(vae.encode, f"encoder.{layer}", x_BCYX, latents=latents, route=route)
+            torch.testing.assert_close(
+                result.alpha_BIC, expected, rtol=1e-4, atol=2e-6 * float(expected.abs().max()), msg=f"{layer} {route}"
+            )
+
+
+def chain(*modules, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), *modules)
+
+
+class Add(nn.Module):
+    def forward(self, x):
+        return x + 2 * torch.ones_like(x)
+
+
+class Twice(nn.Module):
+    """Two ways from one input: what no single linear operation sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 2, 3), nn.Conv2d(4, 2, 3)
+
+    def forward(self, x):
+        return self.a(x) * self.b(x)
+
+
+class Turn(nn.Module):
+    def forward(self, x):
+        return x.transpose(2, 3)
+
+
+NETS = {
+    # name: (modules after the layer, whether `pooled` exists)
+    "strided, padded, dilated": ((nn.ReLU(), nn.Conv2d(4, 3, 3, stride=2, padding=2, dilation=2), nn.Tanh()), True),
+    "not square": ((nn.ReLU(), nn.Conv2d(4, 3, (2, 3), stride=(1, 2), padding=(0, 1)), nn.ReLU()), True),
+    "no activation": ((nn.Conv2d(4, 3, 2), nn.ReLU()), True),
+    "nothing but the head": ((), True),
+    "smooth": ((nn.Sigmoid(), nn.Conv2d(4, 3, 2), nn.SiLU()), True),
+    "batch normalisation": ((nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 3, 2, bias=False)), True),
+    "addition": ((Add(), nn.LeakyReLU(0.2, inplace=True), nn.Conv2d(4, 3, 2), nn.GELU()), True),
+    "no bias": ((nn.ReLU(), nn.Flatten(), nn.Linear(4 * 64, 5, bias=False), nn.ReLU()), True),
+    "grouped": ((nn.ReLU(), nn.Conv2d(4, 4, 2, groups=2), nn.ReLU()), False),
+    "transposed": ((nn.ReLU(), nn.ConvTranspose2d(4, 3, 2), nn.ReLU()), False),
+    "pooled before": ((nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 3, 2)), False),
+    "other padding": ((nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1, padding_mode="reflect")), False),
+    "instance normalisation": ((nn.InstanceNorm2d(4), nn.PReLU(), nn.Conv2d(4, 3, 2)), False),
+    "two users": ((nn.ReLU(), Twice()), False),
+    "other order": ((nn.ReLU(), Turn()), False),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_routes_on_any_net(name, memory_format):
+    modules, pooled = NETS[name]
+    net = chain(*modules, nn.Flatten(), nn.LazyLinear(6))
+    x_BCYX = torch.rand(3, 1, 8, 8)
+    net(x_BCYX)  # gives the lazy layer its shape, and batch normalisation statistics of its own
+    net = net.eval().to(memory_format=memory_format)
+    x_BCYX = x_BCYX.to(memory_format=memory_format)
+    expected = slow_alpha(net, net[0], x_BCYX, range(6))
+    for route in ("auto", "loop", "batched"):
+        result = attention(net, "0", x_BCYX, route=route)
+        torch.testing.assert_close(result.alpha_BIC, expected, rtol=1e-4, atol=1e-7)
+    if pooled:
+        result = attention(net, "0", x_BCYX, route="pooled")
+        torch.testing.assert_close(result.alpha_BIC, expected, rtol=1e-4, atol=1e-7)
+    else:
+        with pytest.raises(ValueError, match="route='pooled' needs"):
+            attention(net, "0", x_BCYX, route="pooled")
+
+
+def test_functions_and_unseen_users_are_part_of_the_graph():
+    """A second user that no hook on a module would see keeps `pooled` from being taken."""
+    net = chain(nn.ReLU(), nn.Conv2d(4, 3, 3), nn.Flatten(), nn.LazyLinear(6))
+
+    def encode(x_BCYX):
+        layer = net[0](x_BCYX)
+        return net[1:](layer) + layer.mean((1, 2, 3)).unsqueeze(1)
+
+    x_BCYX = torch.rand(2, 1, 8, 8)
+    encode(x_BCYX)
+    result = attention(encode, net[0], x_BCYX)
+    assert result.route != "pooled"
+    torch.testing.assert_close(result.alpha_BIC, slow_alpha(encode, net[0], x_BCYX, range(6)), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("route", ["batched", "pooled"])
+def test_chunks_change_nothing(route, monkeypatch):
+    net, x_BCYX = chain(nn.ReLU(), nn.Conv2d(4, 3, 3), nn.Flatten(), nn.LazyLinear(6)), torch.rand(5, 1, 8, 8)
+    net(x_BCYX)
+    abs_of_sum = Method(channels="abs_of_sum")
+    whole = attention(net, "0", x_BCYX, abs_of_sum, route=route)
+    map_BYX = whole.map_BYX
+    for chunk in (1, 4000):  # one at a time, and a few
+        monkeypatch.setattr(gradients, "CHUNK_BYTES", chunk)
+        monkeypatch.setattr("lib.attention.CHUNK_BYTES", chunk)
+        parts = attention(net, "0", x_BCYX, abs_of_sum, route=route)
+        torch.testing.assert_close(parts.alpha_BIC, whole.alpha_BIC)
+        torch.testing.assert_close(parts.map_BYX, map_BYX)
+
+
+def test_the_rule():
+    net = chain(nn.ReLU(), nn.Conv2d(4, 3, 2), nn.ReLU(), nn.Flatten(), nn.LazyLinear(9))
+    x_BCYX = torch.rand(1, 1, 8, 8)
+    net(x_BCYX)
+
+    def chosen(layer, latents, **options):
+        return attention(net, layer, x_BCYX, latents=range(latents), **options).route
+
+    # Four taps: T I / (T + I) reaches 2 at four scores; 49 places of the last convolution's output: at three.
+    assert [chosen("0", i) for i in (1, 3, 4, 9)] == ["loop", "batched", "pooled", "pooled"]
+    assert [chosen("2", i) for i in (1, 2, 3)] == ["loop", "batched", "pooled"]
+    assert chosen("0", 9, method=Method(normaliser="image")) == "batched"
+    assert chosen("0", 9, graph="second_order") == "loop"
+    assert chosen("0", 9, graph="constant_alpha") == "pooled"
+    unknown = chain(nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.LazyLinear(9))
+    unknown(x_BCYX)
+    assert attention(unknown, "0", x_BCYX).route == "loop"

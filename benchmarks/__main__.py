@@ -8,12 +8,14 @@ and stored under runs/performance/ is the median of the rounds, with the fastest
 
 import argparse
 import time
+from importlib.metadata import version
 
 from benchmarks import attention, pixel, training
 from lib import provenance, runs
 from lib.data import mnist
 from lib.recipes import MNIST
 
+PEERS = ("numpy", "scikit-learn", "captum", "torchmetrics")
 BENCHMARKS = {"training": training.measure, "attention": attention.measure, "pixel": pixel.measure}
 
 
@@ -47,6 +49,7 @@ def main() -> None:
             budget={"unit": "rounds", "asked": 5, "used": arguments.rounds},
             seconds={"all": time.monotonic() - started},
             device=provenance.describe_device(device),
+            extra={"peers": {name: version(name) for name in PEERS}},
         )
         for row in rows:
             spread = f"[{row['low']:,.4g}, {row['high']:,.4g}]" if row["low"] is not None else ""

@@ -11,9 +11,8 @@ from statistics import NormalDist
 import numpy as np
 from jaxtyping import Bool, Float, Int64, Num, Shaped
 from scipy.stats import rankdata
-from torch import Tensor
 
-Array = np.ndarray | Tensor
+from lib.metrics.inputs import Array, as_array, checked, require_both_classes, require_level, require_resampling
 
 CELLS = 1024  # quantile cells of the bootstrap: 1.4 s for 1000 resamples of 4000 images of 784 pixels on two cores
 IMAGES_PER_CHUNK = 1024  # bounds the table of counts to 35 MB however many images there are
@@ -53,9 +52,9 @@ def auroc(score: Shaped[Array, "..."], truth: Shaped[Array, "..."]) -> float:
     Raises:
         ValueError: If the shapes differ, truth is not boolean or lacks a class, or a score is NaN or infinite.
     """
-    score, truth = _checked(score, truth)
-    _require_both_classes(truth)
+    score, truth = checked(score, truth)
     _, negative_G, positive_G = _count_ties(score, truth)
+    require_both_classes(int(negative_G.sum()), int(positive_G.sum()))
     return float(_auroc_from_counts(negative_G, positive_G))
 
 
@@ -128,15 +127,13 @@ def auroc_interval(
     Raises:
         ValueError: As for `auroc`, or if there are fewer than two images, too few resamples or a level outside (0, 1).
     """
-    if resamples < 100:
-        raise ValueError(f"resamples must be at least 100, got {resamples}.")
-    _require_level(level)
+    require_resampling(resamples, level)
     score_NP, truth_NP, where_NP = _per_image(score_NP, truth_NP, where_NP)
-    _require_both_classes(truth_NP[where_NP])
+    group, negative_G, positive_G = _count_ties(score_NP[where_NP], truth_NP[where_NP])
+    require_both_classes(int(negative_G.sum()), int(positive_G.sum()))
     if len(score_NP) < 2:
         raise ValueError("score must hold at least two images to resample, got 1.")
 
-    group, negative_G, positive_G = _count_ties(score_NP[where_NP], truth_NP[where_NP])
     cell_NP = np.zeros(score_NP.shape, dtype=np.int64)
     cell_NP[where_NP] = _cells(negative_G, positive_G)[group]
     auroc_R = _resampled_aurocs(cell_NP, truth_NP, where_NP, seed, resamples)
@@ -161,8 +158,8 @@ def fraction_interval(flag_N: Shaped[Array, " n"], *, level: float = 0.95) -> In
     Raises:
         ValueError: If there are no flags, they are not boolean or the level is outside (0, 1).
     """
-    _require_level(level)
-    flag_N = _numpy(flag_N)
+    require_level(level)
+    flag_N = as_array(flag_N)
     n = flag_N.size
     if n == 0:
         raise ValueError("flag_N must hold at least one flag, got none.")
@@ -235,46 +232,14 @@ def _resampled_aurocs(
     return _auroc_from_counts(count_RK[:, 0::2], count_RK[:, 1::2])
 
 
-def _numpy(values: Shaped[Array, "..."]) -> Shaped[np.ndarray, "..."]:
-    """The values as an array; NumPy has no bfloat16, so small floats of torch become float32, which is exact."""
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        return (values.float() if values.is_floating_point() and values.itemsize < 4 else values).numpy()
-    return np.asarray(values)
-
-
-def _checked(score: Shaped[Array, "..."], truth: Shaped[Array, "..."]) -> tuple[np.ndarray, np.ndarray]:
-    score, truth = _numpy(score), _numpy(truth)
-    if score.shape != truth.shape:
-        raise ValueError(f"score and truth must have the same shape, got {score.shape} and {truth.shape}.")
-    if truth.dtype != bool:
-        raise ValueError(f"truth must be boolean (for a mask: mask > 0), got {truth.dtype}.")
-    if not np.isfinite(score).all():
-        raise ValueError(f"score must be finite, got {int((~np.isfinite(score)).sum())} NaN or infinite values.")
-    return score, truth
-
-
 def _per_image(
     score: Shaped[Array, "..."], truth: Shaped[Array, "..."], where: Shaped[Array, "..."] | None
 ) -> tuple[Shaped[np.ndarray, "n p"], Bool[np.ndarray, "n p"], Bool[np.ndarray, "n p"]]:
     """The checked arguments with one row per image; all pixels count where nothing is said."""
-    score, truth = _checked(score, truth)
-    where = np.ones_like(truth) if where is None else _numpy(where)
+    score, truth = checked(score, truth)
+    where = np.ones_like(truth) if where is None else as_array(where)
     if where.shape != truth.shape or where.dtype != bool:
         raise ValueError(f"where must be boolean of shape {truth.shape}, got {where.dtype} of {where.shape}.")
     if score.ndim == 0 or len(score) == 0:
         raise ValueError(f"score must hold at least one image along its first axis, got shape {score.shape}.")
     return score.reshape(len(score), -1), truth.reshape(len(truth), -1), where.reshape(len(where), -1)
-
-
-def _require_both_classes(truth: np.ndarray) -> None:
-    positive = int(truth.sum())
-    if positive in (0, truth.size):
-        raise ValueError(
-            f"truth must hold both classes, got {positive} positives and {truth.size - positive} negatives."
-        )
-
-
-def _require_level(level: float) -> None:
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, got {level}.")

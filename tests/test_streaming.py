@@ -1,0 +1,449 @@
+from dataclasses import asdict, fields
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_score, roc_curve
+
+from lib.metrics import streaming
+from lib.metrics.pixel import auroc_interval
+from lib.metrics.segmentation import PixelMetrics, exact
+from lib.metrics.streaming import PixelCounts, difference_intervals
+
+
+def anomaly_maps(n, side, *, seed=0):
+    """Maps of n images that differ in level, with square anomalies that score higher."""
+    rng = np.random.default_rng(seed)
+    truth_NYX = np.zeros((n, side, side), dtype=bool)
+    for truth_YX in truth_NYX:
+        for y, x, size in rng.integers([0, 0, 1], [side, side, side // 3], size=(rng.integers(4), 3)):
+            truth_YX[y : y + size, x : x + size] = True
+    score_NYX = rng.normal(size=truth_NYX.shape) + truth_NYX + 0.3 * rng.normal(size=(n, 1, 1))
+    return score_NYX.astype(np.float32), truth_NYX
+
+
+def counted(score, truth, *, batch=7, unit=None, regions=False):
+    counts = PixelCounts(regions=regions)
+    for start in range(0, len(score), batch):
+        part = slice(start, start + batch)
+        counts.add(score[part], truth[part], unit=None if unit is None else unit[part])
+    return counts
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Bounds so small that a test reaches them all."""
+    monkeypatch.setattr(streaming, "EXACT_PIXELS", 300)
+    monkeypatch.setattr(streaming, "BUFFERED_PIXELS", 700)
+    monkeypatch.setattr(streaming, "MAX_CELLS", 2**16)
+    monkeypatch.setattr(streaming, "MAX_ROWS", 2000)
+    monkeypatch.setattr(streaming, "PIXELS_PER_BLOCK", 100)
+    monkeypatch.setattr(streaming, "UNITS_PER_CHUNK", 4)
+
+
+# --- Measures --------------------------------------------------------------------------------------------------------
+
+
+def test_a_million_pixels_equal_sklearn():
+    score_NYX, truth_NYX = anomaly_maps(100, 100)
+    score_NYX[:, :, :30] = np.round(score_NYX[:, :, :30], 1)  # ties
+    counts = counted(score_NYX, truth_NYX, batch=13)
+    found = counts.metrics(threshold=0.9)
+    score, truth = score_NYX.ravel(), truth_NYX.ravel()
+    assert found.auroc == pytest.approx(roc_auc_score(truth, score), abs=1e-9)
+    assert found.average_precision == pytest.approx(average_precision_score(truth, score), abs=1e-9)
+    assert found.iou == pytest.approx(jaccard_score(truth, score >= np.float32(0.9)), abs=1e-9)
+    normal = jaccard_score(~truth, score < np.float32(0.9))
+    assert found.mean_iou == pytest.approx((found.iou + normal) / 2, abs=1e-9)
+    assert found.best_iou == pytest.approx(jaccard_score(truth, score >= found.best_iou_threshold), abs=1e-9)
+    fpr, tpr, _ = roc_curve(truth, score, drop_intermediate=False)
+    union = truth.sum() + np.rint(fpr * (~truth).sum())
+    assert found.best_iou == pytest.approx((np.rint(tpr * truth.sum()) / union).max(), abs=1e-9)
+    assert found.fpr95 == pytest.approx(fpr[np.argmax(tpr >= 0.95)], abs=1e-9)
+    assert found.grid_iou == pytest.approx(slow_grid_iou(score, truth), abs=1e-9)
+    assert counts.images == 100
+
+
+def slow_grid_iou(score, truth):
+    highest = float(score.max())
+    best = 0.0
+    for i in range(1, 100):
+        flagged = score >= np.float32(i / 100 * highest)
+        best = max(best, (flagged & truth).sum() / (flagged | truth).sum())
+    return best
+
+
+def test_the_grid_of_the_reports_equals_a_slow_loop():
+    score_NYX, truth_NYX = anomaly_maps(9, 12)
+    assert counted(score_NYX, truth_NYX).metrics().grid_iou == slow_grid_iou(score_NYX, truth_NYX)
+
+
+scores = st.sampled_from([-2.0, -1e-30, -0.0, 0.0, 1e-42, 0.5, 0.5000001, 3.0])
+
+
+@st.composite
+def tied_maps(draw):
+    shape = draw(hnp.array_shapes(min_dims=3, max_dims=3, max_side=5).filter(lambda shape: np.prod(shape) >= 2))
+    truth = draw(hnp.arrays(bool, shape).filter(lambda truth: truth.any() and not truth.all()))
+    return draw(hnp.arrays(np.float32, shape, elements=scores.map(np.float32))), truth
+
+
+@settings(max_examples=50, deadline=None)
+@given(tied_maps())
+def test_counts_equal_the_exact_twin(case):
+    found = asdict(counted(*case, batch=2, regions=True).metrics(threshold=0.5))
+    for name, expected in asdict(exact(*case, regions=True, threshold=0.5)).items():
+        assert found[name] == pytest.approx(expected, abs=1e-9), name
+
+
+@settings(max_examples=50, deadline=None)
+@given(hnp.arrays(np.float32, 8, elements=st.floats(-3.0, 3.0, width=32)))
+def test_ordered_integers_keep_the_order_and_the_scores(score_P):
+    ordered_P = streaming._ordered(score_P)
+    np.testing.assert_array_equal(np.sign(np.diff(score_P)), np.sign(np.diff(ordered_P.astype(np.int64))))
+    np.testing.assert_array_equal(streaming._scores(ordered_P.astype(np.int64) | (5 << 32)), score_P)
+
+
+def test_cells_are_close_to_the_exact_twin(small):
+    score_NYX, truth_NYX = anomaly_maps(40, 20)
+    counts = counted(score_NYX, truth_NYX, regions=True)
+    found, expected = counts.metrics(threshold=1.0), exact(score_NYX, truth_NYX, regions=True, threshold=1.0)
+    assert len(counts._cells.scores()) > 2000
+    assert found != expected
+    for name, value in asdict(expected).items():
+        assert asdict(found)[name] == pytest.approx(value, abs=0.02 if "threshold" in name else 2e-3), name
+    assert found.auroc == pytest.approx(expected.auroc, abs=1e-5)
+    assert found.aupro == pytest.approx(expected.aupro, abs=1e-4)
+
+
+def test_few_cells_lose_nothing_from_scores_that_share_none(small):
+    score_NYX, truth_NYX = anomaly_maps(40, 20)
+    score_NYX = np.round(score_NYX * 4) / 4  # eight scores between 1 and 2 and fewer below
+    found = counted(score_NYX, truth_NYX, regions=True).metrics()
+    for name, value in asdict(exact(score_NYX, truth_NYX, regions=True)).items():
+        assert asdict(found)[name] == (value if value is None else pytest.approx(value, abs=1e-9)), name
+
+
+@pytest.mark.parametrize("bounds", ["small", "usual"])
+@pytest.mark.parametrize("factor", [2, -1])
+def test_doubled_scores_change_nothing_and_turned_ones_the_auroc(bounds, factor, request):
+    if bounds == "small":
+        request.getfixturevalue("small")
+    score_NYX, truth_NYX = anomaly_maps(20, 10)
+    found, mapped = (counted(score_NYX * f, truth_NYX, regions=True).metrics() for f in (1, factor))
+    if factor == 2:
+        doubled = {name: 2 * value for name, value in asdict(found).items() if name.endswith("threshold")}
+        assert asdict(mapped) == asdict(found) | doubled
+    else:
+        assert mapped.auroc == pytest.approx(1 - found.auroc, abs=1e-5 if bounds == "small" else 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8])
+def test_tensors_of_every_precision(dtype):
+    generator = torch.Generator().manual_seed(0)
+    score = (torch.rand(3, 4, 5, generator=generator) * 100).to(dtype).requires_grad_(dtype != torch.uint8)
+    truth = torch.rand(3, 4, 5, generator=generator) < 0.3
+    counts = PixelCounts()
+    counts.add(score, truth)
+    assert counts.metrics() == exact(score.float(), truth)
+
+
+def test_arrays_that_are_read_only_or_not_contiguous():
+    score_NYX, truth_NYX = anomaly_maps(6, 8)
+    score_NYX.setflags(write=False)
+    counts = PixelCounts(regions=True)
+    counts.add(score_NYX[::2, :, ::-1], np.asfortranarray(truth_NYX[::2, :, ::-1]))
+    expected = exact(score_NYX[::2], truth_NYX[::2], regions=True)
+    assert counts.metrics().auroc == expected.auroc
+    assert counts.metrics().aupro == pytest.approx(expected.aupro, abs=1e-9)
+
+
+def test_the_caller_may_use_its_arrays_again():
+    score_NYX, truth_NYX = anomaly_maps(6, 8)
+    counts, expected = PixelCounts(), exact(score_NYX, truth_NYX)
+    counts.add(score_NYX, truth_NYX)
+    score_NYX[:], truth_NYX[:] = 0, False
+    assert counts.metrics() == expected
+
+
+# --- Merging ---------------------------------------------------------------------------------------------------------
+
+
+def everything(counts):
+    return counts.metrics(threshold=0.5), counts.intervals(seed=0, resamples=100), counts.images, counts.images_left_out
+
+
+@pytest.mark.parametrize("bounds", ["small", "usual"])
+@pytest.mark.parametrize("seed", range(4))
+def test_order_and_grouping_change_nothing(bounds, seed, request):
+    if bounds == "small":
+        request.getfixturevalue("small")
+    rng = np.random.default_rng(seed)
+    score_NYX, truth_NYX = anomaly_maps(30, 10)
+    score_NYX *= np.linspace(0.01, 3, 30, dtype=np.float32)[:, None, None]  # batches differ in their range
+    masks = [None if image % 5 == 0 else mask_YX for image, mask_YX in enumerate(truth_NYX)]
+    clip = [f"clip {image // 3}" for image in range(30)]
+    expected = everything(counted(score_NYX, masks, batch=30, unit=clip, regions=True))
+
+    order = rng.permutation(30)
+    merged = PixelCounts(regions=True)
+    for group in np.split(order, np.sort(rng.integers(0, 30, size=4))):
+        part = counted(
+            score_NYX[group], [masks[i] for i in group], batch=4, unit=[clip[i] for i in group], regions=True
+        )
+        if rng.random() < 0.5 and part.images:
+            part.metrics()  # reading moves what is kept, which must not show
+        before = part.images, part._pixels
+        merged.merge(part)
+        assert (part.images, part._pixels) == before
+    assert everything(merged) == expected
+    if bounds == "small":
+        assert merged._cells is not None and merged._table.dropped > 0
+
+
+def test_merged_counts_share_nothing(small):
+    score_NYX, truth_NYX = anomaly_maps(8, 10)
+    first, second = counted(score_NYX[:4], truth_NYX[:4]), PixelCounts()
+    second.merge(first)
+    expected = first.metrics()
+    second.add(score_NYX[4:], truth_NYX[4:])
+    second.metrics()
+    assert first.metrics() == expected
+    assert second.metrics() == counted(score_NYX, truth_NYX).metrics()
+
+
+@pytest.mark.parametrize("bounds", ["small", "usual"])
+def test_counts_merged_with_themselves_keep_their_shares(bounds, request):
+    if bounds == "small":
+        request.getfixturevalue("small")
+    score_NYX, truth_NYX = anomaly_maps(8, 10)
+    counts = counted(score_NYX, truth_NYX, unit=range(8))
+    expected = counts.metrics()
+    counts.merge(counts)
+    assert counts.metrics() == expected
+    assert counts._pixels == 2 * score_NYX.size
+
+
+def test_categories_merge_to_the_pooled_number():
+    score_NYX, truth_NYX = anomaly_maps(12, 10)
+    categories = {name: counted(score_NYX[i::3], truth_NYX[i::3]) for i, name in enumerate(["a", "b", "c"])}
+    pooled = PixelCounts()
+    for counts in categories.values():
+        pooled.merge(counts)
+    assert pooled.metrics() == exact(score_NYX, truth_NYX)
+    assert categories["b"].metrics() == exact(score_NYX[1::3], truth_NYX[1::3])
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        (PixelCounts(regions=True), "same regions and without_mask"),
+        (PixelCounts(without_mask="normal"), "same regions and without_mask"),
+        (counted(*anomaly_maps(2, 9)), "unit must be given with every batch or with none"),
+        (counted(*anomaly_maps(2, 9), unit=["a", "b"]), "numbers in every batch or names in every batch"),
+    ],
+)
+def test_unlike_counts_do_not_merge(other, sentence):
+    counts = counted(*anomaly_maps(4, 9), unit=[0, 1, 2, 3])
+    expected = everything(counts)
+    with pytest.raises(ValueError, match=sentence):
+        counts.merge(other)
+    assert everything(counts) == expected
+
+
+# --- Masks and bad input ---------------------------------------------------------------------------------------------
+
+
+def test_images_without_a_mask_are_left_out_or_normal():
+    score_NYX, truth_NYX = anomaly_maps(6, 9, seed=1)
+    truth_NYX[[1, 4]] = False
+    masks = [None if image in (1, 4) else mask_YX for image, mask_YX in enumerate(truth_NYX)]
+    left_out, normal = PixelCounts(), PixelCounts(without_mask="normal")
+    for counts in (left_out, normal):
+        counts.add(score_NYX[:4], masks[:4], unit=[1, 2, 3, 4])
+        counts.add(torch.from_numpy(score_NYX[4:]), [None, torch.from_numpy(truth_NYX[5])], unit=[5, 6])
+    assert left_out.metrics() == exact(score_NYX[[0, 2, 3, 5]], truth_NYX[[0, 2, 3, 5]])
+    assert normal.metrics() == exact(score_NYX, truth_NYX)
+    assert (left_out.images, left_out.images_left_out) == (4, 2)
+    assert (normal.images, normal.images_left_out) == (6, 0)
+    assert left_out.intervals(seed=0, resamples=100)["auroc"].n == 4
+    assert normal.intervals(seed=0, resamples=100)["auroc"].n == 6
+
+
+def test_a_batch_without_any_mask_is_left_out():
+    counts = counted(*anomaly_maps(4, 9))
+    expected = counts.metrics()
+    counts.add(np.zeros((2, 9, 9)), [None, None])
+    assert (counts.metrics(), counts.images, counts.images_left_out) == (expected, 4, 2)
+
+
+def bad_batches():
+    score_NYX, truth_NYX = anomaly_maps(3, 9, seed=5)
+    for value in (np.nan, np.inf, -np.inf):
+        broken_NYX = score_NYX.copy()
+        broken_NYX[1, 2, 3] = value
+        yield broken_NYX, truth_NYX, [1, 2, 3], r"^score must be finite, got 1 NaN or infinite values\.$"
+    yield score_NYX.astype(np.float64) * 1e300, truth_NYX, [1, 2, 3], "score must be finite"
+    yield score_NYX, truth_NYX.astype(np.uint8), [1, 2, 3], r"truth must be boolean \(for a mask: mask > 0\), got uint8"
+    yield score_NYX, truth_NYX[:, :8], [1, 2, 3], r"same shape, got \(3, 9, 9\) and \(3, 8, 9\)"
+    yield score_NYX, [None, None], [1, 2, 3], "one mask or None per image, got 2 for 3 images"
+    yield score_NYX, truth_NYX, None, "unit must be given with every batch or with none"
+    yield score_NYX, truth_NYX, ["1", "2", "3"], "numbers in every batch or names in every batch"
+    yield score_NYX, truth_NYX, [1, 2], r"unit must hold one whole number or name per image, got int64 of shape \(2,\)"
+    yield score_NYX, truth_NYX, torch.rand(3), "unit must hold one whole number or name per image, got float32"
+    yield score_NYX.reshape(3, -1), truth_NYX.reshape(3, -1), [1, 2, 3], "regions need masks of shape"
+
+
+@pytest.mark.parametrize(("score", "truth", "unit", "sentence"), list(bad_batches()))
+def test_a_bad_batch_is_refused_and_changes_nothing(score, truth, unit, sentence):
+    counts = counted(*anomaly_maps(4, 9), unit=[4, 3, 2, 1], regions=True)
+    expected = everything(counts)
+    with pytest.raises(ValueError, match=sentence):
+        counts.add(score, truth, unit=unit)
+    assert everything(counts) == expected
+
+
+def test_one_class_or_nothing_has_no_measures():
+    counts = PixelCounts()
+    with pytest.raises(ValueError, match="both classes, got 0 positives and 0 negatives"):
+        counts.metrics()
+    counts.add(np.arange(4.0), np.zeros(4, dtype=bool), unit=range(4))
+    with pytest.raises(ValueError, match="both classes, got 0 positives and 4 negatives"):
+        counts.metrics()
+    with pytest.raises(ValueError, match="both classes, got 0 positives and 4 negatives"):
+        counts.intervals(seed=0)
+
+
+# --- Intervals -------------------------------------------------------------------------------------------------------
+
+
+def slow_resamples(score_NYX, truth_NYX, unit_N, *, seed, resamples, threshold=None):
+    """The exact measures of the pixels of every resample, by name of the measure."""
+    rng = np.random.default_rng(seed)
+    units = sorted(set(unit_N))
+    rows = {unit: [i for i, other in enumerate(unit_N) if other == unit] for unit in units}
+    found = []
+    for _ in range(resamples):
+        images = [i for drawn in rng.integers(len(units), size=len(units)) for i in rows[units[drawn]]]
+        if truth_NYX[images].any():
+            found.append(asdict(exact(score_NYX[images], truth_NYX[images], regions=True, threshold=threshold)))
+    return {name: np.array([one[name] for one in found]) for name in found[0] if found[0][name] is not None}
+
+
+def test_intervals_equal_a_slow_loop():
+    score_NYX, truth_NYX = anomaly_maps(12, 10)
+    clip = [f"clip {i // 2}" for i in range(12)]
+    found = counted(score_NYX, truth_NYX, batch=5, unit=clip[::-1], regions=True)
+    found = found.intervals(seed=3, threshold=1.0, resamples=100, level=0.9)
+    expected = slow_resamples(score_NYX, truth_NYX, clip[::-1], seed=3, resamples=100, threshold=1.0)
+    value = asdict(exact(score_NYX, truth_NYX, regions=True, threshold=1.0))
+    assert set(found) == set(expected) == {field.name for field in fields(PixelMetrics)}
+    for name, interval in found.items():
+        low, high = np.quantile(expected[name], [0.05, 0.95])
+        assert interval.value == pytest.approx(value[name], abs=1e-9), name
+        assert (interval.low, interval.high) == (pytest.approx(low, abs=1e-6), pytest.approx(high, abs=1e-6)), name
+        assert interval.n == 6
+
+
+def test_intervals_of_coarse_counts_are_close_to_a_slow_loop(small, monkeypatch):
+    monkeypatch.setattr(streaming, "RESAMPLING_CELLS", 256)
+    monkeypatch.setattr(streaming, "MAX_ROWS", 4000)
+    score_NYX, truth_NYX = anomaly_maps(24, 16, seed=2)
+    counts = counted(score_NYX, truth_NYX, unit=range(24), regions=True)
+    found = counts.intervals(seed=3, threshold=1.0, resamples=200)
+    assert counts._by_unit().dropped > 8
+    expected = slow_resamples(score_NYX, truth_NYX, range(24), seed=3, resamples=200, threshold=1.0)
+    for name, interval in found.items():
+        low, high = np.quantile(expected[name], [0.025, 0.975])
+        tolerance = (0.3 if "threshold" in name else 0.1) * (high - low)
+        assert interval.low == pytest.approx(low, abs=tolerance), name
+        assert interval.high == pytest.approx(high, abs=tolerance), name
+
+
+def test_auroc_interval_is_that_of_the_pixel_module():
+    score_NYX, truth_NYX = anomaly_maps(40, 8)
+    found = counted(score_NYX, truth_NYX, unit=torch.arange(40)).intervals(seed=5, resamples=200)["auroc"]
+    expected = auroc_interval(score_NYX, truth_NYX, seed=5, resamples=200)
+    assert asdict(found) == pytest.approx(asdict(expected), abs=1e-5)
+
+
+def test_resamples_without_an_anomaly_are_left_out():
+    score_NYX, truth_NYX = anomaly_maps(4, 9)
+    truth_NYX[1:] = False
+    truth_NYX[0, :3, :3] = True
+    found = counted(score_NYX, truth_NYX, unit=range(4), regions=True).intervals(seed=0, resamples=100)
+    expected = slow_resamples(score_NYX, truth_NYX, range(4), seed=0, resamples=100)
+    assert len(expected["auroc"]) < 90
+    assert found["auroc"].high == pytest.approx(np.quantile(expected["auroc"], 0.975), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("unit", "options", "sentence"),
+    [
+        (None, {}, "unit must name at least two units to resample, got 0"),
+        ([0, 0, 0, 0], {}, "unit must name at least two units to resample, got 1"),
+        ([0, 1, 2, 3], {"resamples": 99}, "resamples must be at least 100, got 99"),
+        ([0, 1, 2, 3], {"level": 95.0}, "level must lie between 0 and 1, got 95.0"),
+    ],
+)
+def test_intervals_refuse_bad_options(unit, options, sentence):
+    counts = counted(*anomaly_maps(4, 9), unit=unit)
+    for read in (counts.intervals, lambda **options: difference_intervals(counts, counts, **options)):
+        with pytest.raises(ValueError, match=sentence):
+            read(seed=0, **options)
+
+
+# --- Differences -----------------------------------------------------------------------------------------------------
+
+
+def test_difference_intervals_equal_a_slow_loop():
+    first_NYX, truth_NYX = anomaly_maps(12, 10)
+    second_NYX = first_NYX + np.random.default_rng(9).normal(size=first_NYX.shape).astype(np.float32)
+    counts = [counted(score_NYX, truth_NYX, unit=range(12), regions=True) for score_NYX in (first_NYX, second_NYX)]
+    found = difference_intervals(*counts, seed=3, resamples=100)
+    first, second = (
+        slow_resamples(score_NYX, truth_NYX, range(12), seed=3, resamples=100) for score_NYX in (first_NYX, second_NYX)
+    )
+    values = [asdict(exact(score_NYX, truth_NYX, regions=True)) for score_NYX in (first_NYX, second_NYX)]
+    assert set(found) == set(first)
+    for name, interval in found.items():
+        low, high = np.quantile(first[name] - second[name], [0.025, 0.975])
+        assert interval.value == pytest.approx(values[0][name] - values[1][name], abs=1e-9), name
+        assert (interval.low, interval.high) == (pytest.approx(low, abs=1e-6), pytest.approx(high, abs=1e-6)), name
+    # What one image does to both scores cancels: pairs tell more than two intervals beside each other.
+    alone = counts[0].intervals(seed=3, resamples=100)["auroc"]
+    assert found["auroc"].high - found["auroc"].low < 0.8 * (alone.high - alone.low)
+
+
+def test_differences_need_the_same_units_and_truth():
+    score_NYX, truth_NYX = anomaly_maps(4, 9)
+    counts = counted(score_NYX, truth_NYX, unit=[0, 1, 2, 3])
+    other_units = counted(score_NYX, truth_NYX, unit=[0, 1, 2, 4])
+    other_truth = counted(score_NYX, truth_NYX[::-1], unit=[0, 1, 2, 3])
+    for other in (other_units, other_truth):
+        with pytest.raises(ValueError, match="same units with the same truth"):
+            difference_intervals(counts, other, seed=0)
+    with pytest.raises(ValueError, match="must have the same regions"):
+        difference_intervals(counts, counted(score_NYX, truth_NYX, unit=[0, 1, 2, 3], regions=True), seed=0)
+    same = counted(score_NYX[::-1], truth_NYX[::-1], unit=[3, 2, 1, 0])
+    found = difference_intervals(counts, same, seed=0, resamples=100)
+    assert {(interval.value, interval.low, interval.high) for interval in found.values()} == {(0, 0, 0)}
+
+
+# --- Memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_held_stays_within_its_bounds(small):
+    rng = np.random.default_rng(0)
+    counts = PixelCounts(regions=True)
+    for batch in range(30):
+        score_BYX = 0.5 + rng.random((4, 20, 20))
+        counts.add(score_BYX, rng.random((4, 20, 20)) < 0.1, unit=range(4 * batch, 4 * batch + 4))
+        assert counts._buffer.size <= streaming.EXACT_PIXELS
+        assert len(counts._buffer._columns[0]) <= streaming.EXACT_PIXELS
+        assert counts._cells.count_CK.shape[1] <= streaming.MAX_CELLS
+        assert len(counts._table.code_T) <= streaming.MAX_ROWS
+    assert counts._pixels == counts._cells.count_CK[:2].sum() + counts._buffer.size == 30 * 1600

@@ -25,6 +25,8 @@ reproduce: $(INSTALLED)
 	$(BIN)/papermill book/method.md $(EXECUTED)/method.ipynb
 	$(BIN)/papermill book/mnist.md $(EXECUTED)/mnist-1.ipynb -p digit 1
 	$(BIN)/papermill book/mnist.md $(EXECUTED)/mnist-3.ipynb -p digit 3
+	$(BIN)/papermill book/reuse.md $(EXECUTED)/reuse.ipynb
+	$(BIN)/papermill book/performance.md $(EXECUTED)/performance.ipynb
 	$(BIN)/papermill book/comparison.md $(EXECUTED)/comparison.ipynb
 	$(BIN)/papermill book/index.md $(EXECUTED)/index.ipynb
 	@$(MAKE) --no-print-directory book
@@ -45,7 +47,8 @@ published: $(INSTALLED)
 	  $(BIN)/papermill book/mnist.md $(EXECUTED)/mnist-$$digit-$$seed.ipynb \
 	    -p digit $$digit -p seed $$seed -p data real || exit 1; \
 	done; done
-	$(BIN)/python benchmarks/training.py --data real
+	$(BIN)/papermill book/reuse.md $(EXECUTED)/reuse.ipynb -p data real
+	$(BIN)/python -m benchmarks --data real
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:3]; sys.exit(None if (3, 11, 4) <= v < (3, 14) else \

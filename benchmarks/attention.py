@@ -74,6 +74,7 @@ def measure(x_NYX: Tensor, device: torch.device, rounds: int) -> list[dict]:
         model = network.build(LATENTS).eval().to(device)
         b, c, y, x = network.shape
         digit_B1YX = F.interpolate(x_NYX[:b, None].float().div(255), (y, x), mode="bilinear")
+        rows.append(runs.row("images per batch", b, subset=name))
         x_BCYX = digit_B1YX.expand(b, c, y, x).contiguous().to(device)
         for layer, module in model.encoder.named_modules():
             if isinstance(module, nn.Conv2d):

@@ -19,6 +19,7 @@ With A the output of the layer and s_i a score (a function of the latents, see M
 How α is computed, and how fast, is the business of lib.gradients.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -186,11 +187,11 @@ class Attention:
             weight_BI = weight_BI / weight_BI.sum(1, keepdim=True)
         if method.channels != "abs_of_sum":
             # Bilinear enlargement is linear: one aggregated map is brought up instead of I of them.
-            map_B1HW = torch.einsum("bi,bihw->bhw", weight_BI, self.map_BIHW).unsqueeze(1)
+            map_B1HW = _weighted(weight_BI.unsqueeze(1), self.map_BIHW)
             return upsample(map_B1HW, self.size, method.align_corners).squeeze(1)
         at_once = max(1, CHUNK_BYTES // (4 * b * self.size[0] * self.size[1]))
         parts = [slice(start, start + at_once) for start in range(0, i, at_once)]
-        return sum(torch.einsum("bi,biyx->byx", weight_BI[:, part], self._enlarged(part)) for part in parts)
+        return sum(_weighted(weight_BI[:, None, part], self._enlarged(part)) for part in parts).squeeze(1)
 
     def _enlarged(self, part: slice) -> Tensor:
         if self.method.channels == "abs_of_sum":
@@ -204,7 +205,7 @@ def attention(
     x_BCYX: Float[Tensor, "b c y x"],
     method: str | Method = "liu2020_paper",
     *,
-    latents: Sequence[int] | None = None,
+    latents: Sequence[int] | Tensor | None = None,
     normal: tuple[Tensor, Tensor] | None = None,
     generator: torch.Generator | None = None,
     graph: Graph | str = "none",
@@ -231,11 +232,12 @@ def attention(
         route: How α is computed, see lib.gradients; "auto" takes the fastest one by rule.
 
     Raises:
-        ValueError: If a choice, the layer or a latent is unknown; if the layer is not reached, is reached twice or is
-            no convolution; if the latents do not depend on it; if batch normalisation is in training mode, so that the
-            images of a batch depend on each other; if a score lacks its logvar, `normal` or `generator`; if a route is
-            asked for that this model or method does not allow; or if α or A has values that are not finite.
-        TypeError: If a path is given and `encode` is no module.
+        ValueError: If a choice, the layer or a latent is unknown; if the layer is not reached, is reached twice or
+            does not put out [B, C, H, W]; if the latents do not depend on it; if a module of batch normalisation is in
+            training mode, so that the images of a batch depend on each other; if a score lacks its logvar, `normal` or
+            `generator`; if a route is asked for that this model or method does not allow; if there are fewer scores
+            than the method's `highest`; if there is no image; or if α or A has values that are not finite.
+        TypeError: If a path is given and `encode` is no module, or if `encode` puts out no latents [B, D].
     """
     if isinstance(method, str):
         if method not in PRESETS:
@@ -244,45 +246,55 @@ def attention(
     for name, value, kind in (("graph", graph, Graph), ("route", route, Route)):
         if value not in get_args(kind):
             raise ValueError(f"{name}={value!r} is unknown; choose one of: {', '.join(get_args(kind))}")
+    if len(x_BCYX) == 0:
+        raise ValueError("x_BCYX must hold at least one image, got none")
     module = _find(encode, layer)
+    named = f"layer={layer!r}" if isinstance(layer, str) else f"layer={type(layer).__name__}(...)"
     with torch.inference_mode(False), torch.enable_grad():
         x_BCYX = x_BCYX.clone() if x_BCYX.is_inference() else x_BCYX
         with _outputs(module, leaf=graph == "none") as outputs:
             encoded = encode(x_BCYX)
         if len(outputs) != 1:
-            times = "is not reached" if not outputs else f"is reached {len(outputs)} times"
-            raise ValueError(f"layer={layer!r} {times} on the way from the images to the latents; it must be once")
+            times = f"is reached {len(outputs)} times" if outputs else "is not reached"
+            compiled = "" if outputs else " (of a compiled model, give the model before it was compiled)"
+            raise ValueError(f"{named} {times} on the way from the images to the latents; it must be once{compiled}")
         A_BCHW = outputs[0]
         if not isinstance(A_BCHW, Tensor) or A_BCHW.ndim != 4:
             shape = list(A_BCHW.shape) if isinstance(A_BCHW, Tensor) else type(A_BCHW).__name__
-            raise ValueError(f"layer={layer!r} puts out {shape}, not the [B, C, H, W] of a convolution")
-        encoded = (encoded,) if isinstance(encoded, Tensor) else tuple(encoded)
+            raise ValueError(f"{named} puts out {shape}, not the [B, C, H, W] of a convolution")
+        encoded = (encoded,) if isinstance(encoded, Tensor) else encoded
+        _require_latents(encoded)
         latents_BD = _latents(encoded, method.score, normal, generator)
         score_BI = _scores(latents_BD, method.score, latents)
         flow = Flow.between(A_BCHW, score_BI.sum(0))
         if flow is None:
-            raise ValueError(f"layer={layer!r}: the latents do not depend on its output")
+            raise ValueError(f"{named}: the latents do not depend on its output, or encode does not record gradients")
         values_BCHW = A_BCHW
         if method.tensor != "before":
             activation = flow.activation()
             if activation is None:
                 names = ", ".join(dict.fromkeys(name.partition("Backward")[0] for name in ACTIVATIONS))
                 raise ValueError(
-                    f"layer={layer!r}: no activation ({names}) follows it directly, which tensor={method.tensor!r} "
+                    f"{named}: no activation ({names}) follows it directly, which tensor={method.tensor!r} "
                     "needs; to explain what an activation puts out, give the activation as the layer"
                 )
             values_BCHW = ACTIVATIONS[activation.name()](A_BCHW, activation)
             flow = flow.after(activation) if method.tensor == "after" else flow
-        alpha_BIC, route = flow.mean_gradient(method.normaliser, route, second_order=graph == "second_order")
+        # Where the encoder runs under autocast, the sums here keep their digits.
+        with torch.autocast(x_BCYX.device.type, enabled=False):
+            alpha_BIC, route = flow.mean_gradient(method.normaliser, route, second_order=graph == "second_order")
         values_BCHW = widened(values_BCHW)
+        alpha_BIC = alpha_BIC.to(values_BCHW.dtype)
     if graph == "none":
         alpha_BIC, values_BCHW, latents_BD = alpha_BIC.detach(), values_BCHW.detach(), latents_BD.detach()
         encoded = tuple(tensor.detach() if isinstance(tensor, Tensor) else tensor for tensor in encoded)
     elif graph == "constant_alpha":
         alpha_BIC = alpha_BIC.detach()
     if not (alpha_BIC.isfinite().all() and values_BCHW.isfinite().all()):
-        raise ValueError(f"layer={layer!r}: its output or the gradient there has values that are not finite")
-    return Attention(alpha_BIC, values_BCHW, latents_BD, encoded, method, tuple(x_BCYX.shape[-2:]), route)
+        raise ValueError(f"{named}: its output or the gradient there has values that are not finite")
+    if method.highest is not None and method.highest > alpha_BIC.shape[1]:
+        raise ValueError(f"highest={method.highest} is more than the {alpha_BIC.shape[1]} scores there are")
+    return Attention(alpha_BIC, values_BCHW, latents_BD, tuple(encoded), method, tuple(x_BCYX.shape[-2:]), route)
 
 
 def upsample(
@@ -311,18 +323,25 @@ def _find(encode: Callable, layer: str | nn.Module) -> nn.Module:
 @contextmanager
 def _outputs(module: nn.Module, leaf: bool) -> Iterator[list]:
     """Collect what the module puts out, as a leaf of the graph from there to the latents if asked to."""
-    outputs = []
+    outputs, here = [], threading.get_ident()
 
     def keep(_module: nn.Module, _inputs: tuple, output: object) -> object:
-        if isinstance(output, Tensor):
-            output = output.detach() if leaf else output
-            output = output if output.requires_grad else output.requires_grad_()
-        outputs.append(output)
-        # A copy goes on: an activation in place (ReLU(inplace=True)) would change what is kept.
-        return output.clone() if isinstance(output, Tensor) else output
+        if threading.get_ident() != here:  # another thread uses the same model
+            return output
+        if not isinstance(output, Tensor):
+            outputs.append(output)
+            return output
+        # Copies on both sides: what the layer was given may be what it puts out (Identity), and may change as well as
+        # what goes on from here, by an activation in place (ReLU(inplace=True)).
+        kept = (output.detach() if leaf else output).clone()
+        outputs.append(kept if kept.requires_grad else kept.requires_grad_())
+        return outputs[-1].clone()
 
     def refuse(normalisation: nn.Module, _inputs: tuple) -> None:
-        if isinstance(normalisation, _BatchNorm) and (normalisation.training or normalisation.running_mean is None):
+        uses_batch = isinstance(normalisation, _BatchNorm) and (
+            normalisation.training or normalisation.running_mean is None
+        )
+        if uses_batch and threading.get_ident() == here:
             raise ValueError(
                 "batch normalisation in training mode makes the images of a batch depend on each other; "
                 "put the model in evaluation mode first: model.eval()"
@@ -332,6 +351,17 @@ def _outputs(module: nn.Module, leaf: bool) -> Iterator[list]:
         hooks.callback(module.register_forward_hook(keep).remove)
         hooks.callback(register_module_forward_pre_hook(refuse).remove)
         yield outputs
+
+
+def _require_latents(encoded: object) -> None:
+    """Refuse what is no tuple of tensors that starts with latents [B, D]."""
+    first = encoded[0] if isinstance(encoded, tuple | list) and len(encoded) else encoded
+    if not isinstance(first, Tensor) or first.ndim != 2:
+        got = list(first.shape) if isinstance(first, Tensor) else type(first).__name__
+        raise TypeError(
+            f"encode must put out latents [B, D], or a tuple that starts with them, as (mu, logvar); got {got}: "
+            "wrap it in a function that picks them, and give the layer as a module"
+        )
 
 
 def _latents(
@@ -352,17 +382,19 @@ def _latents(
     if normal is None:
         raise ValueError(f"score={score!r} needs normal=(mu, logvar), the posterior of a normal image")
     normal_mu, normal_logvar = (value.detach().to(mu_BD) for value in normal)
-    return normal_mu - mu_BD + (normal_logvar.exp() + logvar_BD.exp()).sqrt() * epsilon_BD
+    # √(σ̄² + σ²) by its logarithm: a variance too small for the type would have no gradient.
+    return normal_mu - mu_BD + (0.5 * torch.logaddexp(normal_logvar, logvar_BD)).exp() * epsilon_BD
 
 
-def _scores(latents_BD: Tensor, score: Score, latents: Sequence[int] | None) -> Float[Tensor, "b i"]:
+def _scores(latents_BD: Tensor, score: Score, latents: Sequence[int] | Tensor | None) -> Float[Tensor, "b i"]:
     if latents is not None:
-        d = latents_BD.shape[1]
-        if not latents or not all(0 <= index < d for index in latents):
-            raise ValueError(f"latents={list(latents)} must be one or more indices between 0 and {d - 1}")
-        latents_BD = latents_BD[:, list(latents)]
+        chosen, d = [int(index) for index in latents], latents_BD.shape[1]
+        if not chosen or not all(0 <= index < d for index in chosen):
+            raise ValueError(f"latents={chosen} must be one or more indices between 0 and {d - 1}")
+        latents_BD = latents_BD[:, chosen]
     return latents_BD if score.startswith("each") else latents_BD.sum(1, keepdim=True)
 
 
 def _weighted(alpha_BIC: Tensor, values_BCHW: Tensor) -> Float[Tensor, "b i h w"]:
-    return torch.einsum("bic,bchw->bihw", alpha_BIC, values_BCHW)
+    with torch.autocast(alpha_BIC.device.type, enabled=False):
+        return torch.einsum("bic,bchw->bihw", alpha_BIC, values_BCHW)

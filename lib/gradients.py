@@ -39,7 +39,7 @@ Normaliser = Literal["none", "image", "batch"]
 Route = Literal["auto", "loop", "batched", "pooled"]
 
 RMS_EPSILON = 1e-5  # the authors' code adds it to the root mean square of the gradient
-CHUNK_BYTES = 2**28  # bound on what is held at once of gradients of many scores, and of V
+CHUNK_BYTES = 2**28  # bound on what is held at once of the gradients of many scores, and as much again of V
 
 # Activations, by the name of their node in the graph: the values after them from those before them.
 ACTIVATIONS: dict[str, Callable[[Tensor, Node], Tensor]] = {
@@ -57,7 +57,7 @@ ELEMENTWISE = {*ACTIVATIONS, *COPIES, "AddBackward0", "NativeBatchNormBackward0"
 # What vmap takes for many scores in one call without a loop of its own.
 BATCHABLE = {*ACTIVATIONS, *COPIES, "AddBackward0", "SubBackward0", "MulBackward0", "ExpBackward0", "SqrtBackward0"}
 BATCHABLE |= {"AddmmBackward0", "MmBackward0", "SumBackward1", "IndexBackward0", "SplitBackward0", "SliceBackward0"}
-BATCHABLE |= {"ConvolutionBackward0", "NativeBatchNormBackward0"}
+BATCHABLE |= {"ConvolutionBackward0", "NativeBatchNormBackward0", "CudnnBatchNormBackward0"}
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class _Linear:
     def without_scores(self, gate_BCHW: Tensor) -> Float[Tensor, "b c k"]:
         """V: what a gradient of one at each output adds to Σ_hw ∂s/∂A_chw."""
         b, c, h, w = gate_BCHW.shape
-        weight = widened(self.weight.detach())
+        weight = self.weight.detach().to(gate_BCHW.dtype)
         if weight.ndim == 2:
             return torch.bmm(gate_BCHW.flatten(2).transpose(0, 1), weight.reshape(c, h * w, -1)).transpose(0, 1)
         node, kernel = self.node, tuple(weight.shape[2:])
@@ -179,12 +179,15 @@ class Flow:
             with torch.no_grad():
                 return self._pooled(linear), route
         parts = []
-        for gradient_IBCHW in self._gradients(self.target, route == "batched", second_order):
+        for gradient_IB in self._gradients(self.target, route == "batched", second_order):
+            gradient_IBCHW = gradient_IB.reshape(-1, *self.shape)  # an activation may come after a flattening
             alpha_IBC = gradient_IBCHW.mean((3, 4))
             if normaliser != "none":
                 over = (2, 3, 4) if normaliser == "image" else (1, 2, 3, 4)
-                rms = gradient_IBCHW.square().mean(over, keepdim=True).sqrt()[..., 0, 0]
-                alpha_IBC = alpha_IBC / (rms + RMS_EPSILON)
+                # vector_norm has a gradient where all is zero, which the root of a mean of squares has not.
+                norm_IB1 = torch.linalg.vector_norm(gradient_IBCHW, dim=over, keepdim=True)[..., 0, 0]
+                values = self.shape.numel() if normaliser == "batch" else self.shape[1:].numel()
+                alpha_IBC = alpha_IBC / (norm_IB1 / values**0.5 + RMS_EPSILON)
             parts.append(alpha_IBC)
         return torch.cat(parts).transpose(0, 1), route
 
@@ -215,33 +218,38 @@ class Flow:
 
     def _gradients(self, target: GradientEdge, batched: bool, second_order: bool = False) -> Iterator[Tensor]:
         """∂Σ_b s_bi/∂target [I, B, ...], some scores at a time."""
-        score_I = self.score_I
-        if not batched:
-            for score in score_I.unbind():
-                (gradient,) = torch.autograd.grad(score, target, retain_graph=True, create_graph=second_order)
-                yield widened(gradient).unsqueeze(0)
-            return
-        at_once = _at_once(_like(target).numel())
-        for unit in torch.eye(len(score_I), dtype=score_I.dtype, device=score_I.device).split(at_once):
-            (gradient,) = torch.autograd.grad(score_I, target, unit, retain_graph=True, is_grads_batched=True)
-            yield widened(gradient)
+
+        def gradient_of(unit: Tensor, batched: bool) -> Tensor:
+            (gradient,) = torch.autograd.grad(
+                self.score_I, target, unit, retain_graph=True, create_graph=second_order, is_grads_batched=batched
+            )
+            return widened(gradient)
+
+        unit_II = torch.eye(len(self.score_I), dtype=self.score_I.dtype, device=self.score_I.device)
+        for unit in unit_II.split(_at_once(_like(target).numel())):
+            yield gradient_of(unit, True) if batched else torch.stack([gradient_of(one, False) for one in unit])
 
     def _pooled(self, linear: _Linear) -> Float[Tensor, "b i c"]:
         b, c, h, w = self.shape
         batched = len(self.score_I) > 1 and self._batchable(linear.node)
-        G_IBK = torch.cat([part.flatten(2) for part in self._gradients(GradientEdge(linear.node, 0), batched)])
         # The derivative of elementwise operations is what reverse mode makes of ones; without any it is one everywhere.
-        gate_BCHW = torch.ones((1, c, h, w), dtype=G_IBK.dtype, device=G_IBK.device)
+        gate_BCHW = torch.ones((1, c, h, w), dtype=widened(self.score_I).dtype, device=self.score_I.device)
         if linear.gated:
             ones = torch.ones_like(_like(linear.entry), device=self.score_I.device)
             (gate_BCHW,) = torch.autograd.grad(linear.entry, self.target, ones, retain_graph=True)
-            gate_BCHW = widened(gate_BCHW).reshape(self.shape)
-        parts = []
-        at_once = _at_once(c * G_IBK.shape[2]) if linear.gated else b
-        for G_IBK_part, start in zip(G_IBK.split(at_once, dim=1), range(0, b, at_once), strict=True):
-            V_BCK = linear.without_scores(gate_BCHW[start : start + at_once])
-            parts.append(torch.bmm(G_IBK_part.transpose(0, 1), V_BCK.expand(G_IBK_part.shape[1], -1, -1).mT))
-        return torch.cat(parts) / (h * w)
+            gate_BCHW = gate_BCHW.to(widened(self.score_I).dtype).reshape(self.shape)
+        k = _like(GradientEdge(linear.node, 0))[0].numel()
+        images = _at_once(c * k) if linear.gated else b
+        V_BCK = linear.without_scores(gate_BCHW) if images >= b else None
+        alphas = []
+        for G_IB in self._gradients(GradientEdge(linear.node, 0), batched):
+            parts = []
+            for start in range(0, b, images):
+                G_BIK = G_IB[:, start : start + images].flatten(2).transpose(0, 1).to(gate_BCHW.dtype)
+                V = linear.without_scores(gate_BCHW[start : start + images]) if V_BCK is None else V_BCK
+                parts.append(torch.bmm(G_BIK, V.expand(len(G_BIK), -1, -1).mT))
+            alphas.append(torch.cat(parts))
+        return torch.cat(alphas, 1) / (h * w)
 
 
 def widened(tensor: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ def from_counts(
         threshold: Threshold at which to compute the IoU as well.
 
     Raises:
-        ValueError: If a class is missing.
+        ValueError: If a class is missing or the threshold is NaN.
     """
     occurs_K = (negative_K > 0) | (positive_K > 0)
     score_K = score_K[occurs_K][::-1]  # from here on descending, as thresholds sweep from none to all flagged
@@ -131,8 +131,12 @@ def from_counts(
 
     def flagged_from(threshold: float | Float[np.ndarray, " t"]) -> Int64[np.ndarray, "*t"]:
         """How many cells, from the top, are at or above a threshold in the precision of the scores."""
-        return np.asarray(len(score_K) - np.searchsorted(score_K[::-1], np.asarray(threshold).astype(score_K.dtype)))
+        with np.errstate(over="ignore"):  # beyond the type's range is beyond all scores
+            threshold = np.asarray(threshold).astype(score_K.dtype)
+        return np.asarray(len(score_K) - np.searchsorted(score_K[::-1], threshold))
 
+    if threshold is not None and np.isnan(threshold):
+        raise ValueError("threshold must be a number, got nan.")
     grid = flagged_from(GRID * float(score_K[0] if highest is None else highest))
     at = None if threshold is None else int(flagged_from(threshold))
     return PixelMetrics(

@@ -226,8 +226,12 @@ class Flow:
             return widened(gradient)
 
         unit_II = torch.eye(len(self.score_I), dtype=self.score_I.dtype, device=self.score_I.device)
-        for unit in unit_II.split(_at_once(_like(target).numel())):
-            yield gradient_of(unit, True) if batched else torch.stack([gradient_of(one, False) for one in unit])
+        if batched:
+            for unit in unit_II.split(_at_once(_like(target).numel())):
+                yield gradient_of(unit, True)
+        else:
+            for unit in unit_II:
+                yield gradient_of(unit, False).unsqueeze(0)
 
     def _pooled(self, linear: _Linear) -> Float[Tensor, "b i c"]:
         b, c, h, w = self.shape
@@ -242,7 +246,7 @@ class Flow:
         images = _at_once(c * k) if linear.gated else b
         V_BCK = linear.without_scores(gate_BCHW) if images >= b else None
         alphas = []
-        for G_IB in self._gradients(GradientEdge(linear.node, 0), batched):
+        for G_IB in _joined(self._gradients(GradientEdge(linear.node, 0), batched), _at_once(b * k)):
             parts = []
             for start in range(0, b, images):
                 G_BIK = G_IB[:, start : start + images].flatten(2).transpose(0, 1).to(gate_BCHW.dtype)
@@ -272,6 +276,17 @@ def _weight(node: Node, place: int, entry: torch.Size, shape: torch.Size) -> Ten
         plain = entry == (shape[0], shape[1:].numel()) and getattr(node, "_saved_alpha", 1) == 1
         return node._saved_mat2 if plain else None
     return None
+
+
+def _joined(parts: Iterator[Tensor], length: int) -> Iterator[Tensor]:
+    """The same tensors in longer ones, of up to `length` along the first axis."""
+    waiting = []
+    for part in parts:
+        if waiting and sum(map(len, waiting)) + len(part) > length:
+            yield torch.cat(waiting)
+            waiting = []
+        waiting.append(part)
+    yield torch.cat(waiting)
 
 
 def _at_once(values: int) -> int:

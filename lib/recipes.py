@@ -63,3 +63,21 @@ MNIST = {
         reduction="mean",
     ),
 }
+
+UCSD = {
+    "report1": Recipe(
+        source="first report, Table 1; the loss of the authors' code",
+        epochs=300,
+        batch_size=32,
+        learning_rate=1e-4,
+        latent_dim=32,
+    ),
+    "report1_warmup": Recipe(
+        source="first report, Table 1, with a warm-up of the KL term, which nobody published",
+        epochs=300,
+        batch_size=32,
+        learning_rate=1e-4,
+        latent_dim=32,
+        kl_warmup_epochs=10,
+    ),
+}

@@ -1,0 +1,404 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+from torch.nn.functional import interpolate
+
+from lib.data import catalogue, ucsd
+from lib.data.card import survey
+
+SHAPE = (158, 238)
+
+
+def noise(seed, shape=SHAPE):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def box(top, left, height=40, width=60, shape=SHAPE):
+    mask = np.zeros(shape, np.uint8)
+    mask[top : top + height, left : left + width] = 255
+    return mask
+
+
+def save(file, array):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(file)
+    return file
+
+
+@pytest.fixture
+def ped1(tmp_path):
+    """Two training clips of two and one frames; test clips 3 (three frames, masks) and 12 (one frame, no masks)."""
+    folder = tmp_path / "UCSD_Anomaly_Dataset.v1p2/UCSDped1"
+    # Not in the order of the names, which a file system need not keep.
+    for seed, name in enumerate(
+        ["Train/Train004/001", "Train/Train001/010", "Train/Train001/002", "Test/Test012/001"]
+        + [f"Test/Test003/{number}" for number in ("003", "001", "002")]
+    ):
+        save(folder / f"{name}.tif", noise(seed))
+    for name, mask in (("002", box(10, 20)), ("003", box(100, 170)), ("001", np.zeros(SHAPE, np.uint8))):
+        save(folder / f"Test/Test003_gt/{name}.bmp", mask)
+    # What the release holds beside the frames.
+    for name in ("Train/.DS_Store", "Train/Train001/._002.tif", "Test/Test003/Thumbs.db", "Test/Test003_gt/._001.bmp"):
+        (folder / name).write_bytes(b"no image")
+    (folder / "Test/UCSDped1.m").write_text("TestVideoFile = {};")
+    return folder
+
+
+def load(folder, data="real", **options):
+    return ucsd.load(data, folder.parents[1], **options)
+
+
+def fails(folder, error, *parts):
+    """Both ways of asking for the files fail in one sentence that holds these parts."""
+    for data in ("real", "auto"):
+        with pytest.raises(error) as caught:
+            load(folder, data)
+        said = str(caught.value)
+        assert "\n" not in said
+        assert all(str(part) in said for part in parts), said
+
+
+# Loading
+
+
+def test_clips_frames_and_masks(ped1):
+    loaded = load(ped1)
+    assert loaded.train_clip_N.tolist() == [1, 1, 4]
+    assert loaded.test_clip_N.tolist() == [3, 3, 3, 12]
+    assert loaded.train_NYX.dtype == loaded.test_NYX.dtype == torch.uint8
+    # The sources in the order of the names, shrunk by torch instead of Pillow.
+    for frames_NYX, seeds in ((loaded.train_NYX, (2, 1, 0)), (loaded.test_NYX, (5, 6, 4, 3))):
+        assert frames_NYX.shape == (len(seeds), 100, 100)
+        sources = torch.from_numpy(np.stack([noise(seed) for seed in seeds]))[:, None].double()
+        expected = interpolate(sources, size=(100, 100), mode="bilinear", antialias=True)[:, 0]
+        assert (frames_NYX - expected).abs().max() < 1
+    expected = [np.zeros(SHAPE), box(10, 20), box(100, 170)]
+    for mask_YX, source in zip(loaded.test_mask, expected, strict=False):
+        nearest = interpolate(torch.tensor(source)[None, None].double(), size=(100, 100), mode="nearest-exact")
+        assert torch.equal(mask_YX, nearest[0, 0] > 0)
+    assert loaded.test_mask[3] is None
+    assert loaded.test_anomalous == [False, True, True, None]
+
+
+def test_card(ped1):
+    (ped1.parent / "NOTE.txt").write_text("Seven frames.\n")
+    card = load(ped1).card
+    assert card.counts == {
+        "train": 3,
+        "test": 4,
+        "masks": 3,
+        "train clips": 2,
+        "test clips": 2,
+        "masked clips": 1,
+    }
+    assert card.official == {
+        "train": 6800,
+        "test": 7200,
+        "masks": 2000,
+        "train clips": 34,
+        "test clips": 36,
+        "masked clips": 10,
+    }
+    assert card.mark == "partial"
+    assert card.note == "Seven frames."
+    assert card.digest == survey(catalogue.UCSD, ped1.parents[1]).digest
+
+
+def test_official_clips_and_frames():
+    clips, images = ucsd.OFFICIAL_CLIPS, catalogue.UCSD.official
+    pairs = (("train clips", "train"), ("test clips", "test"), ("masked clips", "masks"))
+    assert all(images[image] == 200 * clips[clip] for clip, image in pairs)
+
+
+def test_complete_only_with_the_official_clips(ped1, monkeypatch):
+    monkeypatch.setattr(
+        catalogue, "UCSD", dataclasses.replace(catalogue.UCSD, official={"train": 3, "test": 4, "masks": 3})
+    )
+    monkeypatch.setattr(ucsd, "OFFICIAL_CLIPS", {"train clips": 2, "test clips": 2, "masked clips": 1})
+    assert load(ped1).card.mark == ""
+    (ped1 / "Train/Train001/010.tif").rename(ped1 / "Train/Train004/010.tif")
+    assert load(ped1).card.mark == ""  # the same clips and counts
+    (ped1 / "Train/Train005").mkdir()
+    (ped1 / "Train/Train004/010.tif").rename(ped1 / "Train/Train005/010.tif")
+    assert load(ped1).card.mark == "partial"
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".TIFF", ".png", ".bmp", ".jpg"])
+def test_formats(suffix, ped1):
+    save(ped1 / f"Train/Train009/001{suffix}", np.full(SHAPE, 77, np.uint8))
+    loaded = load(ped1)
+    assert loaded.train_clip_N[-1] == 9
+    assert (loaded.train_NYX[-1] == 77).all()
+
+
+def test_colour_becomes_grey(ped1):
+    save(ped1 / "Train/Train009/001.png", np.full((*SHAPE, 3), (200, 100, 50), np.uint8))
+    grey = round(0.299 * 200 + 0.587 * 100 + 0.114 * 50)
+    assert (load(ped1).train_NYX[-1] == grey).all()
+
+
+def test_frames_of_other_sizes(ped1):
+    save(ped1 / "Train/Train009/001.png", noise(9, (50, 70)))
+    save(ped1 / "Train/Train009/002.png", same := noise(10, (100, 100)))
+    np.testing.assert_array_equal(load(ped1).train_NYX[-1], same)
+
+
+def test_truncated_masks_lose_their_border(ped1):
+    for number in ("001", "002", "003"):
+        save(ped1 / f"Test/Test003/{number}.tif", noise(0, (200, 200)))
+    masks = [box(0, 3, 31, 40, (200, 200)), box(20, 20, 3, 3, (200, 200)), noise(0, (200, 200)) // 250 * 255]
+    for number, mask in zip(("001", "002", "003"), masks, strict=True):
+        save(ped1 / f"Test/Test003_gt/{number}.bmp", 255 - mask if number == "003" else mask)
+    loaded = load(ped1, mask_resize="truncated")
+    for mask_YX, number in zip(loaded.test_mask, ("001", "002", "003"), strict=False):
+        source = np.array(Image.open(ped1 / f"Test/Test003_gt/{number}.bmp")) > 0
+        # At half the size the triangle takes in four pixels along either axis.
+        around = [range(max(0, 2 * i - 1), min(200, 2 * i + 3)) for i in range(100)]
+        expected = [[source[np.ix_(ys, xs)].all() for xs in around] for ys in around]
+        np.testing.assert_array_equal(mask_YX, expected)
+    assert loaded.test_anomalous == [True, False, True, None]
+    assert load(ped1).test_anomalous == [True, True, True, None]
+
+
+def test_masks_of_ones(ped1):
+    save(ped1 / "Test/Test003_gt/002.bmp", box(10, 20) // 255)
+    for mask_resize in ucsd.MASK_RESIZES:
+        (ped1 / "Test/Test003_gt/001.bmp").write_bytes((ped1 / "Test/Test003_gt/003.bmp").read_bytes())
+        mask_YX = load(ped1, mask_resize=mask_resize).test_mask[1]
+        assert mask_YX[20, 20]
+        assert not mask_YX[70, 70]
+
+
+# What is wrong with the data
+
+
+@pytest.mark.parametrize("name", ["Train/Train001/002.tif", "Test/Test012/001.tif", "Test/Test003_gt/002.bmp"])
+@pytest.mark.parametrize("damage", [lambda content: content[:2000], lambda content: b"", lambda content: b"text"])
+def test_damaged_image_is_named(name, damage, ped1):
+    (ped1 / name).write_bytes(damage((ped1 / name).read_bytes()))
+    fails(ped1, ValueError, ped1 / name, "is damaged or no image")
+
+
+def test_16_bits_are_refused(ped1):
+    file = save(ped1 / "Train/Train001/011.tif", noise(0).astype(np.uint16) * 256)
+    fails(ped1, ValueError, file, "8 bits per channel", "I;16")
+
+
+def remove(folder):
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    folder.rmdir()
+
+
+@pytest.mark.parametrize("names", [("Train",), ("Test",), ("Train", "Test")])
+def test_missing_folder(names, ped1):
+    for name in names:
+        remove(ped1 / name)
+    lacks = " and ".join(f"{name}/" for name in names)
+    fails(ped1, FileNotFoundError, f"{ped1} lacks {lacks};", "python -m lib.data fetch ucsd --root")
+
+
+def test_missing_data(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"lacks Train/ and Test/; `python -m lib.data fetch ucsd"):
+        ucsd.load("real", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["Train/Train001", "Test/Test012"])
+def test_clip_without_frames(name, ped1):
+    for file in (ped1 / name).glob("[0-9]*"):
+        file.unlink()
+    fails(ped1, ValueError, f"{ped1 / name} holds no frames")
+
+
+def test_no_clips(ped1):
+    remove(ped1 / "Train")
+    (ped1 / "Train").mkdir()
+    fails(ped1, ValueError, f"{ped1 / 'Train'} holds no clips (Train001, Train002, ...)")
+
+
+@pytest.mark.parametrize("left", [0, 2])
+def test_masks_must_match_frames_in_number(left, ped1):
+    masks = ped1 / "Test/Test003_gt"
+    for number in ("001", "002", "003")[left:]:
+        (masks / f"{number}.bmp").unlink()
+    fails(ped1, ValueError, f"{masks} holds {left} masks for the 3 frames of {ped1 / 'Test/Test003'}")
+
+
+def test_masks_must_match_frames_in_name(ped1):
+    masks = ped1 / "Test/Test003_gt"
+    (masks / "001.bmp").rename(masks / "004.bmp")
+    fails(ped1, ValueError, masks / "002.bmp", "has no frame of its name", "001.tif")
+
+
+def test_masks_must_match_frames_in_size(ped1):
+    file = save(ped1 / "Test/Test003_gt/002.bmp", box(0, 0, shape=(100, 120)))
+    fails(ped1, ValueError, file, "has 120x100 pixels for a frame of 238x158")
+
+
+def test_masks_without_clip(ped1):
+    (ped1 / "Test/Test003_gt").rename(ped1 / "Test/Test004_gt")
+    fails(ped1, ValueError, ped1 / "Test/Test004_gt", "a clip that is not there")
+
+
+def test_unknown_arguments(ped1):
+    with pytest.raises(ValueError, match="auto, real, sample; got 'fake'"):
+        load(ped1, "fake")
+    for call in (lambda: load(ped1, mask_resize="cubic"), lambda: ucsd.sample(mask_resize="cubic")):
+        with pytest.raises(ValueError, match="nearest, truncated; got 'cubic'"):
+            call()
+
+
+# The split
+
+
+@pytest.mark.parametrize(("clips", "validation"), [(2, 1), (6, 1), (10, 2), (17, 3), (36, 7)])
+def test_split(clips, validation):
+    clip_N = torch.arange(100, 100 + clips).repeat_interleave(3)
+    divisions = set()
+    for seed in range(20):
+        parts = ucsd.split(clip_N, seed)
+        assert [len(part) for part in parts] == [validation, clips - validation]
+        assert sorted(torch.cat(parts).tolist()) == list(range(100, 100 + clips))
+        assert all(part.tolist() == sorted(part.tolist()) for part in parts)
+        assert torch.equal(ucsd.split(clip_N.flip(0), seed)[0], parts[0])
+        divisions.add(tuple(parts[0].tolist()))
+    assert len(divisions) > 1
+
+
+def test_split_of_one_clip():
+    with pytest.raises(ValueError, match="two clips or more to be divided; got 1"):
+        ucsd.split(torch.tensor([7, 7]), 0)
+
+
+# The sample
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """The sample, and what was drawn for each frame: (background, actors, i)."""
+    calls = []
+    draw = ucsd._draw
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ucsd, "_draw", lambda *arguments: calls.append(arguments) or draw(*arguments))
+        loaded = ucsd.load("sample")
+    return loaded, calls
+
+
+def test_auto_falls_back_to_the_sample_and_says_so(drawn, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(ucsd, "sample", lambda mask_resize: drawn[0])
+    (tmp_path / catalogue.UCSD.folder / "UCSDped2").mkdir(parents=True)
+    loaded = ucsd.load("auto", tmp_path)
+    assert loaded.card.kind == loaded.card.mark == "sample"
+    said = capsys.readouterr().err
+    assert "SAMPLE" in said
+    assert str(tmp_path / catalogue.UCSD.folder / "UCSDped1") in said
+    assert f"python -m lib.data fetch ucsd --root {tmp_path}" in said
+
+
+def test_sample(drawn):
+    loaded, _ = drawn
+    assert loaded.train_NYX.shape == loaded.test_NYX.shape == (240, 100, 100)
+    for clip_N in (loaded.train_clip_N, loaded.test_clip_N):
+        assert clip_N.bincount().tolist() == [0] + 6 * [40]
+    assert [mask is None for mask in loaded.test_mask] == 160 * [False] + 80 * [True]
+    assert loaded.card.counts == {
+        "train": 240,
+        "test": 240,
+        "masks": 160,
+        "train clips": 6,
+        "test clips": 6,
+        "masked clips": 4,
+    }
+    assert loaded.card.official["train"] == 6800
+    assert "Not UCSD Ped1" in loaded.card.note
+    # Every masked clip has frames of both kinds.
+    shares = np.array(loaded.test_anomalous[:160]).reshape(4, 40).mean(1)
+    assert ((shares > 0.3) & (shares < 0.95)).all()
+
+
+def test_sample_is_the_same_everywhere(drawn):
+    assert drawn[0].card.digest == "8b56b159f3e5da95f76c655c6ca61c1aac1b02455447ac1c5199c671342725b7"
+
+
+def test_same_seed_same_pixels(monkeypatch):
+    for name, number in {"SAMPLE_CLIPS": 2, "SAMPLE_MASKED": 1, "SAMPLE_FRAMES": 12}.items():
+        monkeypatch.setattr(ucsd, name, number)
+    one, same, other = (ucsd.sample(seed) for seed in (5, 5, 6))
+    assert torch.equal(one.train_NYX, same.train_NYX)
+    assert torch.equal(one.test_NYX, same.test_NYX)
+    assert torch.equal(torch.stack(one.test_mask[:12]), torch.stack(same.test_mask[:12]))
+    assert one.test_mask[12:] == same.test_mask[12:] == 12 * [None]
+    assert one.card == same.card
+    assert one.card.digest != other.card.digest
+    assert not torch.equal(one.train_NYX, other.train_NYX)
+
+
+def is_vehicle(actor):
+    return actor.kind != "pedestrian"
+
+
+def test_training_clips_show_no_vehicle(drawn):
+    _, calls = drawn
+    assert not any(is_vehicle(actor) for _, actors, _ in calls[:240] for actor in actors)
+    kinds = [next(actor.kind for actor in actors if is_vehicle(actor)) for _, actors, _ in calls[240::40]]
+    assert kinds == 3 * ["cart", "cyclist"]
+
+
+@pytest.mark.parametrize("clip", range(6))
+def test_masks_are_exact(drawn, clip):
+    """A pixel shows the vehicle if and only if it changes with the vehicle's grey level."""
+    loaded, calls = drawn
+    hidden = 0
+    for frame in range(40 * clip, 40 * clip + 40):
+        background_YX, actors, i = calls[240 + frame]
+        scene_YX, vehicle_YX = ucsd._draw(background_YX, actors, i)
+        repainted = [
+            dataclasses.replace(actor, shades=tuple(255 - shade for shade in actor.shades))
+            if is_vehicle(actor)
+            else actor
+            for actor in actors
+        ]
+        np.testing.assert_array_equal(scene_YX != ucsd._draw(background_YX, repainted, i)[0], vehicle_YX)
+        # Without the vehicle nothing else changes.
+        without_YX, nothing_YX = ucsd._draw(background_YX, [actor for actor in actors if not is_vehicle(actor)], i)
+        np.testing.assert_array_equal(scene_YX[~vehicle_YX], without_YX[~vehicle_YX])
+        assert not nothing_YX.any()
+        alone_YX = ucsd._draw(background_YX, [actor for actor in actors if is_vehicle(actor)], i)[1]
+        assert not (vehicle_YX & ~alone_YX).any()
+        hidden += int((alone_YX & ~vehicle_YX).sum())
+        if loaded.test_mask[frame] is not None:
+            rows, columns = ((np.arange(100) + 0.5) * size / 100 for size in SHAPE)
+            nearest_YX = vehicle_YX[np.ix_(rows.astype(int), columns.astype(int))]
+            np.testing.assert_array_equal(loaded.test_mask[frame], nearest_YX)
+    assert hidden > 0 or clip > 3  # pedestrians walk in front of vehicles
+
+
+def test_truncated_sample(drawn):
+    truncated = ucsd.load("sample", mask_resize="truncated")
+    assert truncated.card == drawn[0].card
+    assert torch.equal(truncated.test_NYX, drawn[0].test_NYX)
+    nearest, less = (torch.stack(loaded.test_mask[:160]) for loaded in (drawn[0], truncated))
+    assert not (less & ~nearest).any()
+    assert 0 < less.sum() < nearest.sum()
+
+
+def test_sample_is_a_scene_and_not_noise(drawn):
+    loaded, calls = drawn
+    # A camera that stands still: nearly every pixel stays near its median, and yet people cross the image.
+    median_YX = loaded.train_NYX.median(0).values
+    away = (loaded.train_NYX.int() - median_YX.int()).abs() > 20
+    assert 0.005 < away.float().mean() < 0.1
+    assert away[:, 25:95].any(0).float().mean() > 0.2
+    # Whoever is nearer is larger; noise of 3 levels is never cut off.
+    assert ucsd._height(150.0) > 2 * ucsd._height(35.0)
+    scenes = [ucsd._draw(*call)[0] for call in calls[::20]]
+    assert min(scene.min() for scene in scenes) >= 3
+    assert max(scene.max() for scene in scenes) <= 252
+    # The difference to the mean training frame finds vehicles, as it must in such scenes, but people too.
+    score_NYX = (loaded.test_NYX[:160].float() - loaded.train_NYX.float().mean(0)).abs()
+    auroc = roc_auc_score(torch.stack(loaded.test_mask[:160]).flatten(), score_NYX.flatten())
+    assert 0.85 < auroc < 0.999

@@ -80,4 +80,19 @@ UCSD = {
         latent_dim=32,
         kl_warmup_epochs=10,
     ),
+    "report2": Recipe(
+        source="second report, Table 1, which prints three learning rates; this is the least",
+        epochs=300,
+        batch_size=128,
+        learning_rate=1e-4,
+        latent_dim=32,
+    ),
+    "brongers2021": Recipe(
+        source="code of Brongers et al., default settings, for their network with BatchNorm",
+        epochs=512,
+        batch_size=32,
+        learning_rate=1e-4,
+        latent_dim=32,
+        reduction="mean",
+    ),
 }

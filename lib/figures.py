@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from IPython.display import Image
+from matplotlib.animation import Animation, ArtistAnimation
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import CenteredNorm, Normalize
 from matplotlib.figure import Figure
@@ -33,13 +35,13 @@ STYLE = {
 
 
 def show(figure: Figure | Path) -> Image:
-    """A figure, drawn just now or stored by a run, as an image for the page.
+    """A figure, drawn just now, or a figure or animation stored by a run, as an image for the page.
 
     Raises:
         FileNotFoundError: If there is no such file.
     """
     if isinstance(figure, Path):
-        return Image(data=figure.read_bytes(), format="png")
+        return Image(data=figure.read_bytes(), format=figure.suffix.removeprefix("."))
     buffer = BytesIO()
     with mpl.rc_context(STYLE):
         figure.savefig(buffer, format="png")
@@ -53,6 +55,7 @@ def image_rows(
     titles: Sequence[str],
     label: str,
     credit: str,
+    grey: str = "gray_r",
 ) -> Figure:
     """A grid of small images: one row for each kind, one column for each image.
 
@@ -62,6 +65,7 @@ def image_rows(
         titles: One title per column.
         label: Label of the maps' colour bar.
         credit: Whose images these are; printed under the figure.
+        grey: Colour map of the rows that are no maps: "gray_r" for ink on paper, "gray" for photographs.
     """
     with mpl.rc_context(STYLE):
         columns = len(titles)
@@ -71,7 +75,7 @@ def image_rows(
         for axes_row, (name, image_NYX) in zip(axes, rows.items(), strict=True):
             axes_row[0].set_ylabel(name, rotation=0, ha="right", va="center")
             for axis, image_YX in zip(axes_row, image_NYX, strict=True):
-                axis.imshow(image_YX, cmap=MAPS if name in maps else "gray_r", norm=norm, interpolation="nearest")
+                axis.imshow(image_YX, cmap=MAPS if name in maps else grey, norm=norm, interpolation="nearest")
                 axis.set(xticks=[], yticks=[])
                 axis.spines[:].set_visible(True)
                 axis.grid(False)
@@ -83,6 +87,47 @@ def image_rows(
             bar.outline.set_visible(False)
         figure.supxlabel(credit, fontsize=7, color="0.35")
     return figure
+
+
+def clip_animation(
+    frame_NYX: np.ndarray,
+    mask_NYX: Sequence[np.ndarray],
+    map_NYX: np.ndarray,
+    *,
+    titles: Sequence[str],
+    label: str,
+    credit: str,
+) -> Animation:
+    """The frames of a clip and their maps side by side, both with the outline of the mask.
+
+    Args:
+        frame_NYX: Frames in [0, 1].
+        mask_NYX: A mask per frame, above 0 where anomalous.
+        map_NYX: Maps, drawn on one colour scale from 0 to 1.
+        titles: One title per frame.
+        label: Label of the maps' colour bar.
+        credit: Whose frames these are; printed under the figure.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.6, 2.9), dpi=75, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(1, 2)
+        norm = Normalize(0, 1)
+        for axis in axes:
+            axis.set(xticks=[], yticks=[])
+            axis.grid(False)
+        bar = figure.colorbar(ScalarMappable(norm, MAPS), ax=axes[1], fraction=0.045, pad=0.03, extend="max")
+        bar.set_label(label)
+        bar.outline.set_visible(False)
+        figure.supxlabel(credit, fontsize=7, color="0.35")
+        moments = []
+        for frame_YX, mask_YX, map_YX, title in zip(frame_NYX, mask_NYX, map_NYX, titles, strict=True):
+            drawn = [axes[0].imshow(frame_YX, cmap="gray", norm=norm), axes[1].imshow(map_YX, cmap=MAPS, norm=norm)]
+            if mask_YX.any():
+                drawn += [axis.contour(mask_YX, levels=[0.5], colors=[COLOURS[1]], linewidths=1.2) for axis in axes]
+            drawn.append(axes[0].text(0, 1.03, title, transform=axes[0].transAxes))
+            moments.append(drawn)
+        return ArtistAnimation(figure, moments)
 
 
 def attention_steps(

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 from filelock import FileLock
+from matplotlib.animation import Animation, PillowWriter
 from matplotlib.figure import Figure
 
 from lib import provenance, recipes
@@ -33,6 +34,7 @@ from lib.data.catalogue import SOURCES
 from lib.recipes import Recipe
 
 T = TypeVar("T")
+FRAMES_PER_SECOND = 8
 METRIC_COLUMNS = ["metric", "method", "subset", "value", "low", "high", "n"]
 
 # Modules that a run loads but that cannot change its numbers.
@@ -91,8 +93,9 @@ class Run:
         record = self.record
         budget = record["budget"]
         mark = f", {self.card.mark}" if self.card.mark else ""
+        images = self.card.counts["train"] + self.card.counts["test"]
         return (
-            f"Run {self.label}; data: {self.card.name} ({sum(self.card.counts.values()):,} images{mark}); "
+            f"Run {self.label}; data: {self.card.name} ({images:,} images{mark}); "
             f"{budget['used']} of {budget['asked']} {budget['unit']}; {record['device']}."
         )
 
@@ -112,18 +115,17 @@ class Run:
         return changed
 
     def figure(self, name: str) -> Path:
-        """Path of a stored figure.
+        """Path of a stored figure, a PNG, or of a stored animation, a GIF.
 
         Raises:
             FileNotFoundError: If the run has no such figure; the message lists those it has.
         """
-        path = self.folder / "figures" / f"{name}.png"
-        if not path.exists():
-            there = sorted(figure.stem for figure in (self.folder / "figures").glob("*.png"))
+        there = {path.stem: path for path in sorted((self.folder / "figures").glob("*.*"))}
+        if name not in there:
             raise FileNotFoundError(
                 f"the run {self.label} has no figure {name!r}; it has: {', '.join(there) or 'none'}"
             )
-        return path
+        return there[name]
 
     def metric(self, metric: str, method: str = "", subset: str = "") -> dict[str, Any]:
         """The row of one number, as a dict with value, low, high and n.
@@ -190,7 +192,7 @@ def save(
     metrics: list[dict],
     losses: Mapping[str, list[float]],
     arrays: Mapping[str, np.ndarray],
-    figures: Mapping[str, Figure],
+    figures: Mapping[str, Figure | Animation],
     card: DataCard,
     recipe: Recipe,
     budget: Mapping[str, Any],
@@ -207,7 +209,7 @@ def save(
         metrics: Rows made by `row`.
         losses: Curves per epoch.
         arrays: Maps and curves for figures; never the images of a data set.
-        figures: Panels that show inputs; saved as PNG.
+        figures: Panels that show inputs, saved as PNG, and animations, saved as GIF.
         card: The card of the data used.
         recipe: The recipe used.
         budget: unit, asked and used, such as epochs, 100 and 20.
@@ -259,7 +261,10 @@ def save(
         np.savez_compressed(temporary / "arrays.npz", **arrays)
         (temporary / "figures").mkdir()
         for name, figure in figures.items():
-            figure.savefig(temporary / "figures" / f"{name}.png")
+            if isinstance(figure, Animation):
+                figure.save(temporary / "figures" / f"{name}.gif", writer=PillowWriter(fps=FRAMES_PER_SECOND))
+            else:
+                figure.savefig(temporary / "figures" / f"{name}.png")
         temporary.chmod(0o755)  # mkdtemp makes private folders
         _replace(temporary, folder)
     finally:

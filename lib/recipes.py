@@ -88,7 +88,7 @@ UCSD = {
         latent_dim=32,
     ),
     "brongers2021": Recipe(
-        source="code of Brongers et al., default settings, for their network with BatchNorm",
+        source="code of Brongers et al., default settings but for BatchNorm and the image size of 96 that it needs",
         epochs=512,
         batch_size=32,
         learning_rate=1e-4,

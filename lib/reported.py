@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -244,7 +245,7 @@ def _summary(found: Sequence[Measured], unit: str, exact: bool) -> dict[str, Any
     }
     short = summary["budget"] if _cut_short(runs[0]) else ""
     # A time says nothing without the machine; that of the training may be another than that of the run.
-    trained_on = [run.record.get("weights", run.record)["device"] for run in runs]
+    trained_on = [run.record.get("weights", {}).get("device", run.record["device"]) for run in runs]
     device = "; ".join(dict.fromkeys(trained_on)) if unit == "s" else ""
     marks = ["partial data" if summary["data"] == "partial" else "", short, summary["stale"], device]
     text = _with_unit(_shown(mean, unit, exact), unit) + spread
@@ -397,6 +398,9 @@ def verdicts(runs: Iterable[Run], reported: pd.DataFrame | None = None) -> pd.Da
     return pd.DataFrame(lines)
 
 
+UCSD_LAYERS = ("conv1", "conv2", "conv3")
+UCSD_RECIPES = ("report1", "report2")  # the recipes that the reports followed; the first is the paper's too
+UCSD_PRESETS = ("liu2020_paper", "liu2020_code")
 MNIST_DIGITS = (1, 3)
 MNIST_RECIPES = ("liu2020", "report1", "report2")  # the recipes that the paper's code and the reports followed
 OUTLIERS = "all outliers"
@@ -453,6 +457,8 @@ def _judge_parameters(dataset: str) -> Callable[[Sequence[Run], pd.DataFrame], V
     """Judge whether our model has as many parameters as the first report prints."""
 
     def judge(runs: Sequence[Run], reported: pd.DataFrame) -> Verdict:
+        # Other networks than the reports' have recipes of their own.
+        runs = [run for run in runs if run.parameters["recipe"] != "brongers2021"]
         measured = [(run, _measure(run, "parameters", "", "")) for run in runs]
         counts = {run.label: round(found[0]) for run, found in measured if found is not None}
         if not counts:
@@ -488,6 +494,93 @@ def _full_mnist_runs(runs: Sequence[Run], measures: Callable[[Run], bool]) -> tu
     if reasons:
         note += f" Not counted: {'; '.join(f'{n} ({reason})' for reason, n in Counter(reasons).items())}."
     return counted, note
+
+
+def _judge_ucsd(
+    grade: Callable[[dict[str, Run], pd.DataFrame], int],
+) -> Callable[[Sequence[Run], pd.DataFrame], Verdict]:
+    """Judge a claim on the three layers of one UCSD model: the worst grade counts, 2 held, 1 partly held, 0 did not."""
+
+    def judge(runs: Sequence[Run], reported: pd.DataFrame) -> Verdict:
+        counted, note = _full_ucsd_models(runs)
+        if not counted:
+            return Verdict("not yet tested", f"No model on complete data to its last epoch.{note}")
+        outcome = ("did not hold", "partly held", "held")[min(grade(layers, reported) for layers in counted)]
+        evidence = "; ".join(map(_ucsd_scores, counted))
+        return Verdict(
+            outcome, f"Pixel AUROC — {evidence}.{note}", _labels([run for layers in counted for run in layers.values()])
+        )
+
+    return judge
+
+
+def _full_ucsd_models(runs: Sequence[Run]) -> tuple[list[dict[str, Run]], str]:
+    """The models and presets that a verdict on UCSD Ped1 may rest on, by layer, and a note on the others' numbers."""
+    models: dict[str, dict[str, Run]] = {}
+    for run in runs:
+        alike = {name: value for name, value in run.parameters.items() if name != "layer"}
+        models.setdefault(str(sorted(alike.items())), {})[run.parameters["layer"]] = run
+    counted, others = [], []
+    for layers in models.values():
+        run = next(iter(layers.values()))
+        reasons = [
+            "partial data" if _kind(run) != "complete" else "",
+            _budget(run) if _cut_short(run) else "",
+            "no published recipe" if run.parameters["recipe"] not in UCSD_RECIPES else "",
+            "no preset of the paper or its code" if run.parameters["preset"] not in UCSD_PRESETS else "",
+            "not all layers" if layers.keys() != set(UCSD_LAYERS) else "",
+        ]
+        if any(reasons):
+            others.append(f"{_ucsd_scores(layers)} ({', '.join(filter(None, reasons))})")
+        else:
+            counted.append(layers)
+    stale = sum(bool(run.stale) for layers in counted for run in layers.values())
+    note = f" Stale: {stale} of {sum(map(len, counted))} runs." if stale else ""
+    return counted, note + (f" Not counted: {'; '.join(others)}." if others else "")
+
+
+def _ucsd_score(run: Run, method: str = "attention") -> tuple[float, float]:
+    """Interval of the pixel AUROC of a run."""
+    row = run.metric("pixel AUROC", method, "test clips")
+    return row["low"], row["high"]
+
+
+def _ucsd_scores(layers: dict[str, Run]) -> str:
+    """The pixel AUROC of attention at each layer, and that of the reconstruction error, as text."""
+    run = next(iter(layers.values()))
+    measured = {layer: (layers[layer], "attention") for layer in UCSD_LAYERS if layer in layers}
+    measured["reconstruction error"] = (run, "reconstruction error")
+    shown = []
+    for name, (found, method) in measured.items():
+        value, low, high = _measure(found, "pixel AUROC", method, "test clips")
+        shown.append(f"{name} {value:.3f} ({low:.3f}–{high:.3f})")
+    return f"{run.parameters['recipe']}, {run.parameters['preset']}, seed {run.parameters['seed']}: {', '.join(shown)}"
+
+
+def _grade_ucsd_auroc(layers: dict[str, Run], reported: pd.DataFrame) -> int:
+    """Whether each layer reaches the paper's AUROC, or at least lies above one half and above every baseline."""
+    grades = []
+    for layer, run in layers.items():
+        paper = _published(reported[reported["setting"] == layer], "paper", "UCSD Ped1", "pixel AUROC")["value"]
+        low, high = _ucsd_score(run)
+        others = {row["method"] for row in run.record["metrics"] if row["metric"] == "pixel AUROC"} - {"attention"}
+        above = low > 0.5 and all(low > _ucsd_score(run, other)[1] for other in others)
+        grades.append(2 if high >= paper else 1 if above else 0)
+    return min(grades)
+
+
+def _grade_ucsd_baseline(layers: dict[str, Run], reported: pd.DataFrame) -> int:
+    """Whether the best layer lies above the reconstruction error of the same model, or meets it."""
+    best = max(layers.values(), key=lambda run: run.metric("pixel AUROC", "attention", "test clips")["value"])
+    (low, high), (other_low, other_high) = _ucsd_score(best), _ucsd_score(best, "reconstruction error")
+    return 2 if low > other_high else 1 if high >= other_low else 0
+
+
+def _grade_ucsd_layers(layers: dict[str, Run], reported: pd.DataFrame) -> int:
+    """Whether the three layers are apart and conv2 is highest, or at least two are apart."""
+    scores = {layer: _ucsd_score(run) for layer, run in layers.items()}
+    apart = [a[0] > b[1] or b[0] > a[1] for a, b in combinations(scores.values(), 2)]
+    return 2 if all(apart) and max(scores, key=scores.get) == "conv2" else 1 if any(apart) else 0
 
 
 def _pixel_scores(run: Run) -> dict[str, tuple[float, float]]:
@@ -548,6 +641,11 @@ _ATTENTION_CRITERION = (
     "that ignores the image can do as well. Did not hold: otherwise."
 )
 
+_UCSD_RUNS = (
+    "Counted are all stored models on complete UCSD Ped1 that follow the recipe of a report to its last epoch, with "
+    "runs for all three layers by the rule of the paper or of the authors' code. In every one of them, "
+)
+
 CLAIMS = (
     Claim(
         id="MNIST maps",
@@ -598,32 +696,36 @@ CLAIMS = (
         text="(ii) On UCSD Ped1 the maps highlight anomalies with the paper's AUROC.",
         claimed_by="Liu et al. 2020; not reproduced by Reports 1 and 2",
         chapter="ucsd",
-        criterion="On complete UCSD Ped1 and for each of the three layers, held: the interval of the pixel AUROC "
-        "reaches the paper's value. Partly held: it lies above one half and above every baseline, but below the "
-        "paper's value. Did not hold: otherwise.",
+        criterion=_UCSD_RUNS + "and for each of the three layers, held: the interval of the pixel AUROC reaches the "
+        "paper's value. Partly held: it lies above one half and above every baseline, but below the paper's value. Did "
+        "not hold: otherwise.",
+        judge=_judge_ucsd(_grade_ucsd_auroc),
     ),
     Claim(
         id="UCSD baseline",
         text="(ii) On UCSD Ped1 the maps do better than the baseline.",
         claimed_by="Liu et al. 2020, as quoted by Report 2",
         chapter="ucsd",
-        criterion="Held: the interval of the pixel AUROC of the best layer lies above that of the reconstruction error "
-        "of the same model. Partly held: the intervals meet. Did not hold: it lies below.",
+        criterion=_UCSD_RUNS + "held: the interval of the pixel AUROC of the best layer lies above that of the "
+        "reconstruction error of the same model. Partly held: the intervals meet. Did not hold: it lies below.",
+        judge=_judge_ucsd(_grade_ucsd_baseline),
     ),
     Claim(
         id="UCSD layers",
         text="The layer matters: conv1, conv2 and conv3 give different AUROC (both reports print one value for all).",
         claimed_by="Liu et al. 2020, Table quoted by Report 1",
         chapter="ucsd",
-        criterion="Held: the three intervals of the pixel AUROC are apart, and conv2 is highest. Partly held: at least "
-        "two of the layers are apart. Did not hold: all three meet.",
+        criterion=_UCSD_RUNS + "held: the three intervals of the pixel AUROC are apart, and conv2 is highest. Partly "
+        "held: at least two of the layers are apart. Did not hold: all three meet.",
+        judge=_judge_ucsd(_grade_ucsd_layers),
     ),
     Claim(
         id="UCSD size",
         text="The UCSD model has the number of parameters in Table 1 of Report 1.",
         claimed_by="Report 1",
         chapter="ucsd",
-        criterion="Held: the numbers are equal. Did not hold: otherwise.",
+        criterion="Held: the numbers are equal in every run of a report's recipe. Did not hold: otherwise.",
+        judge=_judge_parameters("UCSD Ped1"),
     ),
     Claim(
         id="MVTec AUROC and IoU",

@@ -324,9 +324,9 @@ def test_claims_are_unique_and_complete_and_untested_without_runs():
 
 
 def test_a_claim_without_a_judge_stays_untested():
-    verdict = decide(claim("UCSD AUROC"), [make_run(chapter="ucsd")], read())
+    verdict = decide(claim("MVTec share"), [make_run(chapter="mvtec10")], read())
     assert verdict.verdict == "not yet tested"
-    assert verdict.evidence == "The stored runs of the chapter ucsd do not measure this."
+    assert verdict.evidence == "The stored runs of the chapter mvtec10 do not measure this."
 
 
 @pytest.mark.parametrize(("name", "method"), [("MNIST maps", PAPER), ("MNIST maps of the code", CODE)])
@@ -421,6 +421,61 @@ def test_size_verdicts(count, outcome):
     assert verdict.evidence == f"Our model has {count:,}; published: 13,216,193."
     nothing = decide(claim("MNIST size"), [make_run()], read())
     assert nothing.verdict == "not yet tested"
+
+
+def ucsd_run(layer, low, high, *, error=(0.7, 0.8), kind="complete", used=100, preset="liu2020_paper", **changes):
+    metrics = [
+        row("pixel AUROC", (low + high) / 2, "attention", "test clips", low=low, high=high),
+        row("pixel AUROC", sum(error) / 2, "reconstruction error", "test clips", low=error[0], high=error[1]),
+        row("pixel AUROC", 0.5, "random", "test clips", low=0.49, high=0.51),
+    ]
+    run = make_run(metrics=metrics, kind=kind, used=used, recipe="report1", chapter="ucsd")
+    del run.parameters["digit"]
+    run.parameters.update({"layer": layer, "preset": preset} | changes)
+    return run
+
+
+# The paper's values are 0.89, 0.92 and 0.91.
+@pytest.mark.parametrize(
+    ("intervals", "auroc", "baseline", "layers"),
+    [
+        (((0.8, 0.9), (0.93, 0.95), (0.905, 0.92)), "held", "held", "held"),
+        (((0.81, 0.88), (0.9, 0.93), (0.9, 0.92)), "partly held", "held", "partly held"),
+        (((0.5, 0.9), (0.5, 0.93), (0.5, 0.92)), "held", "partly held", "did not hold"),
+        (((0.6, 0.88), (0.7, 0.75), (0.5, 0.6)), "did not hold", "partly held", "partly held"),
+        (((0.1, 0.2), (0.2, 0.3), (0.3, 0.4)), "did not hold", "did not hold", "partly held"),
+    ],
+)
+def test_ucsd_verdicts(intervals, auroc, baseline, layers):
+    names = ("conv1", "conv2", "conv3")
+    runs = [ucsd_run(name, *interval) for name, interval in zip(names, intervals, strict=True)]
+    table = verdicts(runs, read()).set_index("id")
+    assert table["verdict"][["UCSD AUROC", "UCSD baseline", "UCSD layers"]].tolist() == [auroc, baseline, layers]
+    low, high = intervals[1]
+    assert f"conv2 {(low + high) / 2:.3f} ({low:.3f}–{high:.3f})" in table["evidence"]["UCSD AUROC"]
+    # The worst of several models counts.
+    worse = [ucsd_run(name, 0.1, 0.2, seed=1) for name in names]
+    assert decide(claim("UCSD AUROC"), runs + worse, read()).verdict == "did not hold"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"kind": "partial"}, "partial data"),
+        ({"used": 30}, "30 of 100 epochs"),
+        ({"recipe": "report1_warmup"}, "no published recipe"),
+        ({"preset": "normal_difference"}, "no preset of the paper or its code"),
+    ],
+)
+def test_ucsd_runs_that_do_not_count_are_named_with_their_numbers(change, reason):
+    runs = [ucsd_run(name, 0.9, 0.95, **change) for name in ("conv1", "conv2", "conv3")]
+    for name in ("UCSD AUROC", "UCSD baseline", "UCSD layers"):
+        verdict = decide(claim(name), runs, read())
+        assert verdict.verdict == "not yet tested"
+        assert f"conv3 0.925 (0.900–0.950), reconstruction error 0.750 (0.700–0.800) ({reason})." in verdict.evidence
+    alone = decide(claim("UCSD AUROC"), [ucsd_run("conv1", 0.9, 0.95)], read())
+    assert alone.verdict == "not yet tested"
+    assert "(not all layers)" in alone.evidence
 
 
 def test_verdict_table_has_a_line_for_each_claim():

@@ -65,10 +65,10 @@ class UCSDVAE(nn.Module):
 class BrongersUCSDVAE(nn.Module):
     """The VAE of Brongers et al. for UCSD Pedestrian 1, with BatchNorm: 29 761 537 parameters with 32 latents.
 
-    It takes 96x96 grey images and standardises them itself, with the mean and the standard deviation that they measured
-    on the training frames. Encoder: Conv 1→192→144→96 (kernel 4, stride 2, padding 1), each with BatchNorm and ReLU,
-    Linear 13824→1024 (ReLU), and two linear heads. Decoder: two linear layers, then BatchNorm and a transposed
-    convolution three times.
+    It takes 96x96 grey images (of the sizes near its code's default of 100, the one that its decoder leads back to) and
+    standardises them itself, with the mean and the standard deviation that its code gives for Ped1. Encoder: Conv
+    1→192→144→96 (kernel 4, stride 2, padding 1), each with BatchNorm and ReLU, Linear 13824→1024 (ReLU), and two linear
+    heads. Decoder: two linear layers, then BatchNorm and a transposed convolution three times.
 
     The layers that attention can be asked for are ``encoder.conv1`` (192x48x48), ``encoder.conv2`` (144x24x24) and
     ``encoder.conv3`` (96x12x12).

@@ -3,7 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
+from maps import tied_scores
 from sklearn.metrics import roc_auc_score
 
 from lib.metrics import pixel
@@ -19,14 +19,6 @@ def anomaly_maps(n, p, *, levels=None, seed=0):
     if levels:
         score_NP = np.round(score_NP * levels) / levels
     return score_NP.astype(np.float32), truth_NP
-
-
-@st.composite
-def tied_scores(draw):
-    shape = draw(hnp.array_shapes(min_dims=1, max_dims=3, max_side=6).filter(lambda shape: np.prod(shape) >= 2))
-    scores = draw(hnp.arrays(np.float64, shape, elements=st.sampled_from([-2.0, -0.0, 0.0, 1e-300, 0.5, 3.0])))
-    truth = draw(hnp.arrays(bool, shape).filter(lambda truth: truth.any() and not truth.all()))
-    return scores, truth
 
 
 # --- AUROC -----------------------------------------------------------------------------------------------------------

@@ -6,31 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
+from maps import anomaly_maps, tied_scores
 from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_score, roc_curve
 
 from lib.metrics.segmentation import exact, from_counts, region_sizes
-
-
-@st.composite
-def tied_scores(draw):
-    shape = draw(hnp.array_shapes(min_dims=1, max_dims=3, max_side=6).filter(lambda shape: np.prod(shape) >= 2))
-    scores = draw(hnp.arrays(np.float64, shape, elements=st.sampled_from([-2.0, -0.0, 0.0, 1e-30, 0.5, 3.0])))
-    truth = draw(hnp.arrays(bool, shape).filter(lambda truth: truth.any() and not truth.all()))
-    return scores, truth
-
-
-def anomaly_maps(n, side, *, seed=0, levels=None):
-    """Maps of n images with square anomalies that score higher."""
-    rng = np.random.default_rng(seed)
-    truth_NYX = np.zeros((n, side, side), dtype=bool)
-    for truth_YX in truth_NYX:
-        for y, x, size in rng.integers([0, 0, 1], [side, side, side // 3], size=(rng.integers(3), 3)):
-            truth_YX[y : y + size, x : x + size] = True
-    score_NYX = rng.normal(size=truth_NYX.shape) + truth_NYX
-    if levels:
-        score_NYX = np.round(score_NYX * levels) / levels
-    return score_NYX.astype(np.float32), truth_NYX
 
 
 def iou(truth, flagged):

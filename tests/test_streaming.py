@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from maps import anomaly_maps
 from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_score, roc_curve
 
 from lib.metrics import streaming
@@ -14,22 +15,12 @@ from lib.metrics.segmentation import PixelMetrics, exact
 from lib.metrics.streaming import PixelCounts, difference_intervals
 
 
-def anomaly_maps(n, side, *, seed=0):
-    """Maps of n images that differ in level, with square anomalies that score higher."""
-    rng = np.random.default_rng(seed)
-    truth_NYX = np.zeros((n, side, side), dtype=bool)
-    for truth_YX in truth_NYX:
-        for y, x, size in rng.integers([0, 0, 1], [side, side, side // 3], size=(rng.integers(4), 3)):
-            truth_YX[y : y + size, x : x + size] = True
-    score_NYX = rng.normal(size=truth_NYX.shape) + truth_NYX + 0.3 * rng.normal(size=(n, 1, 1))
-    return score_NYX.astype(np.float32), truth_NYX
-
-
-def counted(score, truth, *, batch=7, unit=None, regions=False):
+def counted(score, truth, *, batch=7, unit=None, where=None, regions=False):
     counts = PixelCounts(regions=regions)
     for start in range(0, len(score), batch):
         part = slice(start, start + batch)
-        counts.add(score[part], truth[part], unit=None if unit is None else unit[part])
+        unit_B, where_BYX = (None if values is None else values[part] for values in (unit, where))
+        counts.add(score[part], truth[part], unit=unit_B, where=where_BYX)
     return counts
 
 
@@ -204,6 +195,14 @@ def test_order_and_grouping_change_nothing(bounds, seed, request):
         assert merged._cells is not None and merged._table.dropped > 0
 
 
+def test_counts_that_were_read_merge_into_new_ones(small):
+    counts = counted(*anomaly_maps(8, 10), unit=range(8), regions=True)
+    counts.metrics()  # empties the buffer
+    merged = PixelCounts(regions=True)
+    merged.merge(counts)
+    assert everything(merged) == everything(counts)
+
+
 def test_merged_counts_share_nothing(small):
     score_NYX, truth_NYX = anomaly_maps(8, 10)
     first, second = counted(score_NYX[:4], truth_NYX[:4]), PixelCounts()
@@ -251,6 +250,144 @@ def test_unlike_counts_do_not_merge(other, sentence):
     expected = everything(counts)
     with pytest.raises(ValueError, match=sentence):
         counts.merge(other)
+    assert everything(counts) == expected
+
+
+# --- Where -----------------------------------------------------------------------------------------------------------
+
+
+def maps_and_where(n=12, side=10, *, all_left_out=()):
+    """Maps with pixels that do not count, among them the highest and the lowest scores."""
+    score_NYX, truth_NYX = anomaly_maps(n, side)
+    where_NYX = np.random.default_rng(7).random(truth_NYX.shape) < np.linspace(0.2, 0.9, n)[:, None, None]
+    where_NYX[list(all_left_out)] = False
+    score_NYX[~where_NYX] *= 1000
+    return score_NYX, truth_NYX, where_NYX
+
+
+def test_where_equals_masking_by_hand():
+    score_NYX, truth_NYX, where_NYX = maps_and_where(all_left_out=[0, 1, 8])
+    counts = counted(score_NYX, truth_NYX, batch=2, where=where_NYX)
+    expected = exact(score_NYX[where_NYX], truth_NYX[where_NYX], threshold=0.5)
+    assert counts.metrics(threshold=0.5) == expected
+    assert expected != exact(score_NYX, truth_NYX, threshold=0.5)
+    assert (counts.images, counts.images_left_out) == (12, 0)
+    nowhere = counted(score_NYX, truth_NYX, where=np.zeros_like(truth_NYX))
+    with pytest.raises(ValueError, match="both classes, got 0 positives and 0 negatives"):
+        nowhere.metrics()
+    assert counted(score_NYX, truth_NYX, where=np.ones_like(truth_NYX)).metrics() == exact(score_NYX, truth_NYX)
+
+
+@pytest.mark.parametrize("bounds", ["small", "usual"])
+def test_where_equals_one_image_per_pixel_that_counts(bounds, request):
+    if bounds == "small":
+        request.getfixturevalue("small")
+    score_NYX, truth_NYX, where_NYX = maps_and_where(24, all_left_out=[0, 9])
+    clip_N = np.arange(24) // 3
+    clip_NYX = np.broadcast_to(clip_N[:, None, None], where_NYX.shape)
+    found = counted(score_NYX, truth_NYX, batch=5, unit=clip_N, where=where_NYX)
+    chosen = score_NYX[where_NYX], truth_NYX[where_NYX]
+    assert everything(found)[:2] == everything(counted(*chosen, batch=300, unit=clip_NYX[where_NYX]))[:2]
+    assert (found._cells is not None) == (bounds == "small")
+
+
+@pytest.mark.parametrize("as_kind", [np.asfortranarray, torch.from_numpy])
+def test_where_and_images_without_a_mask(as_kind):
+    score_NYX, truth_NYX, where_NYX = maps_and_where(6)
+    truth_NYX[[1, 4]] = False
+    masks = [None if image in (1, 4) else mask_YX for image, mask_YX in enumerate(truth_NYX)]
+    left_out, normal = PixelCounts(), PixelCounts(without_mask="normal")
+    for counts in (left_out, normal):
+        counts.add(as_kind(score_NYX), masks, unit=list("abcdef"), where=as_kind(where_NYX))
+    known_NYX = where_NYX.copy()
+    known_NYX[[1, 4]] = False
+    assert left_out.metrics() == exact(score_NYX[known_NYX], truth_NYX[known_NYX])
+    assert normal.metrics() == exact(score_NYX[where_NYX], truth_NYX[where_NYX])
+    assert (left_out.images, left_out.images_left_out) == (4, 2)
+    assert left_out.intervals(seed=0, resamples=100)["auroc"].n == 4
+
+
+def test_where_takes_one_score_per_image():
+    score_N, truth_N, where_N = np.arange(6.0), np.arange(6) % 3 == 1, np.arange(6) != 4
+    counts = PixelCounts()
+    counts.add(score_N, truth_N, unit=range(6), where=where_N)
+    assert counts.metrics() == exact(score_N[where_N].astype(np.float32), truth_N[where_N])
+    assert counts.intervals(seed=0, resamples=100)["auroc"].n == 6
+
+
+def test_units_without_pixels_are_resampled_as_in_the_pixel_module():
+    score_NYX, truth_NYX, where_NYX = maps_and_where(all_left_out=[0, 5, 11])
+    score_NYX[[4, 10]] *= 5  # the highest scores are those of units before ones without any
+    counts = counted(score_NYX, truth_NYX, batch=1, unit=range(12), where=where_NYX)
+    found = counts.intervals(seed=5, resamples=200)
+    expected = auroc_interval(score_NYX, truth_NYX, where_NP=where_NYX, seed=5, resamples=200)
+    assert asdict(found["auroc"]) == pytest.approx(asdict(expected), abs=1e-5)
+    assert expected.n == 12
+    slow = slow_resamples(score_NYX, truth_NYX, range(12), where_NYX=where_NYX, seed=5, resamples=200)
+    for name, interval in found.items():
+        low, high = np.quantile(slow[name], [0.025, 0.975])
+        assert (interval.low, interval.high) == (pytest.approx(low, abs=1e-6), pytest.approx(high, abs=1e-6)), name
+
+
+@pytest.mark.parametrize("bounds", ["small", "usual"])
+def test_where_and_merging_in_any_order(bounds, request):
+    if bounds == "small":
+        request.getfixturevalue("small")
+    score_NYX, truth_NYX, where_NYX = maps_and_where(30, all_left_out=[0, 1, 2, 20, 29])
+    clip = [f"clip {image // 2}" for image in range(30)]
+    expected = everything(counted(score_NYX, truth_NYX, batch=30, unit=clip, where=where_NYX))
+    order = np.random.default_rng(3).permutation(30)
+    merged = PixelCounts()
+    for group in ([0, 1], *np.split(order[~np.isin(order, [0, 1])], [9, 15])):  # nothing counts in the first
+        part = counted(
+            score_NYX[group], truth_NYX[group], batch=4, unit=[clip[i] for i in group], where=where_NYX[group]
+        )
+        merged.merge(part)
+    assert everything(merged) == expected
+
+
+def test_a_batch_of_which_nothing_counts_still_has_units():
+    score_NYX, truth_NYX = anomaly_maps(4, 9)
+    nowhere = np.zeros_like(truth_NYX)
+    with_units, without = (counted(score_NYX, truth_NYX, unit=unit, where=nowhere) for unit in (range(4), None))
+    with pytest.raises(ValueError, match="unit must be given with every batch or with none"):
+        with_units.add(score_NYX, truth_NYX)
+    with pytest.raises(ValueError, match="unit must be given with every batch or with none"):
+        without.add(score_NYX, truth_NYX, unit=range(4))
+    with pytest.raises(ValueError, match="unit must be given with every batch or with none"):
+        with_units.merge(without)
+    with pytest.raises(ValueError, match="numbers in every batch or names in every batch"):
+        with_units.add(score_NYX, truth_NYX, unit=list("abcd"))
+    with_units.add(score_NYX, truth_NYX, unit=range(4))
+    assert everything(with_units)[:2] == everything(counted(score_NYX, truth_NYX, unit=range(4)))[:2]
+
+
+@pytest.mark.parametrize(
+    ("where", "sentence"),
+    [
+        (
+            np.ones((3, 9, 8), dtype=bool),
+            r"^where must be boolean of shape \(3, 9, 9\), got bool of shape \(3, 9, 8\)\.$",
+        ),
+        (np.ones((3, 1, 1), dtype=bool), r"where must be boolean of shape \(3, 9, 9\), got bool of shape \(3, 1, 1\)"),
+        (torch.ones(3, dtype=torch.bool), r"where must be boolean of shape \(3, 9, 9\), got bool of shape \(3,\)"),
+        (np.ones((3, 9, 9), dtype=np.uint8), r"where must be boolean of shape \(3, 9, 9\), got uint8 of shape"),
+    ],
+)
+def test_a_bad_where_is_refused_and_changes_nothing(where, sentence):
+    counts = counted(*anomaly_maps(4, 9), unit=[4, 3, 2, 1])
+    expected = everything(counts)
+    with pytest.raises(ValueError, match=sentence):
+        counts.add(*anomaly_maps(3, 9), unit=[1, 2, 5], where=where)
+    assert everything(counts) == expected
+
+
+def test_where_and_regions_do_not_go_together():
+    score_NYX, truth_NYX = anomaly_maps(4, 9)
+    counts = counted(score_NYX, truth_NYX, unit=range(4), regions=True)
+    expected = everything(counts)
+    with pytest.raises(ValueError, match=r"^where cannot be given with regions=True, because a region counts with all"):
+        counts.add(score_NYX, truth_NYX, unit=range(4), where=np.ones_like(truth_NYX))
     assert everything(counts) == expected
 
 
@@ -320,16 +457,19 @@ def test_one_class_or_nothing_has_no_measures():
 # --- Intervals -------------------------------------------------------------------------------------------------------
 
 
-def slow_resamples(score_NYX, truth_NYX, unit_N, *, seed, resamples, threshold=None):
-    """The exact measures of the pixels of every resample, by name of the measure."""
+def slow_resamples(score_NYX, truth_NYX, unit_N, *, seed, resamples, threshold=None, where_NYX=None):
+    """The exact measures of the pixels of every resample, by name of the measure; regions unless there is a where."""
     rng = np.random.default_rng(seed)
     units = sorted(set(unit_N))
     rows = {unit: [i for i, other in enumerate(unit_N) if other == unit] for unit in units}
     found = []
     for _ in range(resamples):
         images = [i for drawn in rng.integers(len(units), size=len(units)) for i in rows[units[drawn]]]
-        if truth_NYX[images].any():
-            found.append(asdict(exact(score_NYX[images], truth_NYX[images], regions=True, threshold=threshold)))
+        score, truth = score_NYX[images], truth_NYX[images]
+        if where_NYX is not None:
+            score, truth = score[where_NYX[images]], truth[where_NYX[images]]
+        if truth.any():
+            found.append(asdict(exact(score, truth, regions=where_NYX is None, threshold=threshold)))
     return {name: np.array([one[name] for one in found]) for name in found[0] if found[0][name] is not None}
 
 
@@ -431,6 +571,28 @@ def test_differences_need_the_same_units_and_truth():
     same = counted(score_NYX[::-1], truth_NYX[::-1], unit=[3, 2, 1, 0])
     found = difference_intervals(counts, same, seed=0, resamples=100)
     assert {(interval.value, interval.low, interval.high) for interval in found.values()} == {(0, 0, 0)}
+
+
+def test_differences_where_units_have_no_pixels():
+    score_NYX, truth_NYX, where_NYX = maps_and_where(8, all_left_out=[0, 4])
+    other_NYX = score_NYX + np.random.default_rng(9).normal(size=score_NYX.shape).astype(np.float32)
+    counts = [counted(maps_NYX, truth_NYX, unit=range(8), where=where_NYX) for maps_NYX in (score_NYX, other_NYX)]
+    found = difference_intervals(*counts, seed=3, resamples=100)["auroc"]
+    first, second = (
+        slow_resamples(maps_NYX, truth_NYX, range(8), where_NYX=where_NYX, seed=3, resamples=100)["auroc"]
+        for maps_NYX in (score_NYX, other_NYX)
+    )
+    low, high = np.quantile(first - second, [0.025, 0.975])
+    assert (found.low, found.high, found.n) == (pytest.approx(low, abs=1e-6), pytest.approx(high, abs=1e-6), 8)
+    # Twins, of which one or the other is left out: as many pixels, of another unit.
+    score_NYX, truth_NYX = (values_NYX[[1, 1, 2]] for values_NYX in (score_NYX, truth_NYX))
+    twins = []
+    for left_out in (0, 1):
+        where_NYX = np.ones_like(truth_NYX)
+        where_NYX[left_out] = False
+        twins.append(counted(score_NYX, truth_NYX, unit=range(3), where=where_NYX))
+    with pytest.raises(ValueError, match="same units with the same truth"):
+        difference_intervals(*twins, seed=0)
 
 
 # --- Memory ----------------------------------------------------------------------------------------------------------

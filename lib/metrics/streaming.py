@@ -14,7 +14,6 @@ distinct scores, R resamples; C columns of counts: normal pixels, anomalous pixe
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import get_args
 
 import numpy as np
 import torch
@@ -65,13 +64,12 @@ class PixelCounts:
     Attributes:
         regions: Whether AUPRO is computed, which needs masks of shape [B, Y, X] and more time.
         without_mask: What becomes of images without a mask: "leave out", or "normal" for all pixels normal.
-        images: Number of images that count.
+        images: Number of images that count, with those of which `where` leaves out every pixel.
         images_left_out: Number of images left out because they have no mask.
     """
 
     def __init__(self, *, regions: bool = False, without_mask: WithoutMask = "leave out"):
-        if without_mask not in get_args(WithoutMask):
-            raise ValueError(f"without_mask={without_mask!r} is unknown; choose one of: leave out, normal.")
+        with_masks(np.zeros(0), np.zeros(0, dtype=bool), without_mask)  # refuses what it will not know in `add`
         self.regions = regions
         self.without_mask = without_mask
         self.images = 0
@@ -88,6 +86,8 @@ class PixelCounts:
         score_BYX: Shaped[Array, "b ..."],
         truth_BYX: Masks,
         unit: Shaped[Array, " b"] | Sequence[Unit] | None = None,
+        *,
+        where: Shaped[Array, "b ..."] | None = None,
     ) -> None:
         """Count the pixels of a batch of images.
 
@@ -98,32 +98,35 @@ class PixelCounts:
                 none.
             unit: Number or name per image of what is resampled for intervals: the image itself, or its clip. Images
                 of one unit may come in several batches. Only intervals need it, and then in every batch.
+            where: Booleans of the scores' shape; pixels where it is False, such as those where nothing moves, do not
+                count. An image of which none counts is still one of `images`, and its unit one of those that are
+                resampled, as in `lib.metrics.pixel.auroc_interval`. Not with regions, which count whole.
 
         Raises:
-            ValueError: If the shapes differ, a mask is not boolean, a score is NaN or infinite, or units are not given
-                as described. Nothing of the batch is counted then.
+            ValueError: If the shapes differ, a mask or where is not boolean, a score is NaN or infinite, where is given
+                with regions, or units are not given as described. Nothing of the batch is counted then.
         """
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused
             score_BYX = as_array(score_BYX).astype(np.float32, copy=False)
         score_MYX, truth_MYX, image_M = with_masks(score_BYX, truth_BYX, self.without_mask)
         unit_B = None if unit is None else _unit_names(unit, len(score_BYX))
         self._require_alike(unit_B)
-        share_MYX = None
+        score_P, truth_P, share_P = score_MYX.ravel(), truth_MYX.ravel(), None
+        pixels_M = np.full(len(score_MYX), np.prod(score_MYX.shape[1:], dtype=np.int64))
+        if where is not None:
+            where_MYX = self._checked_where(where, score_BYX.shape)[image_M]
+            score_P, truth_P = score_MYX[where_MYX], truth_MYX[where_MYX]
+            pixels_M = where_MYX.sum(axis=tuple(range(1, where_MYX.ndim)), dtype=np.int64)
         if self.regions:
-            share_MYX = np.zeros(truth_MYX.shape, dtype=np.int64)
-            share_MYX[truth_MYX] = np.rint(SHARE / region_sizes(truth_MYX))
+            share_P = np.zeros(len(truth_P), dtype=np.int64)
+            share_P[truth_P] = np.rint(SHARE / region_sizes(truth_MYX))
 
         self.images += len(score_MYX)
         self.images_left_out += len(score_BYX) - len(score_MYX)
-        if score_MYX.size == 0:
-            return
-        self._lowest = min(self._lowest, float(score_MYX.min()))
-        self._highest = max(self._highest, float(score_MYX.max()))
-        unit_P = None
-        if unit_B is not None:
-            unit_P = np.repeat(self._indices([unit_B[image] for image in image_M]), score_MYX[0].size)
-        share_P = None if share_MYX is None else share_MYX.ravel()
-        self._take(_Pixels(score_MYX.ravel(), truth_MYX.ravel(), unit_P, share_P))
+        self._lowest = min(self._lowest, float(score_P.min(initial=np.inf)))
+        self._highest = max(self._highest, float(score_P.max(initial=-np.inf)))
+        unit_P = None if unit_B is None else np.repeat(self._indices(unit_B[image_M]), pixels_M)
+        self._take(_Pixels(score_P, truth_P, unit_P, share_P))
 
     def merge(self, other: "PixelCounts") -> None:
         """Add all that another object counted; the other one stays as it is.
@@ -133,9 +136,9 @@ class PixelCounts:
         """
         if (self.regions, self.without_mask) != (other.regions, other.without_mask):
             raise ValueError("other must have the same regions and without_mask as the counts that it is merged into.")
-        if other._holds_pixels():
+        if other.images:
             self._require_alike(list(other._unit_index) or None)
-        index_U = self._indices(list(other._unit_index))
+        index_U = self._new_indices(list(other._unit_index))
         self.images += other.images
         self.images_left_out += other.images_left_out
         self._lowest, self._highest = min(self._lowest, other._lowest), max(self._highest, other._highest)
@@ -195,23 +198,37 @@ class PixelCounts:
         """
         require_resampling(resamples, level)
         value = _numbers(self.metrics(threshold))
-        drawn = _resampled(self._by_sorted_unit(), seed, threshold, resamples)
+        drawn = _resampled(self._by_sorted_unit(), len(self._unit_index), seed, threshold, resamples)
         return _intervals(value, drawn, level, len(self._unit_index))
 
-    def _holds_pixels(self) -> bool:
-        return self._lowest <= self._highest
-
-    def _require_alike(self, unit_B: list[Unit] | None) -> None:
+    def _require_alike(self, unit_B: Shaped[np.ndarray, " b"] | list[Unit] | None) -> None:
         """Raise a ValueError if units are given here but were not so far, the reverse, or of the other kind."""
-        if not self._holds_pixels():
+        if self.images == 0:
             return
         if (unit_B is None) != (not self._unit_index):
             raise ValueError("unit must be given with every batch or with none.")
-        if unit_B and type(unit_B[0]) is not type(next(iter(self._unit_index))):
+        named = isinstance(next(iter(self._unit_index), None), str)
+        if unit_B is not None and len(unit_B) and isinstance(unit_B[0], str) != named:
             raise ValueError("unit must hold numbers in every batch or names in every batch.")
 
-    def _indices(self, unit_B: list[Unit]) -> Int64[np.ndarray, " b"]:
-        return np.array([self._unit_index.setdefault(unit, len(self._unit_index)) for unit in unit_B], dtype=np.int64)
+    def _checked_where(self, where: Shaped[Array, "..."], shape: tuple[int, ...]) -> Bool[np.ndarray, "..."]:
+        if self.regions:
+            raise ValueError("where cannot be given with regions=True, because a region counts with all of its pixels.")
+        where = as_array(where)
+        if where.shape != shape or where.dtype != bool:
+            raise ValueError(f"where must be boolean of shape {shape}, got {where.dtype} of shape {where.shape}.")
+        return where
+
+    def _indices(self, unit_M: Shaped[np.ndarray, " m"]) -> Int64[np.ndarray, " m"]:
+        """Index of each image's unit; a Python object per unit and not per image, of which there may be many more."""
+        unit_U, first_U, place_M = np.unique(unit_M, return_index=True, return_inverse=True)
+        order_U = np.argsort(first_U)
+        index_U = np.empty(len(unit_U), dtype=np.int64)
+        index_U[order_U] = self._new_indices(unit_U[order_U].tolist())
+        return index_U[place_M]
+
+    def _new_indices(self, unit_U: list[Unit]) -> Int64[np.ndarray, " u"]:
+        return np.array([self._unit_index.setdefault(unit, len(self._unit_index)) for unit in unit_U], dtype=np.int64)
 
     def _take(self, pixels: "_Pixels") -> None:
         self._pixels += len(pixels.score_P)
@@ -237,7 +254,7 @@ class PixelCounts:
 
     def _by_unit(self) -> "_Table":
         table, pixels = self._table, self._buffer.pixels()
-        for start in range(0, max(1, self._buffer.size), PIXELS_PER_TABLE):
+        for start in range(0, self._buffer.size, PIXELS_PER_TABLE):
             part = pixels.part(slice(start, start + PIXELS_PER_TABLE))
             table = _merged(table, _tabulated(part, table.dropped if table else 0))
         return table
@@ -272,11 +289,14 @@ def difference_intervals(
         raise ValueError("first and second must have the same regions.")
     values = [_numbers(counts.metrics(threshold)) for counts in (first, second)]
     tables = [counts._by_sorted_unit() for counts in (first, second)]
-    if set(first._unit_index) != set(second._unit_index) or not np.array_equal(*(table.truth_2U() for table in tables)):
+    n_units = len(first._unit_index)
+    if set(first._unit_index) != set(second._unit_index) or not np.array_equal(
+        *(table.truth_2U(n_units) for table in tables)
+    ):
         raise ValueError("first and second must hold the same units with the same truth.")
-    drawn = zip(*(_resampled(table, seed, threshold, resamples) for table in tables), strict=True)
+    drawn = zip(*(_resampled(table, n_units, seed, threshold, resamples) for table in tables), strict=True)
     differences = [None if None in pair else _difference(*pair) for pair in drawn]
-    return _intervals(_difference(*values), differences, level, len(first._unit_index))
+    return _intervals(_difference(*values), differences, level, n_units)
 
 
 @dataclass(frozen=True)
@@ -401,9 +421,14 @@ class _Table:
         """The same counts with unit u renamed to index_U[u]."""
         return _grouped((index_U[self.code_T >> 32] << 32) | (self.code_T & 0xFFFFFFFF), [self.count_CT], self.dropped)
 
-    def truth_2U(self) -> Int64[np.ndarray, "2 u"]:
+    def starts(self, n_units: int) -> Int64[np.ndarray, " u_and_1"]:
+        """The row where each unit starts, and the end of the last; units without pixels have no rows."""
+        return np.searchsorted(self.code_T >> 32, np.arange(n_units + 1))
+
+    def truth_2U(self, n_units: int) -> Int64[np.ndarray, "2 u"]:
         """Numbers of normal and anomalous pixels of each unit."""
-        return np.add.reduceat(self.count_CT[:2], _starts(self.code_T >> 32), axis=1)
+        sum_2T = np.pad(np.cumsum(self.count_CT[:2], axis=1), [(0, 0), (1, 0)])
+        return np.diff(sum_2T[:, self.starts(n_units)], axis=1)
 
 
 def _tabulated(pixels: _Pixels, dropped: int = 0) -> _Table:
@@ -472,13 +497,14 @@ def _scores(code_K: Int64[np.ndarray, " k"]) -> Float32[np.ndarray, " k"]:
     return (ordered_K ^ (~(ordered_K >> 31) | np.int32(-(2**31)))).view(np.float32)
 
 
-def _resampled(table: _Table, seed: int, threshold: float | None, resamples: int) -> list[dict[str, float] | None]:
+def _resampled(
+    table: _Table, n_units: int, seed: int, threshold: float | None, resamples: int
+) -> list[dict[str, float] | None]:
     """The measures of all units and then of every resample of them; None where it lacks a class."""
     unit_T, score_T = table.code_T >> 32, _scores(table.code_T)
-    n_units = int(unit_T[-1]) + 1
     cell_T, score_K = _resampling_cells(score_T, table.count_CT[:2], threshold)
-    row_U = np.searchsorted(unit_T, np.arange(n_units + 1))
-    highest_U = score_T[row_U[1:] - 1]
+    row_U = table.starts(n_units)
+    highest_U = np.where(np.diff(row_U) > 0, score_T[row_U[1:] - 1], -np.inf)
 
     rng = np.random.default_rng(seed)
     weight_RU = np.ones((1 + resamples, n_units), dtype=np.float32)
@@ -526,7 +552,7 @@ def _resampling_cells(
     return (np.cumsum(first_G) - 1)[group_T], score_G[first_G]
 
 
-def _unit_names(unit: Shaped[Array, " b"] | Sequence[Unit], images: int) -> list[Unit]:
+def _unit_names(unit: Shaped[Array, " b"] | Sequence[Unit], images: int) -> Shaped[np.ndarray, " b"]:
     names = as_array(unit) if isinstance(unit, Array) else np.asarray(unit, dtype=None if len(unit) else int)
     mixed = not isinstance(unit, Array) and len({isinstance(name, str) for name in unit}) > 1
     if mixed or names.shape != (images,) or names.dtype.kind not in "iuU":
@@ -534,7 +560,7 @@ def _unit_names(unit: Shaped[Array, " b"] | Sequence[Unit], images: int) -> list
             f"unit must hold one whole number or name per image, got {names.dtype} of shape {names.shape} "
             f"for {images} images."
         )
-    return names.tolist()
+    return names
 
 
 def _numbers(metrics: PixelMetrics) -> dict[str, float]:

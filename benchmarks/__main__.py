@@ -7,54 +7,76 @@ and stored under runs/performance/ is the median of the rounds, with the fastest
 """
 
 import argparse
+import importlib
+import subprocess
+import sys
 import time
 from importlib.metadata import version
 
-from benchmarks import attention, pixel, training
+import torch
+
 from lib import provenance, runs
 from lib.data import mnist
 from lib.recipes import MNIST
 
-PEERS = ("numpy", "scikit-learn", "captum", "torchmetrics")
-BENCHMARKS = {"training": training.measure, "attention": attention.measure, "pixel": pixel.measure}
+NAMES = ("training", "attention", "pixel")
+RECIPE = MNIST["liu2020"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="name", help=f"{', '.join(BENCHMARKS)}; all if none is named")
+    parser.add_argument("names", nargs="*", metavar="name", help=f"{', '.join(NAMES)}; all if none is named")
     parser.add_argument("--rounds", type=int, default=5, help="turns that each contestant takes after one to warm up")
     parser.add_argument("--data", choices=mnist.DATA, default="auto", help="which MNIST the networks are fed with")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--device", default="auto", help="where the networks run: auto, cpu, cuda or mps")
     arguments = parser.parse_args()
-    unknown = [name for name in arguments.names if name not in BENCHMARKS]
+    unknown = [name for name in arguments.names if name not in NAMES]
     if unknown:
-        parser.error(f"{unknown[0]!r} is no benchmark; choose from: {', '.join(BENCHMARKS)}")
+        parser.error(f"{unknown[0]!r} is no benchmark; choose from: {', '.join(NAMES)}")
     if arguments.rounds < 1:
         parser.error("--rounds must be 1 or more")
+    try:
+        device = provenance.choose_device(arguments.device)
+    except ValueError as error:
+        parser.error(str(error))
 
-    images = mnist.load(arguments.data)
-    device = provenance.choose_device(arguments.device)
-    for name in arguments.names or BENCHMARKS:
-        started = time.monotonic()
-        rows = BENCHMARKS[name](images.train_NYX, device, arguments.rounds)
-        run = runs.save(
-            "performance",
-            {"benchmark": name, "data": arguments.data},
-            metrics=rows,
-            losses={},
-            arrays={},
-            figures={},
-            card=images.card,
-            recipe=MNIST["liu2020"],
-            budget={"unit": "rounds", "asked": 5, "used": arguments.rounds},
-            seconds={"all": time.monotonic() - started},
-            device=provenance.describe_device(device),
-            extra={"peers": {name: version(name) for name in PEERS}},
-        )
-        for row in rows:
-            spread = f"[{row['low']:,.4g}, {row['high']:,.4g}]" if row["low"] is not None else ""
-            print(f"{row['subset']:<34}{row['metric']:<12}{row['value']:>10,.4g}  {spread:<24}{row['method']}")
-        print(run.caption)
+    names = arguments.names or NAMES
+    if len(names) == 1:
+        measure(names[0], arguments.data, device, arguments.rounds)
+        return
+    options = ["--rounds", str(arguments.rounds), "--data", arguments.data, "--device", arguments.device]
+    for name in names:
+        # Each in a process of its own: a run becomes stale with every module that its process has loaded.
+        done = subprocess.run([sys.executable, "-m", "benchmarks", name, *options])
+        if done.returncode != 0:
+            sys.exit(done.returncode)
+
+
+def measure(name: str, data: str, device: torch.device, rounds: int) -> None:
+    """Measure, store and print one benchmark, in this process."""
+    benchmark = importlib.import_module(f"benchmarks.{name}")
+    images = mnist.load(data)
+    device = getattr(benchmark, "DEVICE", device)
+    started = time.monotonic()
+    rows = benchmark.measure(images.train_NYX, RECIPE, device, rounds)
+    run = runs.save(
+        "performance",
+        {"benchmark": name, "data": data},
+        metrics=rows,
+        losses={},
+        arrays={},
+        figures={},
+        card=images.card,
+        recipe=RECIPE,
+        budget={"unit": "rounds", "asked": 5, "used": rounds},
+        seconds={"all": time.monotonic() - started},
+        device=provenance.describe_device(device),
+        extra={"peers": {peer: version(peer) for peer in benchmark.PEERS}},
+    )
+    for row in rows:
+        spread = f"[{row['low']:,.4g}, {row['high']:,.4g}]" if row["low"] is not None else ""
+        print(f"{row['subset']:<34}{row['metric']:<12}{row['value']:>10,.4g}  {spread:<24}{row['method']}")
+    print(run.caption)
 
 
 if __name__ == "__main__":

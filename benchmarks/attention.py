@@ -1,7 +1,8 @@
 """Attention maps of all latents: lib.attention beside one backward pass per latent, and beside captum's LayerGradCam.
 
-All three give the paper's map of each image. The networks are those of the book with 32 latents and weights as they are
-initialised, and see digits enlarged to their input size; what a map costs depends on neither.
+All three give the paper's map of each image. The networks are those of the book, with as many latents as the recipe
+has. Their weights are as they are initialised, and they see digits enlarged to their input size; what a map costs
+depends on neither.
 """
 
 import dataclasses
@@ -19,8 +20,9 @@ from lib.attention import Attention, attention
 from lib.models.mnist import MNISTVAE
 from lib.models.mvtec import MVTecVAE
 from lib.models.ucsd import UCSDVAE
+from lib.recipes import Recipe
 
-LATENTS = 32
+PEERS = ("captum",)
 OURS, LOOP, CAPTUM = "lib.attention", "one latent at a time", "captum LayerGradCam"
 
 
@@ -62,16 +64,17 @@ def loop_maps(model: nn.Module, layer: str, x_BCYX: Tensor) -> Tensor:
 def captum_maps(model: nn.Module, layer: str, x_BCYX: Tensor) -> Tensor:
     """The paper's map, one target of captum per latent."""
     gradcam = LayerGradCam(lambda x: model.encode(x)[0], model.get_submodule(layer))
-    maps = [gradcam.attribute(x_BCYX, target=latent, relu_attributions=True).detach() for latent in range(LATENTS)]
+    targets = range(model.mu.out_features)
+    maps = [gradcam.attribute(x_BCYX, target=latent, relu_attributions=True).detach() for latent in targets]
     return F.interpolate(torch.stack(maps).mean(0), x_BCYX.shape[2:], mode="bilinear").squeeze(1)
 
 
-def measure(x_NYX: Tensor, device: torch.device, rounds: int) -> list[dict]:
+def measure(x_NYX: Tensor, recipe: Recipe, device: torch.device, rounds: int) -> list[dict]:
     """Seconds per batch of each way at every convolution, the ratios to ours, and how far the maps are apart."""
     rows = []
     for name, network in NETWORKS.items():
         torch.manual_seed(0)
-        model = network.build(LATENTS).eval().to(device)
+        model = network.build(recipe.latent_dim).eval().to(device)
         b, c, y, x = network.shape
         digit_B1YX = F.interpolate(x_NYX[:b, None].float().div(255), (y, x), mode="bilinear")
         rows.append(runs.row("images per batch", b, subset=name))
@@ -90,8 +93,11 @@ def _ways(model: nn.Module, layer: str, x_BCYX: Tensor, closely: bool) -> dict[s
     ways = {OURS: lambda: ours("auto").map_BYX, LOOP: lambda: loop_maps(model, layer, x_BCYX)}
     if closely:
         ways[CAPTUM] = lambda: captum_maps(model, layer, x_BCYX)
+        routes = ["loop", "batched"]
         # "pooled" exists only where the rule can take it, and it takes it there with so many latents.
-        for route in ("loop", "batched", *({"pooled"} & {ours("auto").route})):
+        if ours("auto").route == "pooled":
+            routes.append("pooled")
+        for route in routes:
             ways[f"route {route}"] = lambda route=route: ours(route).map_BYX
     return ways
 

@@ -17,7 +17,10 @@ from benchmarks import timing
 from lib import runs
 from lib.metrics.segmentation import PixelMetrics
 from lib.metrics.streaming import PixelCounts
+from lib.recipes import Recipe
 
+PEERS = ("numpy", "scikit-learn", "torchmetrics")
+DEVICE = torch.device("cpu")  # whichever device the networks of the other benchmarks run on
 OURS = "PixelCounts: AUROC, average precision, IoU"
 SKLEARN = "scikit-learn roc_auc_score"
 MILLION = 1_000_000
@@ -40,7 +43,7 @@ def ours(score: np.ndarray, truth: np.ndarray) -> PixelMetrics:
     return counts.metrics()
 
 
-def measure(_x_NYX: torch.Tensor, _device: torch.device, rounds: int) -> list[dict]:
+def measure(_x_NYX: torch.Tensor, _recipe: Recipe, _device: torch.device, rounds: int) -> list[dict]:
     """Seconds, the ratios to ours, how far the AUROCs are apart, and the memory that ours takes; all on the CPU."""
     rows = []
     for pixels in (10 * MILLION, 100 * MILLION):
@@ -62,6 +65,6 @@ def measure(_x_NYX: torch.Tensor, _device: torch.device, rounds: int) -> list[di
 
 
 def _compare(ways: dict[str, Callable[[], object]], subset: str, rounds: int) -> list[dict]:
-    rows = timing.rows("seconds", timing.race(ways, rounds, torch.device("cpu")), subset)
+    rows = timing.rows("seconds", timing.race(ways, rounds, DEVICE), subset)
     ours_s = rows[0]["value"]
     return rows + [runs.row("ratio", row["value"] / ours_s, f"{row['method']} / {OURS}", subset) for row in rows[1:]]

@@ -12,14 +12,16 @@ import jupytext
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGES = ("lib", "benchmarks")
 
 
 def code_hashes(names: Iterable[str]) -> dict[str, str | None]:
-    """Digest of the code of each module or chapter; None for one that does not exist.
+    """Digest of the code of each module or chapter; None for one that does not exist or computes nothing.
 
     Args:
         names: Dotted names of modules, such as "lib.training", or paths of chapters, such as "book/mnist.md". Of a
-            chapter, the code cells up to the one that calls chapters.run count: what follows only shows results.
+            chapter, the code cells up to the one that calls chapters.run count: what follows only shows results, and
+            a page that never calls it shows only results of others.
     """
     return {name: source_hash(source) if (source := _source(name)) is not None else None for name in sorted(names)}
 
@@ -41,13 +43,13 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 
 def commit() -> dict[str, str | bool | None]:
-    """The git commit of the repository and whether files of the library or the chapters differ from it.
+    """The git commit of the repository and whether files of the library, chapters or benchmarks differ from it.
 
     Outside a git checkout both are None.
     """
     try:
         head = _git("rev-parse", "HEAD")
-        changed = _git("status", "--porcelain", "--", "lib", "book")
+        changed = _git("status", "--porcelain", "--", *PACKAGES, "book")
     except (FileNotFoundError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
     return {"commit": head, "dirty": bool(changed)}
@@ -108,8 +110,8 @@ def _source(name: str) -> str | None:
         if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", []):
             sources.append(cell.source)
             if "chapters.run(" in cell.source:
-                break
-    return "\n".join(sources)
+                return "\n".join(sources)
+    return None
 
 
 def _git(*arguments: str) -> str:
@@ -118,5 +120,5 @@ def _git(*arguments: str) -> str:
 
 
 def library_modules() -> list[str]:
-    """Names of the modules of this library that are loaded."""
-    return sorted(name for name in sys.modules if name == "lib" or name.startswith("lib."))
+    """Names of the modules of this library and of its benchmarks that are loaded, but for the one run as a script."""
+    return sorted(name for name in sys.modules if name.partition(".")[0] in PACKAGES)

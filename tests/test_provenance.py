@@ -1,5 +1,7 @@
 import hashlib
 import subprocess
+import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -123,7 +125,9 @@ def repository(tmp_path, monkeypatch):
         "lib/__init__.py": "",
         "lib/a.py": "x = 1",
         "lib/b.py": "y = 1",
+        "benchmarks/speed.py": "z = 1",
         "book/mini.md": CHAPTER,
+        "book/shows.md": CHAPTER.replace("chapters.run(", "runs.load("),
     }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -131,7 +135,7 @@ def repository(tmp_path, monkeypatch):
     return tmp_path
 
 
-NAMES = ["lib.b", "lib", "lib.a", "lib.gone", "book/mini.md", "book/gone.md"]
+NAMES = ["lib.b", "lib", "lib.a", "lib.gone", "benchmarks.speed", "book/mini.md", "book/shows.md", "book/gone.md"]
 
 
 def test_code_hashes_name_modules_packages_and_chapters(repository):
@@ -141,6 +145,8 @@ def test_code_hashes_name_modules_packages_and_chapters(repository):
     assert hashes["book/gone.md"] is None
     assert hashes["lib"] == provenance.source_hash("")
     assert hashes["lib.a"] == provenance.source_hash("x = 1")
+    assert hashes["benchmarks.speed"] == provenance.source_hash("z = 1")
+    assert hashes["book/shows.md"] is None  # chapters.run is called in none of its cells
 
 
 @pytest.mark.parametrize(
@@ -148,12 +154,14 @@ def test_code_hashes_name_modules_packages_and_chapters(repository):
     [
         ("lib/a.py", "x = 1", "x = 2", {"lib.a"}),
         ("lib/a.py", "x = 1", '"""What x is."""\n\nx = 1  # one', set()),
+        ("benchmarks/speed.py", "z = 1", "z = 2", {"benchmarks.speed"}),
         ("lib/__init__.py", "", "import lib.a", {"lib"}),
         ("book/mini.md", "digit + 1", "digit + 2", {"book/mini.md"}),
         ("book/mini.md", '"mini", {"digit"', '"mini", {"number"', {"book/mini.md"}),
         ("book/mini.md", "# A chapter", "# A better title", set()),
         ("book/mini.md", "digit: int = 1", "digit: int = 0", set()),  # parameters are part of the record
         ("book/mini.md", "print(run.metrics)", "print(run.losses)", set()),  # only shows the result
+        ("book/shows.md", "digit + 1", "digit + 2", set()),  # a page that only shows the results of others
         ("book/mini.md", "return digit", "# the number\n    return digit", set()),
     ],
 )
@@ -166,11 +174,14 @@ def test_code_hashes_see_what_can_change_a_result(repository, file, old, new, ch
     assert {name for name in NAMES if before[name] != after[name]} == changed
 
 
-def test_library_modules_are_those_that_are_loaded():
+def test_library_modules_are_those_that_are_loaded(monkeypatch):
+    others = {name for name in sys.modules if name.partition(".")[0] not in ("lib", "benchmarks")}
+    for name in ("benchmarks.speed", "benchmarks_of_others", "library"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
     modules = provenance.library_modules()
-    assert "lib.provenance" in modules
-    assert "lib" in modules
-    assert all(name == "lib" or name.startswith("lib.") for name in modules)
+    assert {"lib", "lib.provenance", "benchmarks.speed"} <= set(modules)
+    assert not others & set(modules)
+    assert not {"benchmarks_of_others", "library"} & set(modules)
 
 
 # --- git, devices, tensors -------------------------------------------------------------------------------------------
@@ -194,6 +205,10 @@ def test_commit_and_whether_the_code_differs_from_it(repository):
     assert provenance.commit() == {"commit": head, "dirty": True}
     git(repository, "checkout", "lib")
     (repository / "book" / "new.md").write_text("# New")
+    assert provenance.commit() == {"commit": head, "dirty": True}
+    (repository / "book" / "new.md").unlink()
+    assert provenance.commit() == {"commit": head, "dirty": False}
+    (repository / "benchmarks" / "speed.py").write_text("z = 2")
     assert provenance.commit() == {"commit": head, "dirty": True}
 
 

@@ -1,13 +1,16 @@
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from jaxtyping import config
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torch.nn.functional import interpolate
 
-from lib.data import catalogue, ucsd
+from lib.data import REPOSITORY, catalogue, ucsd, walkway
 from lib.data.card import survey
 
 SHAPE = (158, 238)
@@ -21,6 +24,16 @@ def box(top, left, height=40, width=60, shape=SHAPE):
     mask = np.zeros(shape, np.uint8)
     mask[top : top + height, left : left + width] = 255
     return mask
+
+
+def bilinear(frames_NYX, size):
+    frames_NCYX = torch.from_numpy(frames_NYX)[:, None].double()
+    return interpolate(frames_NCYX, size=(size, size), mode="bilinear", antialias=True)[:, 0]
+
+
+def nearest(mask_YX, size):
+    rows, columns = (((np.arange(size) + 0.5) * source / size).astype(int) for source in mask_YX.shape)
+    return mask_YX[np.ix_(rows, columns)]
 
 
 def save(file, array):
@@ -65,21 +78,19 @@ def fails(folder, error, *parts):
 # Loading
 
 
-def test_clips_frames_and_masks(ped1):
-    loaded = load(ped1)
+@pytest.mark.parametrize(("options", "size"), [({}, 100), ({"size": 96}, 96), ({"size": 8}, 8), ({"size": 240}, 240)])
+def test_clips_frames_and_masks(options, size, ped1):
+    loaded = load(ped1, **options)
     assert loaded.train_clip_N.tolist() == [1, 1, 4]
     assert loaded.test_clip_N.tolist() == [3, 3, 3, 12]
     assert loaded.train_NYX.dtype == loaded.test_NYX.dtype == torch.uint8
-    # The sources in the order of the names, shrunk by torch instead of Pillow.
+    # The sources in the order of the names, resized by torch instead of Pillow.
     for frames_NYX, seeds in ((loaded.train_NYX, (2, 1, 0)), (loaded.test_NYX, (5, 6, 4, 3))):
-        assert frames_NYX.shape == (len(seeds), 100, 100)
-        sources = torch.from_numpy(np.stack([noise(seed) for seed in seeds]))[:, None].double()
-        expected = interpolate(sources, size=(100, 100), mode="bilinear", antialias=True)[:, 0]
-        assert (frames_NYX - expected).abs().max() < 1
-    expected = [np.zeros(SHAPE), box(10, 20), box(100, 170)]
-    for mask_YX, source in zip(loaded.test_mask, expected, strict=False):
-        nearest = interpolate(torch.tensor(source)[None, None].double(), size=(100, 100), mode="nearest-exact")
-        assert torch.equal(mask_YX, nearest[0, 0] > 0)
+        assert frames_NYX.shape == (len(seeds), size, size)
+        assert (frames_NYX - bilinear(np.stack([noise(seed) for seed in seeds]), size)).abs().max() < 1
+    sources = [np.zeros(SHAPE), box(10, 20), box(100, 170)]
+    for mask_YX, source in zip(loaded.test_mask, sources, strict=False):
+        np.testing.assert_array_equal(mask_YX, nearest(source, size) > 0)
     assert loaded.test_mask[3] is None
     assert loaded.test_anomalous == [False, True, True, None]
 
@@ -147,21 +158,23 @@ def test_frames_of_other_sizes(ped1):
     np.testing.assert_array_equal(load(ped1).train_NYX[-1], same)
 
 
-def test_truncated_masks_lose_their_border(ped1):
+@pytest.mark.parametrize("size", [100, 96])
+def test_truncated_masks_lose_their_border(size, ped1):
+    shape = (2 * size, 2 * size)
     for number in ("001", "002", "003"):
-        save(ped1 / f"Test/Test003/{number}.tif", noise(0, (200, 200)))
-    masks = [box(0, 3, 31, 40, (200, 200)), box(20, 20, 3, 3, (200, 200)), noise(0, (200, 200)) // 250 * 255]
+        save(ped1 / f"Test/Test003/{number}.tif", noise(0, shape))
+    masks = [box(0, 3, 31, 40, shape), box(20, 20, 3, 3, shape), noise(0, shape) // 250 * 255]
     for number, mask in zip(("001", "002", "003"), masks, strict=True):
         save(ped1 / f"Test/Test003_gt/{number}.bmp", 255 - mask if number == "003" else mask)
-    loaded = load(ped1, mask_resize="truncated")
+    loaded = load(ped1, mask_resize="truncated", size=size)
     for mask_YX, number in zip(loaded.test_mask, ("001", "002", "003"), strict=False):
         source = np.array(Image.open(ped1 / f"Test/Test003_gt/{number}.bmp")) > 0
         # At half the size the triangle takes in four pixels along either axis.
-        around = [range(max(0, 2 * i - 1), min(200, 2 * i + 3)) for i in range(100)]
+        around = [range(max(0, 2 * i - 1), min(2 * size, 2 * i + 3)) for i in range(size)]
         expected = [[source[np.ix_(ys, xs)].all() for xs in around] for ys in around]
         np.testing.assert_array_equal(mask_YX, expected)
     assert loaded.test_anomalous == [True, False, True, None]
-    assert load(ped1).test_anomalous == [True, True, True, None]
+    assert load(ped1, size=size).test_anomalous == [True, True, True, None]
 
 
 def test_masks_of_ones(ped1):
@@ -252,6 +265,19 @@ def test_unknown_arguments(ped1):
             call()
 
 
+@pytest.mark.parametrize("size", [7, 0, -96, True, 96.0, "96", (96, 96), None])
+def test_bad_size(size, ped1, monkeypatch):
+    monkeypatch.setattr(config, "jaxtyping_disable", True)  # as outside of tests: the annotation would refuse it first
+    for call in (
+        lambda: load(ped1, size=size),
+        lambda: load(ped1, "sample", size=size),
+        lambda: ucsd.sample(size=size),
+    ):
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert str(caught.value) == f"size must be a whole number of pixels, 8 or more; got {size!r}"
+
+
 # The split
 
 
@@ -278,20 +304,24 @@ def test_split_of_one_clip():
 
 
 @pytest.fixture(scope="module")
-def drawn():
-    """The sample, and what was drawn for each frame: (background, actors, i)."""
-    calls = []
-    draw = ucsd._draw
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ucsd, "_draw", lambda *arguments: calls.append(arguments) or draw(*arguments))
-        loaded = ucsd.load("sample")
-    return loaded, calls
+def generated():
+    return ucsd.load("sample")
 
 
-def test_auto_falls_back_to_the_sample_and_says_so(drawn, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(ucsd, "sample", lambda mask_resize: drawn[0])
+@pytest.fixture
+def short(monkeypatch):
+    """A sample of two training and two test clips of 12 frames; the first test clip has masks."""
+    monkeypatch.setattr(walkway, "CLIPS", 2)
+    monkeypatch.setattr(walkway, "FRAMES", 12)
+    monkeypatch.setattr(ucsd, "SAMPLE_MASKED", 1)
+
+
+def test_auto_falls_back_to_the_sample_and_says_so(generated, monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(ucsd, "sample", lambda **options: asked.append(options) or generated)
     (tmp_path / catalogue.UCSD.folder / "UCSDped2").mkdir(parents=True)
-    loaded = ucsd.load("auto", tmp_path)
+    loaded = ucsd.load("auto", tmp_path, mask_resize="truncated", size=96)
+    assert asked == [{"mask_resize": "truncated", "size": 96}]
     assert loaded.card.kind == loaded.card.mark == "sample"
     said = capsys.readouterr().err
     assert "SAMPLE" in said
@@ -299,13 +329,12 @@ def test_auto_falls_back_to_the_sample_and_says_so(drawn, monkeypatch, tmp_path,
     assert f"python -m lib.data fetch ucsd --root {tmp_path}" in said
 
 
-def test_sample(drawn):
-    loaded, _ = drawn
-    assert loaded.train_NYX.shape == loaded.test_NYX.shape == (240, 100, 100)
-    for clip_N in (loaded.train_clip_N, loaded.test_clip_N):
+def test_sample(generated):
+    assert generated.train_NYX.shape == generated.test_NYX.shape == (240, 100, 100)
+    for clip_N in (generated.train_clip_N, generated.test_clip_N):
         assert clip_N.bincount().tolist() == [0] + 6 * [40]
-    assert [mask is None for mask in loaded.test_mask] == 160 * [False] + 80 * [True]
-    assert loaded.card.counts == {
+    assert [mask is None for mask in generated.test_mask] == 160 * [False] + 80 * [True]
+    assert generated.card.counts == {
         "train": 240,
         "test": 240,
         "masks": 160,
@@ -313,20 +342,18 @@ def test_sample(drawn):
         "test clips": 6,
         "masked clips": 4,
     }
-    assert loaded.card.official["train"] == 6800
-    assert "Not UCSD Ped1" in loaded.card.note
+    assert generated.card.official["train"] == 6800
+    assert "Not UCSD Ped1" in generated.card.note
     # Every masked clip has frames of both kinds.
-    shares = np.array(loaded.test_anomalous[:160]).reshape(4, 40).mean(1)
+    shares = np.array(generated.test_anomalous[:160]).reshape(4, 40).mean(1)
     assert ((shares > 0.3) & (shares < 0.95)).all()
 
 
-def test_sample_is_the_same_everywhere(drawn):
-    assert drawn[0].card.digest == "8b56b159f3e5da95f76c655c6ca61c1aac1b02455447ac1c5199c671342725b7"
+def test_sample_is_the_same_everywhere(generated):
+    assert generated.card.digest == "8b56b159f3e5da95f76c655c6ca61c1aac1b02455447ac1c5199c671342725b7"
 
 
-def test_same_seed_same_pixels(monkeypatch):
-    for name, number in {"SAMPLE_CLIPS": 2, "SAMPLE_MASKED": 1, "SAMPLE_FRAMES": 12}.items():
-        monkeypatch.setattr(ucsd, name, number)
+def test_same_seed_same_pixels(short):
     one, same, other = (ucsd.sample(seed) for seed in (5, 5, 6))
     assert torch.equal(one.train_NYX, same.train_NYX)
     assert torch.equal(one.test_NYX, same.test_NYX)
@@ -337,68 +364,61 @@ def test_same_seed_same_pixels(monkeypatch):
     assert not torch.equal(one.train_NYX, other.train_NYX)
 
 
-def is_vehicle(actor):
-    return actor.kind != "pedestrian"
-
-
-def test_training_clips_show_no_vehicle(drawn):
-    _, calls = drawn
-    assert not any(is_vehicle(actor) for _, actors, _ in calls[:240] for actor in actors)
-    kinds = [next(actor.kind for actor in actors if is_vehicle(actor)) for _, actors, _ in calls[240::40]]
-    assert kinds == 3 * ["cart", "cyclist"]
-
-
-@pytest.mark.parametrize("clip", range(6))
-def test_masks_are_exact(drawn, clip):
-    """A pixel shows the vehicle if and only if it changes with the vehicle's grey level."""
-    loaded, calls = drawn
-    hidden = 0
-    for frame in range(40 * clip, 40 * clip + 40):
-        background_YX, actors, i = calls[240 + frame]
-        scene_YX, vehicle_YX = ucsd._draw(background_YX, actors, i)
-        repainted = [
-            dataclasses.replace(actor, shades=tuple(255 - shade for shade in actor.shades))
-            if is_vehicle(actor)
-            else actor
-            for actor in actors
-        ]
-        np.testing.assert_array_equal(scene_YX != ucsd._draw(background_YX, repainted, i)[0], vehicle_YX)
-        # Without the vehicle nothing else changes.
-        without_YX, nothing_YX = ucsd._draw(background_YX, [actor for actor in actors if not is_vehicle(actor)], i)
-        np.testing.assert_array_equal(scene_YX[~vehicle_YX], without_YX[~vehicle_YX])
-        assert not nothing_YX.any()
-        alone_YX = ucsd._draw(background_YX, [actor for actor in actors if is_vehicle(actor)], i)[1]
-        assert not (vehicle_YX & ~alone_YX).any()
-        hidden += int((alone_YX & ~vehicle_YX).sum())
-        if loaded.test_mask[frame] is not None:
-            rows, columns = ((np.arange(100) + 0.5) * size / 100 for size in SHAPE)
-            nearest_YX = vehicle_YX[np.ix_(rows.astype(int), columns.astype(int))]
-            np.testing.assert_array_equal(loaded.test_mask[frame], nearest_YX)
-    assert hidden > 0 or clip > 3  # pedestrians walk in front of vehicles
-
-
-def test_truncated_sample(drawn):
+def test_truncated_sample(generated):
     truncated = ucsd.load("sample", mask_resize="truncated")
-    assert truncated.card == drawn[0].card
-    assert torch.equal(truncated.test_NYX, drawn[0].test_NYX)
-    nearest, less = (torch.stack(loaded.test_mask[:160]) for loaded in (drawn[0], truncated))
-    assert not (less & ~nearest).any()
-    assert 0 < less.sum() < nearest.sum()
+    assert truncated.card == generated.card
+    assert torch.equal(truncated.test_NYX, generated.test_NYX)
+    more, less = (torch.stack(loaded.test_mask[:160]) for loaded in (generated, truncated))
+    assert not (less & ~more).any()
+    assert 0 < less.sum() < more.sum()
 
 
-def test_sample_is_a_scene_and_not_noise(drawn):
-    loaded, calls = drawn
+@pytest.mark.parametrize("size", [100, 96])
+def test_sample_shows_the_scenes(size, short):
+    loaded, truncated = (ucsd.sample(2, mask_resize, size) for mask_resize in ucsd.MASK_RESIZES)
+    assert loaded.card == truncated.card == ucsd.sample(2, size=50).card
+    scenes = list(walkway.scenes(2))
+    frames_NYX = torch.cat([loaded.train_NYX, loaded.test_NYX])
+    assert torch.equal(frames_NYX, torch.cat([truncated.train_NYX, truncated.test_NYX]))
+    assert frames_NYX.shape == (48, size, size)
+    assert (frames_NYX - bilinear(np.stack([frame_YX for _, _, frame_YX, _ in scenes]), size)).abs().max() < 1
+    assert torch.cat([loaded.train_clip_N, loaded.test_clip_N]).tolist() == [clip for _, clip, _, _ in scenes]
+    vehicle_NYX = np.stack([vehicle_YX for _, _, _, vehicle_YX in scenes[24:36]])
+    for mask_YX, vehicle_YX in zip(loaded.test_mask[:12], vehicle_NYX, strict=True):
+        np.testing.assert_array_equal(mask_YX, nearest(vehicle_YX, size))
+    # Pillow rounds to whole grey levels before anything is cut off.
+    less_NYX = torch.stack(truncated.test_mask[:12])
+    assert torch.equal(less_NYX, bilinear(255 * vehicle_NYX, size) > 254.5)
+    assert less_NYX.any()
+
+
+def test_sample_is_a_scene_and_not_noise(generated):
     # A camera that stands still: nearly every pixel stays near its median, and yet people cross the image.
-    median_YX = loaded.train_NYX.median(0).values
-    away = (loaded.train_NYX.int() - median_YX.int()).abs() > 20
+    median_YX = generated.train_NYX.median(0).values
+    away = (generated.train_NYX.int() - median_YX.int()).abs() > 20
     assert 0.005 < away.float().mean() < 0.1
     assert away[:, 25:95].any(0).float().mean() > 0.2
-    # Whoever is nearer is larger; noise of 3 levels is never cut off.
-    assert ucsd._height(150.0) > 2 * ucsd._height(35.0)
-    scenes = [ucsd._draw(*call)[0] for call in calls[::20]]
-    assert min(scene.min() for scene in scenes) >= 3
-    assert max(scene.max() for scene in scenes) <= 252
     # The difference to the mean training frame finds vehicles, as it must in such scenes, but people too.
-    score_NYX = (loaded.test_NYX[:160].float() - loaded.train_NYX.float().mean(0)).abs()
-    auroc = roc_auc_score(torch.stack(loaded.test_mask[:160]).flatten(), score_NYX.flatten())
+    score_NYX = (generated.test_NYX[:160].float() - generated.train_NYX.float().mean(0)).abs()
+    auroc = roc_auc_score(torch.stack(generated.test_mask[:160]).flatten(), score_NYX.flatten())
     assert 0.85 < auroc < 0.999
+
+
+LOAD_BOTH = """
+import sys
+from pathlib import Path
+from lib import provenance
+from lib.data import ucsd
+for data in ("real", "sample"):
+    ucsd.load(data, Path(sys.argv[1]))
+    print(*provenance.library_modules())
+"""
+
+
+def test_real_data_do_not_depend_on_the_drawings(ped1):
+    """A record names the code of all that is loaded: changed drawings make runs on the sample stale, and only those."""
+    command = [sys.executable, "-c", LOAD_BOTH, str(ped1.parents[1])]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    real, sample = (line.split() for line in done.stdout.splitlines())
+    assert "lib.data.ucsd" in real
+    assert set(sample) - set(real) == {"lib.data.walkway"}

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from IPython.core.interactiveshell import ExecutionResult
     from nbformat import NotebookNode
     from papermill.models import Parameter as PapermillParameter
     from sphinx.application import Sphinx
@@ -187,8 +188,9 @@ class ChapterHandler:
 def run(chapter: str, parameters: Mapping[str, Value], compute: Callable[[], "Run"]) -> "Run | None":
     """The run of a chapter: computed under papermill or Jupyter, only looked up while Jupyter Book renders.
 
-    While Jupyter Book renders, a stale run is shown under a warning, and a missing one stops the page (see
-    `stop_page`): the call has to be the last statement of its cell.
+    While Jupyter Book renders, a missing run stops the page (see `stop_page`): the call has to be the last statement
+    of its cell. A stale run is shown under a warning, and the first later cell that asks it for something that it
+    lacks stops the page. Every other error, and that of a run that is not stale, fails the build.
 
     Args:
         chapter: The chapter's name, such as "mnist".
@@ -210,6 +212,7 @@ def run(chapter: str, parameters: Mapping[str, Value], compute: Callable[[], "Ru
     elif found.stale:
         changed = ", ".join(found.stale)
         notice(f"This run is stale: {changed} changed since it was made. Make it again with\n\n{again}", "warning")
+        _stop_where_lacking(f"The stored run lacks what this page shows from here on. Make it again with\n\n{again}")
     return found
 
 
@@ -290,6 +293,32 @@ class _ParameterWriter:
         paths = {name: value for name, value in parameters.items() if name in INJECTED_PATHS}
         given = {name: value for name, value in parameters.items() if name not in paths}
         return PythonTranslator.codify(paths | check(given, self.known, self.path), comment)
+
+
+def _stop_where_lacking(markdown: str) -> None:
+    """Let the first later cell that asks a run for something it lacks stop the page, without an error.
+
+    Outside a notebook there is no page to stop, and nothing is changed.
+    """
+    from IPython import get_ipython
+
+    lacking = (KeyError, FileNotFoundError)  # what `lib.runs` raises
+    shell = get_ipython()
+    if shell is None:
+        return
+
+    def stop(
+        _shell: object, _kind: object, _error: object, _traceback: object, tb_offset: int | None = None
+    ) -> list[str]:
+        stop_page(markdown)
+        return []
+
+    def forget(result: "ExecutionResult | None") -> None:
+        if result is not None and isinstance(result.error_in_exec, lacking):
+            result.error_in_exec = None  # the kernel would report it, although the notice has answered it
+
+    shell.set_custom_exc(lacking, stop)
+    shell.events.register("post_run_cell", forget)
 
 
 def _local_files() -> Any:

@@ -124,7 +124,7 @@ def clip_animation(
         for frame_YX, mask_YX, map_YX, title in zip(frame_NYX, mask_NYX, map_NYX, titles, strict=True):
             drawn = [axes[0].imshow(frame_YX, cmap="gray", norm=norm), axes[1].imshow(map_YX, cmap=MAPS, norm=norm)]
             if mask_YX.any():
-                drawn += [axis.contour(mask_YX, levels=[0.5], colors=[COLOURS[1]], linewidths=1.2) for axis in axes]
+                drawn += [axis.contour(mask_YX, levels=[0.5], colors=[COLOURS[4]], linewidths=1.4) for axis in axes]
             drawn.append(axes[0].text(0, 1.03, title, transform=axes[0].transAxes))
             moments.append(drawn)
         return ArtistAnimation(figure, moments)

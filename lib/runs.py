@@ -90,13 +90,13 @@ class Run:
     @property
     def caption(self) -> str:
         """What a figure or a table says of the run that made it: label, data, budget and device."""
-        record = self.record
-        budget = record["budget"]
-        mark = f", {self.card.mark}" if self.card.mark else ""
-        images = self.card.counts["train"] + self.card.counts["test"]
+        card, budget = self.card, self.record["budget"]
+        # Not added up: masks and clips are no images.
+        data = [f"{count:,} {part}" for part, count in card.counts.items()]
+        data += [f"{card.mark} data"] if card.mark else []
         return (
-            f"Run {self.label}; data: {self.card.name} ({images:,} images{mark}); "
-            f"{budget['used']} of {budget['asked']} {budget['unit']}; {record['device']}."
+            f"Run {self.label}; data: {card.name} ({', '.join(data)}); "
+            f"{budget['used']} of {budget['asked']} {budget['unit']}; {self.record['device']}."
         )
 
     @cached_property
@@ -138,6 +138,43 @@ class Run:
                 return row
         raise KeyError(f"the run {self.label} has no metric {metric!r} of {method!r} on {subset!r}")
 
+    def rows(self, metric: str) -> pd.DataFrame:
+        """All rows of one metric.
+
+        Raises:
+            KeyError: If the run has none.
+        """
+        found = self.metrics[self.metrics["metric"] == metric]
+        if found.empty:
+            raise KeyError(f"the run {self.label} has no metric {metric!r}")
+        return found
+
+    def text(
+        self, metric: str, method: str = "", subset: str = "", form: str = ".3f", lacking: str | None = None
+    ) -> str:
+        """One number as text, such as "0.812 [0.780, 0.840]"; the interval only where there is one.
+
+        Args:
+            metric: The metric.
+            method: Its method.
+            subset: Its subset.
+            form: How each number is written.
+            lacking: What to return if the run does not have the number; None for an error.
+
+        Raises:
+            KeyError: If the run does not have it, or has a row without a value, and `lacking` is None.
+        """
+        try:
+            row = self.metric(metric, method, subset)
+            if row["value"] is None:
+                raise KeyError(f"the run {self.label} has no value for {metric!r} of {method!r} on {subset!r}")
+        except KeyError:
+            if lacking is None:
+                raise
+            return lacking
+        interval = "" if row["low"] is None else f" [{row['low']:{form}}, {row['high']:{form}}]"
+        return f"{row['value']:{form}}{interval}"
+
 
 def row(
     metric: str, value: float | int | None, method: str = "", subset: str = "", **interval: float | int | None
@@ -152,6 +189,27 @@ def row(
         "high": None,
         "n": None,
     } | (interval)
+
+
+def order(row: Mapping[str, Any], other: Mapping[str, Any] | float) -> str:
+    """How the interval of a row lies to that of another row, or to a number such as 0.5.
+
+    Args:
+        row: A row with low and high, as `Run.metric` gives it.
+        other: Another such row, or a number.
+
+    Returns:
+        "above" or "below" where the intervals are apart, otherwise "not told apart from".
+
+    Raises:
+        ValueError: If a row has no interval.
+    """
+    if row["low"] is None or (isinstance(other, Mapping) and other["low"] is None):
+        raise ValueError(f"order compares intervals, and one of these rows has none: {row}, {other}")
+    low, high = (other["low"], other["high"]) if isinstance(other, Mapping) else (other, other)
+    if row["low"] > high:
+        return "above"
+    return "below" if row["high"] < low else "not told apart from"
 
 
 def reading() -> bool:

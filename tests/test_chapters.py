@@ -338,6 +338,43 @@ def test_stale_run_is_shown_with_the_command(stored, monkeypatch, capsys):
     assert "papermill book/small.md out.ipynb -p digit 2" in shown
 
 
+@pytest.mark.parametrize(
+    ("line", "stops"), [("run.arrays['curve']", True), ("run.figure('maps')", True), ("1 / 0", False)]
+)
+def test_only_what_a_stale_run_lacks_stops_the_page(folder, monkeypatch, line, stops):
+    card = DataCard("mnist", "sample", {"train": 1}, {"train": 1}, "digest", "licence", "credit")
+    record = {"chapter": "mnist", "parameters": {"digit": 2}, "metrics": [], "data": card.to_dict()}
+    record |= {"code": {"lib.models.mnist": "another digest"}, "recipe": asdict(MNIST["liu2020"])}
+    record |= {"git": {"commit": None, "dirty": None}}
+    path = folder / "runs" / "mnist" / "digit=2"
+    path.mkdir(parents=True)
+    (path / "record.json").write_text(json.dumps(record))
+    np.savez(path / "arrays.npz")
+    code = textwrap.dedent("""\
+        from lib import chapters
+        run = chapters.run("mnist", {"digit": 2}, lambda: None)
+        ```
+
+        ```{code-cell} ipython3
+        LINE
+        print("the rest of the cell")
+        ```
+
+        ```{code-cell} ipython3
+        print("a later cell")
+        raise KeyError""").replace("LINE", line)
+    Path("book/small.md").write_text(chapter(code=code))
+    monkeypatch.setenv("EXPVAE_MODE", "read")
+    monkeypatch.setenv("EXPVAE_RUNS", str(folder / "runs"))
+    if stops:
+        papermill.execute_notebook("book/small.md", "out.ipynb", progress_bar=False)
+    else:
+        with pytest.raises(papermill.PapermillExecutionError):
+            papermill.execute_notebook("book/small.md", "out.ipynb", progress_bar=False)
+    assert printed(folder / "out.ipynb") == ""
+    assert ("The stored run lacks what this page shows" in Path("out.ipynb").read_text()) is stops
+
+
 def test_command_names_what_differs_from_the_defaults(stored):
     given = {"digit": 1, "layer": "conv1", "categories": "two words", "rate": 0.001, "undeclared": 3}
     assert chapters.command("small", given) == (

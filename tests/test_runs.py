@@ -150,6 +150,74 @@ def test_one_number_by_name():
         run.metric("AUROC", "theirs", "digit 7")
 
 
+def test_all_rows_of_a_metric():
+    run = save()
+    assert run.rows("AUROC")["value"].tolist() == [0.5]
+    assert len(run.rows("units")) == 1
+    with pytest.raises(KeyError, match=r"the run mini: .* has no metric 'IoU'"):
+        run.rows("IoU")
+
+
+def test_a_number_as_text():
+    rows = [
+        runs.row("AUROC", 0.8121, "ours", "all", low=0.78, high=0.84, n=9),
+        runs.row("share", 0.25, low=0.125, high=0.5),
+        runs.row("parameters", 1_234_567),
+        runs.row("units", None),
+    ]
+    run = save(metrics=rows)
+    assert run.text("AUROC", "ours", "all") == "0.812 [0.780, 0.840]"
+    assert run.text("share", form=".1%", lacking="") == "25.0% [12.5%, 50.0%]"
+    assert run.text("parameters", form=",.0f") == "1,234,567"
+    for absent in ("IoU", "units"):
+        assert run.text(absent, lacking="") == ""
+        assert run.text(absent, lacking="not measured") == "not measured"
+        with pytest.raises(KeyError, match=rf"the run mini: .* has no (metric|value for) '{absent}'"):
+            run.text(absent)
+
+
+def between(low, high):
+    return runs.row("AUROC", (low + high) / 2, low=low, high=high)
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        (0.3, "above"),
+        (0.4, "not told apart from"),
+        (0.5, "not told apart from"),
+        (0.6, "not told apart from"),
+        (0.7, "below"),
+        (between(0.1, 0.3), "above"),
+        (between(0.1, 0.4), "not told apart from"),
+        (between(0.45, 0.55), "not told apart from"),
+        (between(0.6, 0.9), "not told apart from"),
+        (between(0.7, 0.9), "below"),
+    ],
+)
+def test_the_order_of_two_intervals(other, expected):
+    assert runs.order(between(0.4, 0.6), other) == expected
+
+
+def test_without_an_interval_there_is_no_order():
+    for pair in ((runs.row("units", 3), 0.5), (between(0.4, 0.6), runs.row("units", 3))):
+        with pytest.raises(ValueError, match="order compares intervals, and one of these rows has none"):
+            runs.order(*pair)
+
+
+@pytest.mark.parametrize(
+    ("kind", "counts", "data"),
+    [
+        ("complete", {"train": 60_000, "test": 10_000}, "60,000 train, 10,000 test"),
+        ("partial", {"train": 60_000, "test": 10_000}, "60,000 train, 10,000 test, partial data"),
+        ("sample", {"clips": 3, "masks": 2_000}, "3 clips, 2,000 masks, sample data"),
+    ],
+)
+def test_the_caption_lists_the_counts(kind, counts, data):
+    run = save(card=dataclasses.replace(card(kind), counts=counts))
+    assert run.caption == f"Run {run.label}; data: mnist ({data}); 2 of 200 epochs; cpu: 2 threads, AVX2."
+
+
 def test_a_missing_figure_names_those_that_are_there():
     with pytest.raises(FileNotFoundError, match=r"has no figure 'maps'; it has: panel$"):
         save().figure("maps")

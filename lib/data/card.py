@@ -21,8 +21,8 @@ class DataCard:
     Attributes:
         name: Data set, as in the catalogue.
         kind: "complete" (the official release), "partial" (less than it, or altered), "sample" (embedded, generated).
-        counts: Images for each split.
-        official: Images for each split in the official release.
+        counts: How much there is, by part: images of a split, masks, clips.
+        official: The same counts of the official release.
         digest: SHA-256 of the data (hexadecimal).
         licence: Licence.
         credit: One line for figure captions.

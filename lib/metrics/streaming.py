@@ -57,9 +57,9 @@ class PixelCounts:
 
     Beyond 2^22 pixels a cell is 2^-11 of its score wide where scores reach from 0 to a maximum, and narrower if their
     range is. Measured on 2·10^7 pixels, 2 % of them anomalous, the cells changed the AUROC by 5e-8, the average
-    precision by up to 2e-4, the IoU by up to 2e-5 and the FPR by up to 1e-4. The worst case is a narrow cluster of scores far from
-    some others: where exact zeros joined scores that all lay within 1 % of each other, the AUROC was off by 1e-3 and
-    the average precision by 8e-3, and both are by more the narrower the cluster.
+    precision by up to 2e-4, the IoU by up to 2e-5 and the FPR by up to 1e-4. The worst case is a narrow cluster of
+    scores far from some others: where exact zeros joined scores that all lay within 1 % of each other, the AUROC was
+    off by 1e-3 and the average precision by 8e-3, and both are by more the narrower the cluster.
 
     Attributes:
         regions: Whether AUPRO is computed, which needs masks of shape [B, Y, X] and more time.

@@ -15,8 +15,11 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import CenteredNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
 from lib.attention import Attention
+
+Images = np.ndarray | Tensor | Sequence[np.ndarray | Tensor]
 
 SIGNED = "PuOr"  # orange is negative, purple positive; told apart with every kind of colour vision
 MAPS = "cividis"  # perceptually uniform, and read alike with every kind of colour vision
@@ -49,7 +52,7 @@ def show(figure: Figure | Path) -> Image:
 
 
 def image_rows(
-    rows: Mapping[str, np.ndarray],
+    rows: Mapping[str, Images],
     *,
     maps: Sequence[str],
     titles: Sequence[str],
@@ -75,7 +78,9 @@ def image_rows(
         for axes_row, (name, image_NYX) in zip(axes, rows.items(), strict=True):
             axes_row[0].set_ylabel(name, rotation=0, ha="right", va="center")
             for axis, image_YX in zip(axes_row, image_NYX, strict=True):
-                axis.imshow(image_YX, cmap=MAPS if name in maps else grey, norm=norm, interpolation="nearest")
+                axis.imshow(
+                    np.asarray(image_YX), cmap=MAPS if name in maps else grey, norm=norm, interpolation="nearest"
+                )
                 axis.set(xticks=[], yticks=[])
                 axis.spines[:].set_visible(True)
                 axis.grid(False)
@@ -90,9 +95,9 @@ def image_rows(
 
 
 def clip_animation(
-    frame_NYX: np.ndarray,
-    mask_NYX: Sequence[np.ndarray],
-    map_NYX: np.ndarray,
+    frame_NYX: Images,
+    mask_NYX: Images,
+    map_NYX: Images,
     *,
     titles: Sequence[str],
     label: str,
@@ -122,9 +127,15 @@ def clip_animation(
         figure.supxlabel(credit, fontsize=7, color="0.35")
         moments = []
         for frame_YX, mask_YX, map_YX, title in zip(frame_NYX, mask_NYX, map_NYX, titles, strict=True):
-            drawn = [axes[0].imshow(frame_YX, cmap="gray", norm=norm), axes[1].imshow(map_YX, cmap=MAPS, norm=norm)]
+            drawn = [
+                axes[0].imshow(np.asarray(frame_YX), cmap="gray", norm=norm),
+                axes[1].imshow(np.asarray(map_YX), cmap=MAPS, norm=norm),
+            ]
             if mask_YX.any():
-                drawn += [axis.contour(mask_YX, levels=[0.5], colors=[COLOURS[4]], linewidths=1.4) for axis in axes]
+                drawn += [
+                    axis.contour(np.asarray(mask_YX), levels=[0.5], colors=[COLOURS[4]], linewidths=1.4)
+                    for axis in axes
+                ]
             drawn.append(axes[0].text(0, 1.03, title, transform=axes[0].transAxes))
             moments.append(drawn)
         return ArtistAnimation(figure, moments)

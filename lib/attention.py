@@ -290,7 +290,7 @@ def attention(
         encoded = tuple(tensor.detach() if isinstance(tensor, Tensor) else tensor for tensor in encoded)
     elif graph == "constant_alpha":
         alpha_BIC = alpha_BIC.detach()
-    if not (alpha_BIC.isfinite().all() and values_BCHW.isfinite().all()):
+    if not (_finite(alpha_BIC) and _finite(values_BCHW)):
         raise ValueError(f"{named}: its output or the gradient there has values that are not finite")
     if method.highest is not None and method.highest > alpha_BIC.shape[1]:
         raise ValueError(f"highest={method.highest} is more than the {alpha_BIC.shape[1]} scores there are")
@@ -388,11 +388,21 @@ def _latents(
 
 def _scores(latents_BD: Tensor, score: Score, latents: Sequence[int] | Tensor | None) -> Float[Tensor, "b i"]:
     if latents is not None:
-        chosen, d = [int(index) for index in latents], latents_BD.shape[1]
-        if not chosen or not all(0 <= index < d for index in chosen):
+        chosen_I, d = torch.as_tensor(latents).cpu(), latents_BD.shape[1]
+        # A mask of booleans would be read as indices 0 and 1.
+        whole = not (chosen_I.dtype == torch.bool or chosen_I.is_floating_point() or chosen_I.is_complex())
+        chosen = chosen_I.tolist()
+        if not (whole and chosen_I.ndim == 1 and chosen and set(chosen) <= set(range(d))):
             raise ValueError(f"latents={chosen} must be one or more indices between 0 and {d - 1}")
+        if len(set(chosen)) < len(chosen):
+            raise ValueError(f"latents={chosen} must name each latent once")
         latents_BD = latents_BD[:, chosen]
     return latents_BD if score.startswith("each") else latents_BD.sum(1, keepdim=True)
+
+
+def _finite(values: Tensor) -> bool:
+    # NaN and ±inf stay in a sum, which needs no tensor of flags; a sum may overflow where no value is infinite.
+    return bool(values.detach().sum().isfinite()) or bool(values.isfinite().all())
 
 
 def _weighted(alpha_BIC: Tensor, values_BCHW: Tensor) -> Float[Tensor, "b i h w"]:

@@ -303,8 +303,33 @@ def test_chosen_latents_come_in_the_order_asked_for(vae, x_BCYX):
     some = attention(vae.encode, "encoder.conv1", x_BCYX, latents=[4, 1])
     torch.testing.assert_close(some.map_BIYX, everything.map_BIYX[:, [4, 1]], rtol=1e-4, atol=1e-9)
     assert some.latents_BD.shape == (3, 6)
-    with pytest.raises(ValueError, match=r"latents=\[6\] must be one or more indices between 0 and 5"):
-        attention(vae.encode, "encoder.conv1", x_BCYX, latents=[6])
+    for same in (torch.tensor([4, 1]), torch.tensor([4, 1], dtype=torch.uint8), (4, 1)):
+        again = attention(vae.encode, "encoder.conv1", x_BCYX, latents=same)
+        assert torch.equal(again.alpha_BIC, some.alpha_BIC)
+
+
+@pytest.mark.parametrize(
+    "latents",
+    [[6], [-1], [], [True, False, True, False, False, False], torch.ones(6).bool(), torch.tensor([1.0]), torch.eye(2)],
+    ids=str,
+)
+def test_what_names_no_latent_is_refused(vae, x_BCYX, latents):
+    with pytest.raises(ValueError, match=r"latents=\[.*\] must be one or more indices between 0 and 5"):
+        attention(vae.encode, "encoder.conv1", x_BCYX, latents=latents)
+
+
+def test_a_latent_is_named_once(vae, x_BCYX):
+    with pytest.raises(ValueError, match=r"latents=\[2, 5, 2\] must name each latent once"):
+        attention(vae.encode, "encoder.conv1", x_BCYX, latents=[2, 5, 2])
+
+
+def test_finite_values_whose_sum_overflows_are_finite():
+    identity = torch.nn.Conv2d(1, 1, kernel_size=1, bias=False)
+    torch.nn.init.ones_(identity.weight)
+    x_BCYX = torch.full((1, 1, 2, 2), 3e38)
+    result = attention(lambda x: (identity(x) * 1e-30).mean((2, 3)), identity, x_BCYX)
+    assert result.values_BCHW.sum().isinf()
+    torch.testing.assert_close(result.map_BYX, torch.full((1, 2, 2), 3e38 * 1e-30 / 4))
 
 
 def test_highest_responses_are_aggregated(vae, x_BCYX):

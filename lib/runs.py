@@ -34,7 +34,7 @@ from lib.data.catalogue import SOURCES
 from lib.recipes import Recipe
 
 T = TypeVar("T")
-FRAMES_PER_SECOND = 8
+FRAMES_PER_SECOND = 4
 METRIC_COLUMNS = ["metric", "method", "subset", "value", "low", "high", "n"]
 
 # Modules that a run loads but that cannot change its numbers.

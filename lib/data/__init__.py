@@ -1,4 +1,7 @@
-"""Data sets: where they lie, what is there of them, and their loaders (one module per data set)."""
+"""Data sets: where they lie, what is there of them, and their loaders.
+
+One module per data set; `walkway` draws the frames that stand in for UCSD Ped1 where it is absent.
+"""
 
 import os
 from pathlib import Path

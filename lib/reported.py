@@ -247,7 +247,8 @@ def _summary(found: Sequence[Measured], unit: str, exact: bool) -> dict[str, Any
     # A time says nothing without the machine; that of the training may be another than that of the run.
     trained_on = [run.record.get("weights", {}).get("device", run.record["device"]) for run in runs]
     device = "; ".join(dict.fromkeys(trained_on)) if unit == "s" else ""
-    marks = ["partial data" if summary["data"] == "partial" else "", short, summary["stale"], device]
+    mark = runs[0].card.mark
+    marks = [f"{mark} data" if mark else "", short, summary["stale"], device]
     text = _with_unit(_shown(mean, unit, exact), unit) + spread
     return summary | {"ours": " · ".join([text, *filter(None, marks)])}
 
@@ -523,9 +524,12 @@ def _full_ucsd_models(runs: Sequence[Run]) -> tuple[list[dict[str, Run]], str]:
     counted, others = [], []
     for layers in models.values():
         run = next(iter(layers.values()))
+        one_model = {(other.card.digest, str(other.record.get("weights"))) for other in layers.values()}
+        short = next(filter(_cut_short, layers.values()), None)
         reasons = [
-            "partial data" if _kind(run) != "complete" else "",
-            _budget(run) if _cut_short(run) else "",
+            "partial data" if any(_kind(other) != "complete" for other in layers.values()) else "",
+            "" if short is None else _budget(short),
+            "layers of different models or data" if len(one_model) > 1 else "",
             "no published recipe" if run.parameters["recipe"] not in UCSD_RECIPES else "",
             "no preset of the paper or its code" if run.parameters["preset"] not in UCSD_PRESETS else "",
             "not all layers" if layers.keys() != set(UCSD_LAYERS) else "",
@@ -565,22 +569,30 @@ def _grade_ucsd_auroc(layers: dict[str, Run], reported: pd.DataFrame) -> int:
         low, high = _ucsd_score(run)
         others = {row["method"] for row in run.record["metrics"] if row["metric"] == "pixel AUROC"} - {"attention"}
         above = low > 0.5 and all(low > _ucsd_score(run, other)[1] for other in others)
-        grades.append(2 if high >= paper else 1 if above else 0)
+        grades.append(2 if low > 0.5 and high >= paper else 1 if above else 0)
     return min(grades)
 
 
 def _grade_ucsd_baseline(layers: dict[str, Run], reported: pd.DataFrame) -> int:
-    """Whether the best layer lies above the reconstruction error of the same model, or meets it."""
+    """Whether the best layer lies above the reconstruction error of the same model, or is not told apart from it."""
     best = max(layers.values(), key=lambda run: run.metric("pixel AUROC", "attention", "test clips")["value"])
-    (low, high), (other_low, other_high) = _ucsd_score(best), _ucsd_score(best, "reconstruction error")
-    return 2 if low > other_high else 1 if high >= other_low else 0
+    low, high = _ucsd_difference(best, "attention", "reconstruction error")
+    return 2 if low > 0 else 1 if high >= 0 else 0
 
 
 def _grade_ucsd_layers(layers: dict[str, Run], reported: pd.DataFrame) -> int:
     """Whether the three layers are apart and conv2 is highest, or at least two are apart."""
-    scores = {layer: _ucsd_score(run) for layer, run in layers.items()}
-    apart = [a[0] > b[1] or b[0] > a[1] for a, b in combinations(scores.values(), 2)]
-    return 2 if all(apart) and max(scores, key=scores.get) == "conv2" else 1 if any(apart) else 0
+    values = {layer: run.metric("pixel AUROC", "attention", "test clips")["value"] for layer, run in layers.items()}
+    run = next(iter(layers.values()))  # each of them has the differences between all layers
+    differences = [_ucsd_difference(run, one, other) for one, other in combinations(UCSD_LAYERS, 2)]
+    apart = [low > 0 or high < 0 for low, high in differences]
+    return 2 if all(apart) and max(values, key=values.get) == "conv2" else 1 if any(apart) else 0
+
+
+def _ucsd_difference(run: Run, one: str, other: str) -> tuple[float, float]:
+    """Paired interval of the difference between two pixel AUROC of a run."""
+    row = run.metric("pixel AUROC, difference", f"{one} − {other}", "test clips")
+    return row["low"], row["high"]
 
 
 def _pixel_scores(run: Run) -> dict[str, tuple[float, float]]:
@@ -701,9 +713,9 @@ CLAIMS = (
         text="(ii) On UCSD Ped1 the maps highlight anomalies with the paper's AUROC.",
         claimed_by="Liu et al. 2020; not reproduced by Reports 1 and 2",
         chapter="ucsd",
-        criterion=_UCSD_RUNS + "and for each of the three layers, held: the interval of the pixel AUROC reaches the "
-        "paper's value. Partly held: it lies above one half and above every baseline, but below the paper's value. Did "
-        "not hold: otherwise.",
+        criterion=_UCSD_RUNS + "and for each of the three layers, held: the interval of the pixel AUROC lies above one "
+        "half and reaches the paper's value. Partly held: it lies above one half and above every baseline, but below "
+        "the paper's value. Did not hold: otherwise.",
         judge=_judge_ucsd(_grade_ucsd_auroc),
     ),
     Claim(
@@ -711,8 +723,9 @@ CLAIMS = (
         text="(ii) On UCSD Ped1 the maps do better than the baseline.",
         claimed_by="Liu et al. 2020, as quoted by Report 2",
         chapter="ucsd",
-        criterion=_UCSD_RUNS + "held: the interval of the pixel AUROC of the best layer lies above that of the "
-        "reconstruction error of the same model. Partly held: the intervals meet. Did not hold: it lies below.",
+        criterion=_UCSD_RUNS + "held: the paired interval of the pixel AUROC of the best layer minus that of "
+        "the reconstruction error of the same model lies above zero. Partly held: it reaches over zero. Did not hold: "
+        "it lies below.",
         judge=_judge_ucsd(_grade_ucsd_baseline),
     ),
     Claim(
@@ -720,8 +733,8 @@ CLAIMS = (
         text="The layer matters: conv1, conv2 and conv3 give different AUROC (both reports print one value for all).",
         claimed_by="Liu et al. 2020, Table quoted by Report 1",
         chapter="ucsd",
-        criterion=_UCSD_RUNS + "held: the three intervals of the pixel AUROC are apart, and conv2 is highest. Partly "
-        "held: at least two of the layers are apart. Did not hold: all three meet.",
+        criterion=_UCSD_RUNS + "held: the paired intervals of the differences in pixel AUROC between the layers all "
+        "leave out zero, and conv2 is highest. Partly held: at least one of them does. Did not hold: none does.",
         judge=_judge_ucsd(_grade_ucsd_layers),
     ),
     Claim(

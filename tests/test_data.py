@@ -165,6 +165,12 @@ def test_mark(kind, mark):
     assert dataclasses.replace(CARD, kind=kind).mark == mark
 
 
+def test_mark_of_data_that_were_encoded_again():
+    note = "UCSD Ped1, partial and re-encoded; not the official protocol."
+    marks = {kind: dataclasses.replace(CARD, kind=kind, note=note).mark for kind in ("complete", "partial", "sample")}
+    assert marks == {"complete": "", "partial": "partial, re-encoded", "sample": "sample"}
+
+
 def test_card_refuses_unknown_kind_and_entries():
     with pytest.raises(ValueError, match="complete, partial, sample; got 'whole'"):
         dataclasses.replace(CARD, kind="whole")

@@ -2,6 +2,7 @@ import csv
 import json
 import math
 from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
@@ -423,8 +424,28 @@ def test_size_verdicts(count, outcome):
     assert nothing.verdict == "not yet tested"
 
 
-def ucsd_run(layer, low, high, *, error=(0.7, 0.8), kind="complete", used=100, preset="liu2020_paper", **changes):
+def ucsd_run(
+    layer,
+    low,
+    high,
+    *,
+    apart=(True, True, True),
+    beats=1,
+    kind="complete",
+    used=100,
+    preset="liu2020_paper",
+    **changes,
+):
+    """A run in which the layers are apart or not, by pairs, and the reconstruction error is beaten (1), met or not."""
+    error = (0.7, 0.8)
+    signs = dict(zip(combinations(("conv1", "conv2", "conv3"), 2), apart, strict=True))
+    differences = {f"{one} − {other}": (0.1, 0.2) if sign else (-0.1, 0.2) for (one, other), sign in signs.items()}
+    differences["attention − reconstruction error"] = {1: (0.1, 0.2), 0: (-0.1, 0.2), -1: (-0.2, -0.1)}[beats]
     metrics = [
+        row("pixel AUROC, difference", sum(ends) / 2, name, "test clips", low=ends[0], high=ends[1])
+        for name, ends in differences.items()
+    ]
+    metrics += [
         row("pixel AUROC", (low + high) / 2, "attention", "test clips", low=low, high=high),
         row("pixel AUROC", sum(error) / 2, "reconstruction error", "test clips", low=error[0], high=error[1]),
         row("pixel AUROC", 0.5, "random", "test clips", low=0.49, high=0.51),
@@ -437,18 +458,22 @@ def ucsd_run(layer, low, high, *, error=(0.7, 0.8), kind="complete", used=100, p
 
 # The paper's values are 0.89, 0.92 and 0.91.
 @pytest.mark.parametrize(
-    ("intervals", "auroc", "baseline", "layers"),
+    ("intervals", "apart", "beats", "auroc", "baseline", "layers"),
     [
-        (((0.8, 0.9), (0.93, 0.95), (0.905, 0.92)), "held", "held", "held"),
-        (((0.81, 0.88), (0.9, 0.93), (0.9, 0.92)), "partly held", "held", "partly held"),
-        (((0.5, 0.9), (0.5, 0.93), (0.5, 0.92)), "held", "partly held", "did not hold"),
-        (((0.6, 0.88), (0.7, 0.75), (0.5, 0.6)), "did not hold", "partly held", "partly held"),
-        (((0.1, 0.2), (0.2, 0.3), (0.3, 0.4)), "did not hold", "did not hold", "partly held"),
+        (((0.8, 0.9), (0.93, 0.95), (0.905, 0.92)), (1, 1, 1), 1, "held", "held", "held"),
+        (((0.93, 0.95), (0.9, 0.93), (0.9, 0.92)), (1, 1, 1), 1, "held", "held", "partly held"),  # conv1 is highest
+        (((0.81, 0.88), (0.9, 0.93), (0.9, 0.92)), (1, 0, 0), 1, "partly held", "held", "partly held"),
+        (((0.51, 0.9), (0.51, 0.93), (0.51, 0.92)), (0, 0, 0), 0, "held", "partly held", "did not hold"),
+        (((0.4, 0.9), (0.5, 0.93), (0.5, 0.92)), (0, 0, 1), 0, "did not hold", "partly held", "partly held"),
+        (((0.6, 0.88), (0.7, 0.75), (0.5, 0.6)), (1, 0, 1), 0, "did not hold", "partly held", "partly held"),
+        (((0.1, 0.2), (0.2, 0.3), (0.3, 0.4)), (0, 0, 0), -1, "did not hold", "did not hold", "did not hold"),
     ],
 )
-def test_ucsd_verdicts(intervals, auroc, baseline, layers):
+def test_ucsd_verdicts(intervals, apart, beats, auroc, baseline, layers):
     names = ("conv1", "conv2", "conv3")
-    runs = [ucsd_run(name, *interval) for name, interval in zip(names, intervals, strict=True)]
+    runs = [
+        ucsd_run(name, *interval, apart=apart, beats=beats) for name, interval in zip(names, intervals, strict=True)
+    ]
     table = verdicts(runs, read()).set_index("id")
     assert table["verdict"][["UCSD AUROC", "UCSD baseline", "UCSD layers"]].tolist() == [auroc, baseline, layers]
     low, high = intervals[1]
@@ -476,6 +501,27 @@ def test_ucsd_runs_that_do_not_count_are_named_with_their_numbers(change, reason
     alone = decide(claim("UCSD AUROC"), [ucsd_run("conv1", 0.9, 0.95)], read())
     assert alone.verdict == "not yet tested"
     assert "(not all layers)" in alone.evidence
+
+
+def test_one_ucsd_run_on_other_data_spoils_its_model():
+    runs = [ucsd_run(name, 0.9, 0.95) for name in ("conv1", "conv2", "conv3")]
+    assert decide(claim("UCSD AUROC"), runs, read()).verdict != "not yet tested"
+    for other in (ucsd_run("conv3", 0.9, 0.95, kind="partial"), ucsd_run("conv3", 0.9, 0.95, used=30)):
+        verdict = decide(claim("UCSD AUROC"), [*runs[:2], other], read())
+        assert verdict.verdict == "not yet tested"
+    runs[2].record["weights"] = {"key": "another", "device": "cpu: 2 threads"}
+    verdict = decide(claim("UCSD AUROC"), runs, read())
+    assert verdict.verdict == "not yet tested"
+    assert "(layers of different models or data)" in verdict.evidence
+
+
+def test_the_mark_of_the_data_stands_beside_our_number():
+    run = make_run(kind="partial", metrics=[share(0.1, 0.05, 0.2)])
+    run.record["data"]["note"] = "partial and re-encoded"
+    table = beside(published_share(), [run])
+    shown = table.loc[table["ours"] != "", "ours"]
+    assert len(shown)
+    assert all("partial, re-encoded data" in text for text in shown)
 
 
 def test_verdict_table_has_a_line_for_each_claim():

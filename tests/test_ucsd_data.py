@@ -281,23 +281,29 @@ def test_bad_size(size, ped1, monkeypatch):
 # The split
 
 
-@pytest.mark.parametrize(("clips", "validation"), [(2, 1), (6, 1), (10, 2), (17, 3), (36, 7)])
-def test_split(clips, validation):
+@pytest.mark.parametrize(
+    ("masked", "unmasked", "validation"), [(2, 0, 1), (5, 0, 1), (8, 0, 2), (17, 0, 3), (4, 2, 1), (10, 26, 7)]
+)
+def test_split(masked, unmasked, validation):
+    clips = masked + unmasked
     clip_N = torch.arange(100, 100 + clips).repeat_interleave(3)
+    mask_N = [torch.zeros(8, 8, dtype=torch.bool) if clip < 100 + masked else None for clip in clip_N.tolist()]
     divisions = set()
     for seed in range(20):
-        parts = ucsd.split(clip_N, seed)
+        parts = ucsd.split(clip_N, mask_N, seed)
         assert [len(part) for part in parts] == [validation, clips - validation]
         assert sorted(torch.cat(parts).tolist()) == list(range(100, 100 + clips))
         assert all(part.tolist() == sorted(part.tolist()) for part in parts)
-        assert torch.equal(ucsd.split(clip_N.flip(0), seed)[0], parts[0])
+        assert all(any(clip < 100 + masked for clip in part.tolist()) for part in parts)
+        assert torch.equal(ucsd.split(clip_N.flip(0), mask_N[::-1], seed)[0], parts[0])
         divisions.add(tuple(parts[0].tolist()))
     assert len(divisions) > 1
 
 
-def test_split_of_one_clip():
-    with pytest.raises(ValueError, match="two clips or more to be divided; got 1"):
-        ucsd.split(torch.tensor([7, 7]), 0)
+def test_split_of_one_clip_with_masks():
+    mask_YX = torch.zeros(8, 8, dtype=torch.bool)
+    with pytest.raises(ValueError, match="masks of two clips or more to be divided; got 1"):
+        ucsd.split(torch.tensor([7, 7, 8]), [mask_YX, mask_YX, None])
 
 
 # The sample

@@ -44,8 +44,13 @@ class DataCard:
 
     @property
     def mark(self) -> str:
-        """What tables set beside a number: nothing for complete data, otherwise "partial" or "sample"."""
-        return "" if self.kind == "complete" else self.kind
+        """What tables set beside a number: nothing for complete data, otherwise "partial" or "sample".
+
+        Partial data are marked "partial, re-encoded" where the note beside them says that they are re-encoded.
+        """
+        if self.kind == "complete":
+            return ""
+        return f"{self.kind}, re-encoded" if self.kind == "partial" and "re-encoded" in self.note else self.kind
 
     def to_dict(self) -> dict[str, str | dict[str, int]]:
         """The card as plain values, for JSON."""

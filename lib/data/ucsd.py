@@ -156,28 +156,40 @@ def sample(seed: int = 0, mask_resize: str = "nearest", size: int = 100) -> UCSD
     )
 
 
-def split(test_clip_N: Int64[Tensor, " n"], seed: int) -> tuple[Int64[Tensor, " v"], Int64[Tensor, " t"]]:
+def split(
+    test_clip_N: Int64[Tensor, " n"], test_mask: list[Bool[Tensor, "size size"] | None], seed: int = 0
+) -> tuple[Int64[Tensor, " v"], Int64[Tensor, " t"]]:
     """Divide the test clips at random into 20 % for validation and 80 % for testing, as the first report does.
 
-    Whole clips go to one side, because neighbouring frames are nearly the same image.
+    Whole clips go to one side, because neighbouring frames are nearly the same image. Clips with masks and clips
+    without are divided each for themselves, so that neither side is left without masks. The division has a seed of its
+    own: models that differ in the seed of their training are compared on the same clips.
 
     Args:
         test_clip_N: Number of the clip of each frame, as in `UCSD`.
+        test_mask: A mask per frame, or None, as in `UCSD`.
         seed: Which division.
 
     Returns:
-        The numbers of the validation clips (the nearest whole number to a fifth, and at least one) and of the test
-        clips, each in rising order. ``torch.isin(test_clip_N, clips)`` tells their frames.
+        The numbers of the validation clips (of each kind the nearest whole number to a fifth, and at least one with
+        masks) and of the test clips, each in rising order. ``torch.isin(test_clip_N, clips)`` tells their frames.
 
     Raises:
-        ValueError: If there are fewer than two clips.
+        ValueError: If there are fewer than two clips with masks.
     """
-    clips = torch.unique(test_clip_N)
-    if len(clips) < 2:
-        raise ValueError(f"test_clip_N must name two clips or more to be divided; got {len(clips)}")
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(clips)))
-    validation = max(1, round(len(clips) / 5))
-    return clips[order[:validation].sort().values], clips[order[validation:].sort().values]
+    has_mask_N = torch.tensor([mask_YX is not None for mask_YX in test_mask], dtype=torch.bool)
+    masked = torch.unique(test_clip_N[has_mask_N])
+    unmasked = torch.unique(test_clip_N[~has_mask_N])
+    if len(masked) < 2:
+        raise ValueError(f"test_mask must hold masks of two clips or more to be divided; got {len(masked)}")
+    rng = np.random.default_rng(seed)
+    validation, test = [], []
+    for clips, least in ((masked, 1), (unmasked, 0)):
+        clips = clips[torch.from_numpy(rng.permutation(len(clips)))]
+        held = max(least, round(len(clips) / 5))
+        validation.append(clips[:held])
+        test.append(clips[held:])
+    return torch.cat(validation).sort().values, torch.cat(test).sort().values
 
 
 def _real(folder: Path, root: Path, mask_resize: str, size: int) -> UCSD:

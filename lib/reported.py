@@ -576,7 +576,7 @@ def _grade_ucsd_auroc(layers: dict[str, Run], reported: pd.DataFrame) -> int:
 def _grade_ucsd_baseline(layers: dict[str, Run], reported: pd.DataFrame) -> int:
     """Whether the best layer lies above the reconstruction error of the same model, or is not told apart from it."""
     best = max(layers.values(), key=lambda run: run.metric("pixel AUROC", "attention", "test clips")["value"])
-    low, high = _ucsd_difference(best, "attention", "reconstruction error")
+    low, high = _ucsd_difference(best, "attention", "reconstruction error", "test clips")
     return 2 if low > 0 else 1 if high >= 0 else 0
 
 
@@ -584,14 +584,15 @@ def _grade_ucsd_layers(layers: dict[str, Run], reported: pd.DataFrame) -> int:
     """Whether the three layers are apart and conv2 is highest, or at least two are apart."""
     values = {layer: run.metric("pixel AUROC", "attention", "test clips")["value"] for layer, run in layers.items()}
     run = next(iter(layers.values()))  # each of them has the differences between all layers
-    differences = [_ucsd_difference(run, one, other) for one, other in combinations(UCSD_LAYERS, 2)]
+    tenth = "test clips, every tenth frame"
+    differences = [_ucsd_difference(run, one, other, tenth) for one, other in combinations(UCSD_LAYERS, 2)]
     apart = [low > 0 or high < 0 for low, high in differences]
     return 2 if all(apart) and max(values, key=values.get) == "conv2" else 1 if any(apart) else 0
 
 
-def _ucsd_difference(run: Run, one: str, other: str) -> tuple[float, float]:
+def _ucsd_difference(run: Run, one: str, other: str, subset: str) -> tuple[float, float]:
     """Paired interval of the difference between two pixel AUROC of a run."""
-    row = run.metric("pixel AUROC, difference", f"{one} − {other}", "test clips")
+    row = run.metric("pixel AUROC, difference", f"{one} − {other}", subset)
     return row["low"], row["high"]
 
 

@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_scor
 from lib.metrics import streaming
 from lib.metrics.pixel import auroc_interval
 from lib.metrics.segmentation import PixelMetrics, exact
-from lib.metrics.streaming import PixelCounts, difference_intervals
+from lib.metrics.streaming import PixelCounts, auroc_difference, difference_intervals
 
 
 def counted(score, truth, *, batch=7, unit=None, where=None, regions=False):
@@ -505,9 +505,24 @@ def test_intervals_of_coarse_counts_are_close_to_a_slow_loop(small, monkeypatch)
 
 def test_auroc_interval_is_that_of_the_pixel_module():
     score_NYX, truth_NYX = anomaly_maps(40, 8)
-    found = counted(score_NYX, truth_NYX, unit=torch.arange(40)).intervals(seed=5, resamples=200)["auroc"]
+    counts = counted(score_NYX, truth_NYX, unit=torch.arange(40))
+    found = counts.intervals(seed=5, resamples=200)["auroc"]
     expected = auroc_interval(score_NYX, truth_NYX, seed=5, resamples=200)
     assert asdict(found) == pytest.approx(asdict(expected), abs=1e-5)
+    assert asdict(counts.auroc_interval(seed=5, resamples=200)) == pytest.approx(asdict(found), abs=1e-12)
+
+
+def test_the_auroc_alone_is_that_of_all_measures():
+    first_NYX, truth_NYX = anomaly_maps(9, 10)
+    truth_NYX[2:] = False  # some resamples lack an anomaly
+    truth_NYX[:2, :3, :3] = True
+    second_NYX = first_NYX + np.random.default_rng(9).normal(size=first_NYX.shape).astype(np.float32)
+    counts = [counted(score_NYX, truth_NYX, unit=range(9), regions=True) for score_NYX in (first_NYX, second_NYX)]
+    options = {"seed": 4, "resamples": 200, "level": 0.8}
+    alone, among = counts[0].auroc_interval(**options), counts[0].intervals(**options)["auroc"]
+    assert asdict(alone) == pytest.approx(asdict(among), abs=1e-12)
+    alone, among = auroc_difference(*counts, **options), difference_intervals(*counts, **options)["auroc"]
+    assert asdict(alone) == pytest.approx(asdict(among), abs=1e-12)
 
 
 def test_resamples_without_an_anomaly_are_left_out():
@@ -531,7 +546,12 @@ def test_resamples_without_an_anomaly_are_left_out():
 )
 def test_intervals_refuse_bad_options(unit, options, sentence):
     counts = counted(*anomaly_maps(4, 9), unit=unit)
-    for read in (counts.intervals, lambda **options: difference_intervals(counts, counts, **options)):
+    for read in (
+        counts.intervals,
+        counts.auroc_interval,
+        lambda **options: difference_intervals(counts, counts, **options),
+        lambda **options: auroc_difference(counts, counts, **options),
+    ):
         with pytest.raises(ValueError, match=sentence):
             read(seed=0, **options)
 
@@ -566,6 +586,8 @@ def test_differences_need_the_same_units_and_truth():
     for other in (other_units, other_truth):
         with pytest.raises(ValueError, match="same units with the same truth"):
             difference_intervals(counts, other, seed=0)
+        with pytest.raises(ValueError, match="same units with the same truth"):
+            auroc_difference(counts, other, seed=0)
     with pytest.raises(ValueError, match="must have the same regions"):
         difference_intervals(counts, counted(score_NYX, truth_NYX, unit=[0, 1, 2, 3], regions=True), seed=0)
     same = counted(score_NYX[::-1], truth_NYX[::-1], unit=[3, 2, 1, 0])

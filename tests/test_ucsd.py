@@ -43,8 +43,8 @@ def chapter():
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
     """A hundred resamples instead of a thousand; no test here looks closely at the ends of an interval."""
-    resampled = streaming._resampled
-    monkeypatch.setattr(streaming, "_resampled", lambda *arguments: resampled(*arguments[:-1], 100))
+    resampled = streaming._resampled_counts
+    monkeypatch.setattr(streaming, "_resampled_counts", lambda *arguments: resampled(*arguments[:-1], 100))
 
 
 @pytest.fixture(scope="module")
@@ -201,21 +201,24 @@ def auroc(map_NYX, mask_N, normal=False):
     return roc_auc_score(truth.flatten(), map_NYX[kept].flatten())
 
 
-def test_differences_are_those_of_the_maps(chapter, clips, maps, small):
+def test_differences_are_those_of_the_maps(chapter, clips, maps, small, monkeypatch):
+    monkeypatch.setitem(chapter, "EVERY", 2)
     test_N = clips.test_clip_N != 1
     kept = torch.nonzero(test_N)[:, 0].tolist()
-    mask_N = [clips.test_mask[i] for i in kept]
     rows = chapter["difference_rows"](small, maps, clips, test_N, None)
-    at = {name: chapter["explain"](small, clips.test_NYX, at=name) for name in ("conv1", "conv3")}
-    of = {name: maps[name] for name in chapter["METHODS"]} | at
-    of["conv2"] = of["attention"]  # the layer of the run
-    scores = {name: auroc(map_NYX[kept], mask_N) for name, map_NYX in of.items()}
+    one, other = (auroc(maps[name][kept], [clips.test_mask[i] for i in kept]) for name in chapter["METHODS"])
+    row = found(rows, "pixel AUROC, difference", "attention − mean image difference")
+    assert row["value"] == pytest.approx(one - other, abs=1e-6)
+    assert row["low"] <= row["value"] <= row["high"]
+
+    some, subset = kept[::2], "test clips, every tenth frame"
+    of = {name: chapter["explain"](small, clips.test_NYX[some], at=name) for name in LAYERS}
+    scores = {name: auroc(map_NYX, [clips.test_mask[i] for i in some]) for name, map_NYX in of.items()}
     for name in LAYERS:
-        assert found(rows, "pixel AUROC by layer", name)["value"] == pytest.approx(scores[name], abs=1e-6)
-    for one, other in [("attention", "mean image difference"), *combinations(LAYERS, 2)]:
-        row = found(rows, "pixel AUROC, difference", f"{one} − {other}")
+        assert found(rows, "pixel AUROC by layer", name, subset)["value"] == pytest.approx(scores[name], abs=1e-6)
+    for one, other in combinations(LAYERS, 2):
+        row = found(rows, "pixel AUROC, difference", f"{one} − {other}", subset)
         assert row["value"] == pytest.approx(scores[one] - scores[other], abs=1e-6)
-        assert row["low"] <= row["value"] <= row["high"]
         assert row["n"] == 3
 
 

@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Int32, Int64, Shaped, UInt32
+from jaxtyping import Bool, Float32, Float64, Int32, Int64, Shaped, UInt32
 
 from lib.metrics.inputs import Array, Masks, WithoutMask, as_array, require_resampling, with_masks
-from lib.metrics.pixel import Interval
+from lib.metrics.pixel import Interval, _auroc_from_counts
 from lib.metrics.segmentation import GRID, PixelMetrics, from_counts, region_sizes
 
 Unit = str | int
@@ -201,6 +201,17 @@ class PixelCounts:
         drawn = _resampled(self._by_sorted_unit(), len(self._unit_index), seed, threshold, resamples)
         return _intervals(value, drawn, level, len(self._unit_index))
 
+    def auroc_interval(self, *, seed: int, resamples: int = 1000, level: float = 0.95) -> Interval:
+        """The AUROC of `intervals` alone, the same to rounding, for all resamples at once, which is far quicker.
+
+        Raises:
+            ValueError: As for `intervals`.
+        """
+        require_resampling(resamples, level)
+        n_units = len(self._unit_index)
+        drawn = _resampled_aurocs(self._by_sorted_unit(), n_units, seed, resamples)
+        return _auroc_interval(self.metrics().auroc, drawn, level, n_units)
+
     def _require_alike(self, unit_B: Shaped[np.ndarray, " b"] | list[Unit] | None) -> None:
         """Raise a ValueError if units are given here but were not so far, the reverse, or of the other kind."""
         if self.images == 0:
@@ -288,15 +299,36 @@ def difference_intervals(
     if first.regions != second.regions:
         raise ValueError("first and second must have the same regions.")
     values = [_numbers(counts.metrics(threshold)) for counts in (first, second)]
+    tables, n_units = _paired_tables(first, second), len(first._unit_index)
+    drawn = zip(*(_resampled(table, n_units, seed, threshold, resamples) for table in tables), strict=True)
+    differences = [None if None in pair else _difference(*pair) for pair in drawn]
+    return _intervals(_difference(*values), differences, level, n_units)
+
+
+def auroc_difference(
+    first: PixelCounts, second: PixelCounts, *, seed: int, resamples: int = 1000, level: float = 0.95
+) -> Interval:
+    """The AUROC of `difference_intervals` alone, the same to rounding, for all resamples at once.
+
+    Raises:
+        ValueError: As for `difference_intervals`; regions play no part.
+    """
+    require_resampling(resamples, level)
+    value = first.metrics().auroc - second.metrics().auroc
+    n_units = len(first._unit_index)
+    drawn = [_resampled_aurocs(table, n_units, seed, resamples) for table in _paired_tables(first, second)]
+    return _auroc_interval(value, drawn[0] - drawn[1], level, n_units)
+
+
+def _paired_tables(first: PixelCounts, second: PixelCounts) -> "list[_Table]":
+    """The tables of both, by unit; a ValueError unless they have the same units with the same truth."""
     tables = [counts._by_sorted_unit() for counts in (first, second)]
     n_units = len(first._unit_index)
     if set(first._unit_index) != set(second._unit_index) or not np.array_equal(
         *(table.truth_2U(n_units) for table in tables)
     ):
         raise ValueError("first and second must hold the same units with the same truth.")
-    drawn = zip(*(_resampled(table, n_units, seed, threshold, resamples) for table in tables), strict=True)
-    differences = [None if None in pair else _difference(*pair) for pair in drawn]
-    return _intervals(_difference(*values), differences, level, n_units)
+    return tables
 
 
 @dataclass(frozen=True)
@@ -501,10 +533,32 @@ def _resampled(
     table: _Table, n_units: int, seed: int, threshold: float | None, resamples: int
 ) -> list[dict[str, float] | None]:
     """The measures of all units and then of every resample of them; None where it lacks a class."""
+    score_K, weight_RU, count_CRK = _resampled_counts(table, n_units, seed, threshold, resamples)
+    row_U = table.starts(n_units)
+    highest_U = np.where(np.diff(row_U) > 0, _scores(table.code_T)[row_U[1:] - 1], -np.inf)
+    drawn = []
+    for weight_U, count_CK in zip(weight_RU, count_CRK.swapaxes(0, 1), strict=True):
+        if count_CK[0].any() and count_CK[1].any():
+            highest = float(highest_U[weight_U > 0].max())
+            drawn.append(_numbers(from_counts(score_K, *count_CK, highest=highest, threshold=threshold)))
+        else:
+            drawn.append(None)
+    return drawn
+
+
+def _resampled_aurocs(table: _Table, n_units: int, seed: int, resamples: int) -> Float64[np.ndarray, " r"]:
+    """The AUROC of all units and then of every resample of them; NaN where it lacks a class."""
+    _, _, (negative_RK, positive_RK, *_) = _resampled_counts(table, n_units, seed, None, resamples)
+    return _auroc_from_counts(negative_RK, positive_RK)
+
+
+def _resampled_counts(
+    table: _Table, n_units: int, seed: int, threshold: float | None, resamples: int
+) -> tuple[Float32[np.ndarray, " k"], Float32[np.ndarray, "r u"], Float32[np.ndarray, "c r k"]]:
+    """Lowest score of each cell, weights of the units, and counts: of all units, and then of every resample."""
     unit_T, score_T = table.code_T >> 32, _scores(table.code_T)
     cell_T, score_K = _resampling_cells(score_T, table.count_CT[:2], threshold)
     row_U = table.starts(n_units)
-    highest_U = np.where(np.diff(row_U) > 0, score_T[row_U[1:] - 1], -np.inf)
 
     rng = np.random.default_rng(seed)
     weight_RU = np.ones((1 + resamples, n_units), dtype=np.float32)
@@ -520,15 +574,7 @@ def _resampled(
         for count_RK, count_T in zip(count_CRK, table.count_CT[:, rows], strict=True):
             count_UK = np.bincount(place_T, count_T, minlength=(stop - start) * width)
             count_RK += weight_RU[:, start:stop] @ count_UK.reshape(-1, width).astype(np.float32)
-
-    drawn = []
-    for weight_U, count_CK in zip(weight_RU, count_CRK.swapaxes(0, 1), strict=True):
-        if count_CK[0].any() and count_CK[1].any():
-            highest = float(highest_U[weight_U > 0].max())
-            drawn.append(_numbers(from_counts(score_K, *count_CK, highest=highest, threshold=threshold)))
-        else:
-            drawn.append(None)
-    return drawn
+    return score_K, weight_RU, count_CRK
 
 
 def _resampling_cells(
@@ -582,3 +628,10 @@ def _intervals(
         low, high = np.quantile([numbers[name] for numbers in drawn], ends) + (value[name] - in_cells[name])
         found[name] = Interval(value[name], float(low), float(high), n)
     return found
+
+
+def _auroc_interval(value: float, auroc_R: Float64[np.ndarray, " r"], level: float, n: int) -> Interval:
+    """As `_intervals`: percentiles of the resamples, less what the cells change in the AUROC of all units."""
+    in_cells, drawn_R = auroc_R[0], auroc_R[1:]
+    low, high = np.nanquantile(drawn_R, [(1 - level) / 2, (1 + level) / 2]) + (value - in_cells)
+    return Interval(value, float(low), float(high), n)

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from lib import provenance, training
 from lib.recipes import Recipe
 
+CHECKPOINT_SECONDS = 180.0  # what a kill may cost; a checkpoint of the largest network is a gigabyte to write
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -103,6 +105,7 @@ def trained(
                     epochs=epochs,
                     seed=seed,
                     checkpoint=checkpoint,
+                    checkpoint_seconds=CHECKPOINT_SECONDS,
                     progress=progress,
                 )
             metadata = {

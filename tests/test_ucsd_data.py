@@ -336,14 +336,14 @@ def test_auto_falls_back_to_the_sample_and_says_so(generated, monkeypatch, tmp_p
 
 
 def test_sample(generated):
-    assert generated.train_NYX.shape == generated.test_NYX.shape == (240, 100, 100)
+    assert generated.train_NYX.shape == generated.test_NYX.shape == (144, 100, 100)
     for clip_N in (generated.train_clip_N, generated.test_clip_N):
-        assert clip_N.bincount().tolist() == [0] + 6 * [40]
-    assert [mask is None for mask in generated.test_mask] == 160 * [False] + 80 * [True]
+        assert clip_N.bincount().tolist() == [0] + 6 * [24]
+    assert [mask is None for mask in generated.test_mask] == 96 * [False] + 48 * [True]
     assert generated.card.counts == {
-        "train": 240,
-        "test": 240,
-        "masks": 160,
+        "train": 144,
+        "test": 144,
+        "masks": 96,
         "train clips": 6,
         "test clips": 6,
         "masked clips": 4,
@@ -351,12 +351,12 @@ def test_sample(generated):
     assert generated.card.official["train"] == 6800
     assert "Not UCSD Ped1" in generated.card.note
     # Every masked clip has frames of both kinds.
-    shares = np.array(generated.test_anomalous[:160]).reshape(4, 40).mean(1)
+    shares = np.array(generated.test_anomalous[:96]).reshape(4, 24).mean(1)
     assert ((shares > 0.3) & (shares < 0.95)).all()
 
 
 def test_sample_is_the_same_everywhere(generated):
-    assert generated.card.digest == "8b56b159f3e5da95f76c655c6ca61c1aac1b02455447ac1c5199c671342725b7"
+    assert generated.card.digest == "75450590a67e3970e0726f6f19b8e03ecd40e10db1217f64fefe5a0b783fb776"
 
 
 def test_same_seed_same_pixels(short):
@@ -374,7 +374,7 @@ def test_truncated_sample(generated):
     truncated = ucsd.load("sample", mask_resize="truncated")
     assert truncated.card == generated.card
     assert torch.equal(truncated.test_NYX, generated.test_NYX)
-    more, less = (torch.stack(loaded.test_mask[:160]) for loaded in (generated, truncated))
+    more, less = (torch.stack(loaded.test_mask[:96]) for loaded in (generated, truncated))
     assert not (less & ~more).any()
     assert 0 < less.sum() < more.sum()
 
@@ -405,8 +405,8 @@ def test_sample_is_a_scene_and_not_noise(generated):
     assert 0.005 < away.float().mean() < 0.1
     assert away[:, 25:95].any(0).float().mean() > 0.2
     # The difference to the mean training frame finds vehicles, as it must in such scenes, but people too.
-    score_NYX = (generated.test_NYX[:160].float() - generated.train_NYX.float().mean(0)).abs()
-    auroc = roc_auc_score(torch.stack(generated.test_mask[:160]).flatten(), score_NYX.flatten())
+    score_NYX = (generated.test_NYX[:96].float() - generated.train_NYX.float().mean(0)).abs()
+    auroc = roc_auc_score(torch.stack(generated.test_mask[:96]).flatten(), score_NYX.flatten())
     assert 0.85 < auroc < 0.999
 
 

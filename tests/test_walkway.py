@@ -23,7 +23,7 @@ def is_vehicle(actor):
 
 def test_order(drawn):
     scenes, _ = drawn
-    expected = [(name, clip) for name in ("train", "test") for clip in range(1, 7) for _ in range(40)]
+    expected = [(name, clip) for name in ("train", "test") for clip in range(1, 7) for _ in range(24)]
     assert [(name, clip) for name, clip, _, _ in scenes] == expected
 
 
@@ -36,9 +36,9 @@ def test_seeds(drawn):
 
 def test_training_clips_show_no_vehicle(drawn):
     scenes, calls = drawn
-    assert not any(is_vehicle(actor) for _, actors, _ in calls[:240] for actor in actors)
-    assert not any(vehicle_YX.any() for _, _, _, vehicle_YX in scenes[:240])
-    kinds = [[actor.kind for actor in actors if is_vehicle(actor)] for _, actors, _ in calls[240::40]]
+    assert not any(is_vehicle(actor) for _, actors, _ in calls[:144] for actor in actors)
+    assert not any(vehicle_YX.any() for _, _, _, vehicle_YX in scenes[:144])
+    kinds = [[actor.kind for actor in actors if is_vehicle(actor)] for _, actors, _ in calls[144::24]]
     assert kinds == 3 * [["cart"], ["cyclist"]]
 
 
@@ -47,7 +47,7 @@ def test_vehicle_pixels_are_exact(drawn, clip):
     """A pixel shows the vehicle if and only if it changes with the vehicle's grey level."""
     scenes, calls = drawn
     hidden = 0
-    for frame in range(240 + 40 * clip, 240 + 40 * clip + 40):
+    for frame in range(144 + 24 * clip, 144 + 24 * clip + 24):
         _, _, _, vehicle_YX = scenes[frame]
         background_YX, actors, i = calls[frame]
         scene_YX = walkway._draw(background_YX, actors, i)[0]

@@ -3,7 +3,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -69,7 +68,7 @@ def repository(tmp_path, monkeypatch):
 
 @pytest.fixture
 def frequent_checkpoints(monkeypatch):
-    monkeypatch.setattr(training, "train", partial(training.train, checkpoint_seconds=0.0))
+    monkeypatch.setattr(weights, "CHECKPOINT_SECONDS", 0.0)
 
 
 def stored(ending=".safetensors"):

@@ -101,7 +101,7 @@ def load(data: str = "auto", root: Path | None = None, mask_resize: str = "neare
 def sample(seed: int = 0, mask_resize: str = "nearest", size: int = 100) -> UCSD:
     """Generate clips of a walkway, with a cart or a cyclist in every test clip.
 
-    Six training and six test clips of 40 frames each, drawn at 158x238 and made square like the release. The first
+    Six training and six test clips of 24 frames each, drawn at 158x238 and made square like the release. The first
     four test clips have masks, which are at 158x238 exactly the pixels that show the vehicle; carts and cyclists take
     turns. The digest of the card is that of the drawn frames and masks, whatever becomes of them.
 

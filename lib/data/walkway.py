@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Int64, UInt8
 
 CLIPS = 6  # for training, and as many for testing
-FRAMES = 40  # of a clip
+FRAMES = 24  # of a clip; few enough to train on in a few minutes without a GPU
 HEIGHT, WIDTH = 158, 238
 FAR, NEAR = 34.0, 210.0  # rows of the feet between which somebody is in the scene; at 210 all of them is below it
 

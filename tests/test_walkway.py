@@ -66,7 +66,7 @@ def test_vehicle_pixels_are_exact(drawn, clip):
         alone_YX = walkway._draw(background_YX, [actor for actor in actors if is_vehicle(actor)], i)[1]
         assert not (vehicle_YX & ~alone_YX).any()
         hidden += int((alone_YX & ~vehicle_YX).sum())
-    assert hidden > 0 or clip > 3  # pedestrians walk in front of vehicles
+    assert hidden > 0 or clip not in (1, 3)  # where pedestrians walk in front of the vehicle
 
 
 def test_noise(drawn):

@@ -4,6 +4,7 @@ import dataclasses
 import subprocess
 import sys
 from collections import OrderedDict
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -228,7 +229,7 @@ def test_every_switch_is_compared_with_the_case_without_it(chapter, clips, small
     monkeypatch.setitem(chapter, "load_clips", lambda mask_resize: {"truncated": cut}[mask_resize])
     rows = chapter["switches"](small, clips, None)
     x_NCYX = clips.test_NYX[:, None] / 255
-    score = lambda map_NYX, **options: auroc(map_NYX, clips.test_mask, **options)  # noqa: E731
+    score = partial(auroc, mask_N=clips.test_mask)
 
     def by(normaliser, batch):
         how = Method(score="sum_of_means", normaliser=normaliser, channels="abs_of_sum")

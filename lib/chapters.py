@@ -20,7 +20,7 @@ import re
 import shlex
 import tokenize
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -213,6 +213,45 @@ def run(chapter: str, parameters: Mapping[str, Value], compute: Callable[[], "Ru
         changed = ", ".join(found.stale)
         notice(f"This run is stale: {changed} changed since it was made. Make it again with\n\n{again}", "warning")
         _stop_where_lacking(f"The stored run lacks what this page shows from here on. Make it again with\n\n{again}")
+    return found
+
+
+def run_each(
+    chapter: str,
+    parameters: Mapping[str, Value],
+    name: str,
+    values: Sequence[Value],
+    compute: Callable[[dict[str, Value]], "Run | None"],
+) -> "dict[Value, Run | None]":
+    """One run for each value of a parameter, such as for each category of a data set.
+
+    Under papermill or Jupyter a run that is stored already and not stale is taken as it is, so that a chapter that was
+    killed goes on where it was; the others are computed. While Jupyter Book renders they are only looked up. A run that
+    is missing is None and stops the page only if all are; stale ones are named in a warning.
+
+    Args:
+        chapter: The chapter's name, such as "mvtec15".
+        parameters: The parameters that all runs share.
+        name: The parameter in which they differ, such as "category".
+        values: Its values.
+        compute: Makes and stores the run with the parameters given and returns it, or None where that cannot be done.
+    """
+    from lib import runs
+
+    found: dict[Value, Run | None] = {}
+    for value in values:
+        wanted = {name: value, **parameters}
+        found[value] = runs.load(chapter, wanted)
+        if not runs.reading() and (found[value] is None or found[value].stale):
+            found[value] = compute(wanted)
+    there = {value: run for value, run in found.items() if run is not None}
+    if not there and runs.reading():
+        stop_page(f"No stored run of this chapter for any {name} of {', '.join(map(str, values))}.")
+    stale = {value: run.stale for value, run in there.items() if run.stale}
+    if stale:
+        listed = "; ".join(f"{value} ({', '.join(changed)})" for value, changed in stale.items())
+        notice(f"These runs are stale, because what made them has changed since: {listed}.", "warning")
+        _stop_where_lacking("A stored run lacks what this page shows from here on. Run the chapter again.")
     return found
 
 

@@ -13,6 +13,8 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = ("lib", "benchmarks")
+PRECISIONS = ("float32", "bfloat16")
+RUN_CELLS = ("chapters.run(", "chapters.run_each(")  # what the cell of a chapter says that makes its runs
 
 
 def code_hashes(names: Iterable[str]) -> dict[str, str | None]:
@@ -20,8 +22,8 @@ def code_hashes(names: Iterable[str]) -> dict[str, str | None]:
 
     Args:
         names: Dotted names of modules, such as "lib.training", or paths of chapters, such as "book/mnist.md". Of a
-            chapter, the code cells up to the one that calls chapters.run count: what follows only shows results, and
-            a page that never calls it shows only results of others.
+            chapter, the code cells up to the one that calls chapters.run or chapters.run_each count: what follows only
+            shows results, and a page that never calls either shows only results of others.
     """
     return {name: source_hash(source) if (source := _source(name)) is not None else None for name in sorted(names)}
 
@@ -84,6 +86,25 @@ def describe_device(device: torch.device) -> str:
     return device.type
 
 
+def choose_precision(name: str, device: torch.device) -> str:
+    """The precision to train in: "auto" is bfloat16 on devices that have units for it, and float32 on others.
+
+    Units for products of bfloat16 matrices are the tensor cores of Nvidia's GPUs since Ampere, and AMX in some CPUs.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            has_units = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            has_units = device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+        return "bfloat16" if has_units else "float32"
+    if name not in PRECISIONS:
+        raise ValueError(f"precision must be one of auto, {', '.join(PRECISIONS)}; got {name!r}")
+    return name
+
+
 def _canonical(node: object) -> str:
     if isinstance(node, list):
         return f"[{','.join(map(_canonical, node))}]"
@@ -109,7 +130,7 @@ def _source(name: str) -> str | None:
     for cell in jupytext.read(path).cells:
         if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", []):
             sources.append(cell.source)
-            if "chapters.run(" in cell.source:
+            if any(call in cell.source for call in RUN_CELLS):
                 return "\n".join(sources)
     return None
 

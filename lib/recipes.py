@@ -96,3 +96,28 @@ UCSD = {
         reduction="mean",
     ),
 }
+
+MVTEC = {
+    "report1": Recipe(
+        source="first report, Table 1; the loss of the authors' code",
+        epochs=300,
+        batch_size=8,
+        learning_rate=1e-4,
+        latent_dim=32,
+    ),
+    "report2": Recipe(
+        source="second report, Table 1; the loss of the authors' code",
+        epochs=300,
+        batch_size=16,
+        learning_rate=5e-4,
+        latent_dim=32,
+    ),
+    "brongers2021": Recipe(
+        source="code of Brongers et al., default settings but for the batch size of 8 of its text",
+        epochs=512,
+        batch_size=8,
+        learning_rate=1e-4,
+        latent_dim=32,
+        reduction="mean",
+    ),
+}

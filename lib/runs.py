@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from lib import provenance, recipes
 from lib.data import root as data_root
 from lib.data.card import DataCard, survey
-from lib.data.catalogue import SOURCES
+from lib.data.catalogue import source
 from lib.recipes import Recipe
 
 T = TypeVar("T")
@@ -342,7 +342,7 @@ def _is_current(recipe: dict[str, Any]) -> bool:
 def _data_digest(name: str) -> str | None:
     """Digest of the data set at hand, once per process: hashing thousands of images takes a while."""
     try:
-        card = survey(SOURCES[name], data_root())
+        card = survey(source(name), data_root())
     except ValueError:
         return "damaged"
     return card.digest if card else None

@@ -59,6 +59,8 @@ def trained(
     epochs: int,
     seed: int,
     device: torch.device,
+    variant: str = "",
+    precision: str = "float32",
     progress: bool = True,
 ) -> Trained:
     """Train a model, or read its weights where the same training has been done before.
@@ -74,12 +76,19 @@ def trained(
         epochs: Passes over the training images.
         seed: Fixes initial weights, order and noise.
         device: Where to train, and where the model is afterwards.
+        variant: What tells `make` from other ways to build a model of the same class and shapes, such as weights that
+            it starts from; "" where nothing does.
+        precision: "float32", or "bfloat16" for automatic mixed precision: weights stay float32, and convolutions and
+            matrix products are computed in bfloat16. See `lib.provenance.choose_precision`.
         progress: Show a bar with loss and remaining time.
 
     Raises:
         lib.training.TrainingDivergedError: If the loss stops being finite.
-        ValueError: If the model's code is not in this repository, or if a file of the cache is damaged.
+        ValueError: If the model's code is not in this repository, the precision is unknown, or a file of the cache is
+            damaged.
     """
+    if precision not in provenance.PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(provenance.PRECISIONS)}; got {precision!r}")
     model = training.build(make, seed).to(device)
     kind = type(model)
     if provenance.code_hashes([kind.__module__])[kind.__module__] is None:
@@ -87,7 +96,10 @@ def trained(
             f"make builds a {kind.__module__}.{kind.__qualname__}, whose code is not in this repository, so that the "
             "cache could not tell when it changes; define it in lib/models, or call lib.training.train"
         )
-    key = _key(model, train_NCYX, validation_NCYX, recipe, epochs, seed)
+    # Only where they are used, so that other trainings keep the keys that they had before there was a choice.
+    options = {"variant": variant} if variant else {}
+    options |= {"precision": precision} if precision != "float32" else {}
+    key = _key(model, train_NCYX, validation_NCYX, recipe, epochs, seed, options)
     path = folder() / f"{kind.__name__}-{key[:20]}.safetensors"
     checkpoint = path.with_suffix(".checkpoint")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +108,8 @@ def trained(
             half_written.unlink()
         reused = path.exists()
         if not reused:
-            with _naming(checkpoint):
+            mixed = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+            with _naming(checkpoint), mixed:
                 history = training.train(
                     model,
                     train_NCYX,
@@ -140,6 +153,7 @@ def _key(
     recipe: Recipe,
     epochs: int,
     seed: int,
+    options: dict[str, str],
 ) -> str:
     kind = type(model)
     hyper_parameters = dataclasses.asdict(recipe)
@@ -153,5 +167,6 @@ def _key(
         "train": provenance.tensor_digest(train_NCYX),
         "validation": provenance.tensor_digest(validation_NCYX),
         "code": provenance.code_hashes([kind.__module__, "lib.training"]),
+        **options,
     }
     return hashlib.sha256(json.dumps(determinants, sort_keys=True).encode()).hexdigest()

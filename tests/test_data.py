@@ -227,6 +227,27 @@ def test_catalogue_is_consistent(source):
         assert re.fullmatch("[0-9a-f]{64}", checksum)
 
 
+def test_categories_add_up_to_mvtec():
+    official = catalogue.MVTEC_OFFICIAL.values()
+    assert {split: sum(counts[split] for counts in official) for split in catalogue.MVTEC.official} == (
+        catalogue.MVTEC.official
+    )
+    assert all(counts["test"] == counts["test good"] + counts["test defective"] for counts in official)
+
+
+def test_source_by_name():
+    assert all(catalogue.source(name) is source for name, source in catalogue.SOURCES.items())
+    pill = catalogue.source("mvtec/pill")
+    assert (pill.name, pill.folder, pill.title) == ("mvtec/pill", "mvtec/pill", "MVTec AD pill")
+    assert pill.official == {"train": 267, "test": 167, "masks": 141, "test good": 26}
+    assert pill.patterns.keys() == pill.official.keys()
+    for name in ("cifar", "mvtec/cap", "pill", "ucsd/pill", ""):
+        with pytest.raises(ValueError, match=r"mnist, ucsd, .* mvtec/ and one of bottle, .*; got "):
+            catalogue.source(name)
+    with pytest.raises(ValueError, match=r"category must be one of bottle, .*, zipper; got 'cap'"):
+        catalogue.mvtec_category("cap")
+
+
 # Fetching
 
 
@@ -458,6 +479,141 @@ def test_useless_archive(content, kind, said, serve_archive, tmp_path, capsys):
     assert fetch("ucsd", tmp_path) == 1
     assert said in sentence(capsys)
     assert everything(tmp_path) == []
+
+
+# Categories of MVTec AD
+
+PLACES = ("train/good/000.png", "test/good/000.png", "test/hole/000.png", "ground_truth/hole/000_mask.png")
+
+
+def workpiece(category):
+    return tuple((f"{category}/{place}", f"{category} {place}".encode()) for place in PLACES)
+
+
+@pytest.fixture
+def mvtec(monkeypatch, server):
+    """Serve an archive as the release; bottle, pill and grid have four files there."""
+
+    def serve(*members):
+        content = archive_of(*members)
+        server.files = {"/mvtec.tar.gz": content}
+        download = catalogue.Download((f"{server.url}/mvtec.tar.gz",), digest(content))
+        monkeypatch.setitem(catalogue.SOURCES, "mvtec", dataclasses.replace(catalogue.MVTEC, downloads=(download,)))
+        counts = {"train": 1, "test": 2, "masks": 1, "test good": 1, "test defective": 1}
+        for category in ("bottle", "pill", "grid"):
+            monkeypatch.setitem(catalogue.MVTEC_OFFICIAL, category, counts)
+
+    serve(("license.txt", b"CC"), *workpiece("bottle"), *workpiece("pill"), *workpiece("grid"))
+    return serve
+
+
+def fetch_categories(root, *words):
+    return main(["fetch", "mvtec", "--root", str(root), "--categories", *words])
+
+
+def placed(*categories):
+    return sorted(f"mvtec/{category}/{place}" for category in categories for place in PLACES)
+
+
+@pytest.mark.parametrize("words", [("bottle,pill",), ("bottle", "pill"), ("bottle,", "pill,bottle"), ("bottle, pill",)])
+def test_fetch_chosen_categories(words, mvtec, server, tmp_path, capsys):
+    assert fetch_categories(tmp_path, *words) == 0
+    assert everything(tmp_path) == placed("bottle", "pill")
+    assert (tmp_path / "mvtec/pill" / PLACES[3]).read_bytes() == b"pill ground_truth/hole/000_mask.png"
+    assert "MVTec AD (bottle, pill) is in" in capsys.readouterr().out
+    assert fetch_categories(tmp_path, *words) == 0
+    assert len(server.asked) == 1
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_fetch_adds_categories_to_those_in_place(mvtec, server, tmp_path):
+    assert fetch_categories(tmp_path, "bottle") == 0
+    (tmp_path / "mvtec/NOTE.txt").write_text("Mine.")
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "mvtec/bottle").rglob("*")}
+    # An empty folder is not in the way.
+    (tmp_path / "mvtec/grid").mkdir()
+    assert fetch_categories(tmp_path, "bottle", "grid") == 0
+    assert everything(tmp_path) == sorted([*placed("bottle", "grid"), "mvtec/NOTE.txt"])
+    assert (tmp_path / "mvtec/NOTE.txt").read_text() == "Mine."
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "mvtec/bottle").rglob("*")}
+    assert fetch_categories(tmp_path, "grid", "bottle") == 0
+    assert len(server.asked) == 2
+
+
+def test_fetch_takes_all_categories_by_default(monkeypatch, mvtec, tmp_path, capsys):
+    for chosen in ((), ("--categories", "cable")):
+        assert main(["fetch", "mvtec", "--root", str(tmp_path), *chosen]) == 1
+        assert "mvtec.tar.gz holds no folder cable" in sentence(capsys)
+    assert everything(tmp_path) == []
+    for category in catalogue.MVTEC_OFFICIAL.keys() - {"bottle", "pill", "grid"}:
+        monkeypatch.delitem(catalogue.MVTEC_OFFICIAL, category)
+    assert fetch("mvtec", tmp_path) == 0
+    assert everything(tmp_path) == placed("bottle", "pill", "grid")
+
+
+@pytest.mark.parametrize("file", ["train/good/000.png", "train/good/000.jpg", "README.txt", ""])
+def test_fetch_does_not_overwrite_a_category(file, mvtec, server, tmp_path, capsys):
+    path = tmp_path / "mvtec/pill" / file
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"mine")
+    assert fetch_categories(tmp_path, "bottle", "pill") == 1
+    said = sentence(capsys)
+    assert f"{tmp_path / 'mvtec/pill'} already holds something else than the complete MVTec AD pill" in said
+    assert everything(tmp_path) == [path.relative_to(tmp_path).as_posix()]
+    assert server.asked == []
+    assert fetch_categories(tmp_path, "bottle") == 0
+
+
+def test_encoded_again_is_not_in_place(mvtec, server, tmp_path, capsys):
+    for place in PLACES:
+        path = tmp_path / "mvtec/pill" / place.replace("000.png", "000.jpg")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"image")
+    assert fetch_categories(tmp_path, "pill") == 1
+    assert "something else" in sentence(capsys)
+
+
+@pytest.mark.parametrize("words", [("bottle,pil",), ("pil",), ("Bottle",), (",",), ("",)])
+def test_unknown_category(words, mvtec, server, tmp_path, capsys):
+    assert fetch_categories(tmp_path, *words) == 1
+    said = sentence(capsys)
+    assert f"must be some of {', '.join(catalogue.MVTEC_OFFICIAL)}; got" in said
+    assert "'bottle'" not in said
+    assert server.asked == everything(tmp_path) == []
+
+
+def test_categories_of_another_data_set(server, tmp_path, capsys):
+    assert main(["fetch", "mnist", "--root", str(tmp_path), "--categories", "bottle"]) == 1
+    assert sentence(capsys) == "--categories goes with the data set mvtec; mnist has none."
+
+
+@pytest.mark.parametrize(
+    "member",
+    [("pill/../../../evil", b"evil"), link("pill/evil", "/etc"), link("pill/evil", "../../evil"), device("pill/evil")],
+    ids=["parent", "absolute link", "link", "device"],
+)
+def test_unsafe_member_of_a_category_is_refused(member, mvtec, tmp_path, capsys):
+    mvtec(*workpiece("bottle"), *workpiece("pill"), member)
+    root = tmp_path / "root"
+    assert fetch_categories(root, "bottle", "pill") == 1
+    assert "unsafe" in sentence(capsys)
+    assert everything(tmp_path) == []
+
+
+def test_failed_fetch_keeps_categories(mvtec, server, tmp_path, capsys):
+    assert fetch_categories(tmp_path, "bottle") == 0
+    server.files["/mvtec.tar.gz"] += b"x"
+    assert fetch_categories(tmp_path, "bottle", "pill") == 1
+    assert "could not be fetched" in sentence(capsys)
+    assert everything(tmp_path) == placed("bottle")
+
+
+def test_status_lists_categories(mvtec, tmp_path, capsys):
+    assert fetch_categories(tmp_path, "grid", "bottle") == 0
+    (tmp_path / "mvtec/cable/train/good").mkdir(parents=True)
+    (tmp_path / "mvtec/cable/train/good/Thumbs.db").touch()
+    assert main(["status", "--root", str(tmp_path)]) == 0
+    assert "mvtec: 2 of 15 categories at hand: bottle, grid." in capsys.readouterr().out.splitlines()
 
 
 # Status

@@ -1,6 +1,7 @@
 """Data sets: where they lie, what is there of them, and their loaders.
 
-One module per data set; `walkway` draws the frames that stand in for UCSD Ped1 where it is absent.
+One module per data set; `walkway` draws the frames that stand in for UCSD Ped1 where it is absent, `workpieces` the
+images that stand in for MVTec AD.
 """
 
 import os

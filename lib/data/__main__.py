@@ -1,4 +1,7 @@
-"""Fetch data sets and say what is there: `python -m lib.data fetch mnist`, `python -m lib.data status`."""
+"""Fetch data sets and say what is there: `python -m lib.data fetch mnist`, `python -m lib.data status`.
+
+`python -m lib.data fetch mvtec --categories bottle,pill` unpacks some of the categories of MVTec AD.
+"""
 
 import argparse
 import gzip
@@ -10,7 +13,8 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 
 import pooch
 import requests
@@ -19,7 +23,7 @@ from tqdm import tqdm
 
 import lib.data
 from lib.data.card import DataCard, sha256, survey
-from lib.data.catalogue import SOURCES, Download, Source
+from lib.data.catalogue import MVTEC_OFFICIAL, SOURCES, Download, Source, mvtec_category
 
 
 class FetchError(Exception):
@@ -50,10 +54,7 @@ def fetch(source: Source, root: Path) -> DataCard | None:
     for download in missing:
         target = folder / download.target
         if target.is_dir() and any(target.iterdir()):
-            raise FetchError(
-                f"{target} already holds something else than the complete {source.title}; "
-                "move it away, or name another folder with --root"
-            )
+            raise _taken(target, source.title)
         if target.exists() and not target.is_dir():
             print(f"{target} is not the file of the release: replacing it.")
     with _workshop(root, source) as workshop:
@@ -65,6 +66,44 @@ def fetch(source: Source, root: Path) -> DataCard | None:
     if card is not None:
         print(f"{source.title} ({card.kind}: {_counts(card)}) is in {folder}.")
     return card
+
+
+def fetch_categories(categories: list[str], root: Path) -> None:
+    """Download MVTec AD, check it, and unpack and move into place those of the chosen categories that are missing.
+
+    The release is one archive with one published checksum, so all of it is downloaded for a single category. A
+    category is in place when its counts are official and all its files PNG, as in the release.
+
+    Args:
+        categories: Names of categories.
+        root: Data root; made where it is missing.
+
+    Raises:
+        FetchError: As for `fetch`, or if a category is unknown.
+    """
+    if not categories or set(categories) - set(MVTEC_OFFICIAL):
+        got = ", ".join(repr(category) for category in categories if category not in MVTEC_OFFICIAL) or "nothing"
+        raise FetchError(f"--categories must be some of {', '.join(MVTEC_OFFICIAL)}; got {got}")
+    source = SOURCES["mvtec"]
+    folder = root / source.folder
+    missing = [category for category in categories if not _category_in_place(category, root)]
+    if not missing:
+        print(f"{source.title} ({', '.join(categories)}) is complete in {folder}: nothing to do.")
+        return
+    for category in missing:
+        target = folder / category
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise _taken(target, f"{source.title} {category}")
+    (download,) = source.downloads
+    with _workshop(root, source) as workshop:
+        unpacked = _unpack(_download(download, source, workshop), download, workshop, missing)
+        for category in missing:
+            if not (unpacked / category).is_dir():
+                raise FetchError(f"{download.urls[0].rsplit('/', 1)[-1]} holds no folder {category}")
+        folder.mkdir(exist_ok=True)
+        for category in missing:
+            (unpacked / category).replace(folder / category)
+    print(f"{source.title} ({', '.join(missing)}) is in {folder}.")
 
 
 def status(root: Path) -> int:
@@ -84,6 +123,8 @@ def status(root: Path) -> int:
             else:
                 state, counts, digest = card.kind, _counts(card), card.digest[:12]
                 remarks.extend(f"{source.name}: {line}" for line in card.note.splitlines())
+                if source.name == "mvtec":
+                    remarks.append(f"{source.name}: {_categories(root)}")
         rows.append((source.name, state, counts, digest, source.licence, str(root / source.folder)))
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -98,6 +139,9 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     fetching = commands.add_parser("fetch", help="download a data set, check it and unpack it")
     fetching.add_argument("name", choices=SOURCES, help="data set")
+    fetching.add_argument(
+        "--categories", nargs="+", help="of mvtec only: names, with commas or spaces between them (default: all)"
+    )
     showing = commands.add_parser("status", help="print what is there")
     for command in (fetching, showing):
         command.add_argument(
@@ -108,7 +152,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "status":
             return status(root)
-        fetch(SOURCES[options.name], root)
+        if options.name == "mvtec":
+            words = MVTEC_OFFICIAL if options.categories is None else options.categories
+            names = (name.strip() for word in words for name in word.split(","))
+            fetch_categories(list(dict.fromkeys(filter(None, names))), root)
+        elif options.categories is not None:
+            raise FetchError(f"--categories goes with the data set mvtec; {options.name} has none")
+        else:
+            fetch(SOURCES[options.name], root)
     except FetchError as error:
         print(f"{error}.", file=sys.stderr)
         return 1
@@ -128,6 +179,19 @@ def _in_place(download: Download, source: Source, root: Path) -> bool:
         return card is not None and card.kind == "complete"
     target = root / source.folder / download.target
     return target.is_file() and sha256(target) == source.checksums[download.target]
+
+
+def _category_in_place(category: str, root: Path) -> bool:
+    source = mvtec_category(category)
+    card = survey(replace(source, patterns={split: f"{glob}.png" for split, glob in source.patterns.items()}), root)
+    return card is not None and card.kind == "complete"
+
+
+def _taken(target: Path, title: str) -> FetchError:
+    return FetchError(
+        f"{target} already holds something else than the complete {title}; "
+        "move it away, or name another folder with --root"
+    )
 
 
 @contextmanager
@@ -183,13 +247,22 @@ def _reason(error: Exception) -> str:
     return str(error).partition(". ")[0]
 
 
-def _unpack(archive: Path, download: Download, folder: Path) -> Path:
-    """The file or folder that a download holds, unpacked inside the temporary folder."""
+def _unpack(archive: Path, download: Download, folder: Path, chosen: list[str] | None = None) -> Path:
+    """The file or folder that a download holds, unpacked inside the temporary folder.
+
+    Of an archive only the chosen folders are unpacked, where any are given.
+    """
     unpacked = folder / f"unpacked-{archive.name}"
     try:
         if archive.name.endswith((".tar.gz", ".tar.xz")):
-            with tarfile.open(archive) as tar:
-                tar.extractall(unpacked, members=tqdm(tar, desc="unpacking", unit=" files"), filter="data")
+            unpacked.mkdir()
+            with tarfile.open(archive) as tar, tqdm(tar, desc="unpacking", unit=" files") as bar:
+                members = (
+                    member
+                    for member in bar
+                    if chosen is None or PurePosixPath(member.name).parts[:1] in {(name,) for name in chosen}
+                )
+                tar.extractall(unpacked, members=members, filter="data")
             if not (unpacked / download.inner).is_dir():
                 raise FetchError(f"{archive.name} holds no folder {download.inner}")
             return unpacked / download.inner
@@ -203,6 +276,15 @@ def _unpack(archive: Path, download: Download, folder: Path) -> Path:
         reason = str(error).partition("\n")[0].rstrip(":")
         raise FetchError(f"{archive.name} cannot be unpacked: {reason}") from error
     return archive
+
+
+def _categories(root: Path) -> str:
+    """One sentence on the categories of MVTec AD that have training images."""
+    # Only here, because it imports PyTorch, which takes seconds.
+    from lib.data.mvtec import available
+
+    names = available(root)
+    return f"{len(names)} of {len(MVTEC_OFFICIAL)} categories at hand: {', '.join(names) or 'none'}."
 
 
 def _counts(card: DataCard) -> str:

@@ -5,7 +5,7 @@ copy whose MD5 sums are the published ones (files); UCSD and MVTec AD, anomalib;
 pin the file.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,29 @@ MVTEC = Source(
     ),
 )
 
+# Training images, normal and defective test images; every defective one has a mask (Bergmann et al. 2019, Table 1).
+MVTEC_OFFICIAL = {
+    category: {"train": train, "test": good + defective, "masks": defective}
+    | {"test good": good, "test defective": defective}
+    for category, train, good, defective in (
+        ("bottle", 209, 20, 63),
+        ("cable", 224, 58, 92),
+        ("capsule", 219, 23, 109),
+        ("carpet", 280, 28, 89),
+        ("grid", 264, 21, 57),
+        ("hazelnut", 391, 40, 70),
+        ("leather", 245, 32, 92),
+        ("metal_nut", 220, 22, 93),
+        ("pill", 267, 26, 141),
+        ("screw", 320, 41, 119),
+        ("tile", 230, 33, 84),
+        ("toothbrush", 60, 12, 30),
+        ("transistor", 213, 60, 40),
+        ("wood", 247, 19, 60),
+        ("zipper", 240, 32, 119),
+    )
+}
+
 _DSPRITES_FILE = "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"
 _DSPRITES_SHA256 = "857dc001287e8efa226e0025fac6b29e5745c621b380b0d3363e4e33f4e28fa2"
 
@@ -167,3 +190,47 @@ DSPRITES = Source(
 )
 
 SOURCES = {source.name: source for source in (MNIST, UCSD, MVTEC, DSPRITES)}
+
+
+def mvtec_category(category: str) -> Source:
+    """One category of MVTec AD as a source of its own, named `mvtec/<category>`.
+
+    Args:
+        category: One of `MVTEC_OFFICIAL`.
+
+    Raises:
+        ValueError: If there is no such category.
+    """
+    if category not in MVTEC_OFFICIAL:
+        raise ValueError(f"category must be one of {', '.join(MVTEC_OFFICIAL)}; got {category!r}")
+    # No pattern tells every folder but good/: the defective images are the rest of the test images.
+    patterns = {
+        "train": "train/good/*",
+        "test": "test/*/*",
+        "masks": "ground_truth/*/*",
+        "test good": "test/good/*",
+    }
+    return replace(
+        MVTEC,
+        name=f"{MVTEC.name}/{category}",
+        title=f"{MVTEC.title} {category}",
+        folder=f"{MVTEC.folder}/{category}",
+        patterns=patterns,
+        official={split: MVTEC_OFFICIAL[category][split] for split in patterns},
+    )
+
+
+def source(name: str) -> Source:
+    """The source of this name: one of `SOURCES`, or `mvtec/<category>`, as in the name of a data card.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if name in SOURCES:
+        return SOURCES[name]
+    prefix = f"{MVTEC.name}/"
+    if name.removeprefix(prefix) in MVTEC_OFFICIAL and name.startswith(prefix):
+        return mvtec_category(name.removeprefix(prefix))
+    raise ValueError(
+        f"name must be one of {', '.join(SOURCES)}, or {prefix} and one of {', '.join(MVTEC_OFFICIAL)}; got {name!r}"
+    )

@@ -1,17 +1,32 @@
-"""The VAE of the first report for MVTec-AD (its Figure 5d): 72 803 363 parameters with 32 latents."""
+"""The VAEs for MVTec AD: that of the first report, and that of Brongers et al."""
 
 from collections import OrderedDict
 from itertools import pairwise
+from urllib.error import URLError
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights, resnet18
 
 DECODER_CHANNELS = (1024, 512, 256, 128, 64, 32)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def imagenet_weights() -> ResNet18_Weights | None:
+    """The ImageNet weights of ResNet-18 that torchvision publishes, or None where they cannot be had.
+
+    They are read from torch's cache, or downloaded to it once; the checksum in the file's name is checked.
+    """
+    try:
+        ResNet18_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True, progress=False)
+    except (URLError, TimeoutError, ConnectionError):
+        return None
+    return ResNet18_Weights.IMAGENET1K_V1
 
 
 class MVTecVAE(nn.Module):
-    """VAE with a ResNet-18 as encoder, for 256x256 colour images.
+    """The VAE of the first report (its Figure 5d) for 256x256 colour images: 72 803 363 parameters with 32 latents.
 
     Encoder: torchvision's ResNet-18 without its last two children (average pooling and classifier), Linear 32768→1024,
     and two linear heads, the mean μ and the logarithm of the variance of q(z|x). Decoder: Linear D→1024→16384, then
@@ -27,14 +42,19 @@ class MVTecVAE(nn.Module):
         latent_dim: Number of latents, D.
         weights: Where the ResNet starts: None at random, ``ResNet18_Weights.IMAGENET1K_V1`` at torchvision's ImageNet
             weights, downloaded at first use to torch's own cache. They were trained on images normalised by ImageNet's
-            mean and standard deviation, which :meth:`encode` leaves to its caller.
+            mean and standard deviation, and with them :meth:`encode` normalises its images likewise.
+        frozen: Whether the ResNet stays as it starts, so that only the linear layers of the encoder and the decoder
+            are trained. Its weights are then buffers instead of parameters, and its batch normalisation always uses the
+            stored means and variances.
 
     Raises:
         TypeError: If the weights are another network's.
     """
 
-    def __init__(self, latent_dim: int = 32, weights: ResNet18_Weights | None = None):
+    def __init__(self, latent_dim: int = 32, weights: ResNet18_Weights | None = None, frozen: bool = False):
         super().__init__()
+        self.normalises = weights is not None
+        self.frozen = frozen
         resnet = resnet18()
         if weights is not None:
             # resnet18(weights=...) would unpickle whatever the file holds; this reads tensors only.
@@ -52,23 +72,92 @@ class MVTecVAE(nn.Module):
         self.mu = nn.Linear(1024, latent_dim)
         self.logvar = nn.Linear(1024, latent_dim)
 
-        layers = OrderedDict(
+        self.decoder = _decoder(
             linear1=nn.Linear(latent_dim, 1024),
             linear2=nn.Linear(1024, 1024 * 4 * 4),
             unflatten=nn.Unflatten(1, (1024, 4, 4)),
         )
-        for number, (wide, narrow) in enumerate(pairwise(DECODER_CHANNELS), start=1):
-            layers[f"deconv{number}"] = nn.ConvTranspose2d(wide, narrow, kernel_size=4, stride=2, padding=1)
-            layers[f"bn{number}"] = nn.BatchNorm2d(narrow)
-            layers[f"relu{number}"] = nn.ReLU()
-        layers[f"deconv{len(DECODER_CHANNELS)}"] = nn.ConvTranspose2d(32, 3, kernel_size=4, stride=2, padding=1)
-        self.decoder = nn.Sequential(layers)
+        if frozen:
+            for module in self._resnet().modules():
+                for name, value in list(module.named_parameters(recurse=False)):
+                    delattr(module, name)
+                    module.register_buffer(name, value.detach())
+
+    def train(self, mode: bool = True) -> "MVTecVAE":
+        """Set training or evaluation mode; a frozen ResNet is always in the latter."""
+        super().train(mode)
+        if self.frozen:
+            self._resnet().eval()
+        return self
 
     def encode(self, x_BCYX: Float[Tensor, "b 3 256 256"]) -> tuple[Float[Tensor, "b i"], Float[Tensor, "b i"]]:
         """Mean and log-variance of the posterior q(z|x) of images in [0, 1]."""
+        if self.normalises:
+            x_BCYX = _normalised(x_BCYX, IMAGENET_MEAN, IMAGENET_STD)
         hidden = self.encoder(x_BCYX)
         return self.mu(hidden), self.logvar(hidden)
+
+    def _resnet(self) -> nn.Sequential:
+        return self.encoder[: list(dict(self.encoder.named_children())).index("flatten")]
 
     def decode(self, z_BI: Float[Tensor, "b i"]) -> Float[Tensor, "b 3 256 256"]:
         """Logits of the pixels given the latents; their sigmoid is the image in (0, 1)."""
         return self.decoder(z_BI)
+
+
+class BrongersMVTecVAE(nn.Module):
+    """The VAE of Brongers et al. for 256x256 colour images, by its code: 39 207 459 parameters with 32 latents.
+
+    Encoder: ResNet-18 from random weights, with a first convolution of kernel 3, without max-pooling, global average
+    pooling and one linear layer 512→2D. Images are standardised first with the mean and the standard deviation that its
+    code gives for MVTec AD. Decoder: that of the first report with ReLU after the linear layers too.
+
+    Layers are named as in :class:`MVTecVAE`; ``encoder.layer2.1.conv1``, the one that its code explains, is 128x64x64
+    here.
+
+    Source: github.com/FrankBrongers/Reproducing_expVAE, ``models/resnet18_3.py``.
+
+    Args:
+        latent_dim: Number of latents, D.
+    """
+
+    MEAN, STD = (0.4305, 0.3999, 0.3900), (0.1822, 0.1733, 0.1624)
+
+    def __init__(self, latent_dim: int = 32):
+        super().__init__()
+        layers = OrderedDict(resnet18().named_children())
+        layers["conv1"] = nn.Conv2d(3, 64, kernel_size=3, stride=2, padding=1, bias=False)
+        del layers["maxpool"], layers["fc"]
+        self.encoder = nn.Sequential(OrderedDict(layers, flatten=nn.Flatten(), linear=nn.Linear(512, 2 * latent_dim)))
+        self.decoder = _decoder(
+            linear1=nn.Linear(latent_dim, 1024),
+            relu_a=nn.ReLU(),
+            linear2=nn.Linear(1024, 1024 * 4 * 4),
+            unflatten=nn.Unflatten(1, (1024, 4, 4)),
+            relu_b=nn.ReLU(),
+        )
+
+    def encode(self, x_BCYX: Float[Tensor, "b 3 256 256"]) -> tuple[Float[Tensor, "b i"], Float[Tensor, "b i"]]:
+        """Mean and log-variance of the posterior q(z|x) of images in [0, 1]."""
+        mu_BI, logvar_BI = self.encoder(_normalised(x_BCYX, self.MEAN, self.STD)).chunk(2, dim=1)
+        return mu_BI, logvar_BI
+
+    def decode(self, z_BI: Float[Tensor, "b i"]) -> Float[Tensor, "b 3 256 256"]:
+        """Logits of the pixels given the latents; their sigmoid is the image in (0, 1)."""
+        return self.decoder(z_BI)
+
+
+def _decoder(**first: nn.Module) -> nn.Sequential:
+    """The layers given, which end in 1024x4x4, and transposed convolutions from there to an image of 256x256."""
+    layers = OrderedDict(first)
+    for number, (wide, narrow) in enumerate(pairwise(DECODER_CHANNELS), start=1):
+        layers[f"deconv{number}"] = nn.ConvTranspose2d(wide, narrow, kernel_size=4, stride=2, padding=1)
+        layers[f"bn{number}"] = nn.BatchNorm2d(narrow)
+        layers[f"relu{number}"] = nn.ReLU()
+    layers[f"deconv{len(DECODER_CHANNELS)}"] = nn.ConvTranspose2d(32, 3, kernel_size=4, stride=2, padding=1)
+    return nn.Sequential(layers)
+
+
+def _normalised(x_BCYX: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Float[Tensor, "b 3 256 256"]:
+    mean_CYX, std_CYX = (torch.tensor(values, device=x_BCYX.device)[:, None, None] for values in (mean, std))
+    return (x_BCYX - mean_CYX) / std_CYX

@@ -1,0 +1,182 @@
+"""More training images from few, for MVTec AD: every image turned by an angle of its own, and mirrored where it may be.
+
+The paper turns the training images of a category by angles within ±30° and mirrors them "when possible", until there
+are 10 000 of each category. Which objects permit mirroring it does not say; MIRRORING is our reading.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+from torch.nn import functional as F
+
+PAPER_COUNT = 10_000  # images of each category
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Motif:
+    """What the images of a category permit.
+
+    Attributes:
+        horizontal: Left and right may be exchanged.
+        vertical: Top and bottom may be exchanged.
+        reason: Why, or why not.
+        fills: Whether the motif goes on beyond the frame. What a rotation turns in from outside is then the reflection
+            of what is inside; otherwise the colours of the border go on, which are those of the background.
+    """
+
+    horizontal: bool
+    vertical: bool
+    reason: str
+    fills: bool = False
+
+
+MOTIFS = {
+    "bottle": Motif(True, True, "seen from above, the mouth of a bottle is round"),
+    "cable": Motif(False, False, "the order of its three cores would change, which is one of the defects"),
+    "capsule": Motif(False, False, "it bears a print, which would be in mirror writing"),
+    "carpet": Motif(True, True, "a woven texture that looks alike from all sides", fills=True),
+    "grid": Motif(True, True, "a regular grid is its own mirror image", fills=True),
+    "hazelnut": Motif(True, True, "a natural object that lies in any direction"),
+    "leather": Motif(True, True, "a texture without direction", fills=True),
+    "metal_nut": Motif(False, False, "its teeth have a sense of rotation; a flipped nut is one of the defects"),
+    "pill": Motif(False, False, "it bears a print, which would be in mirror writing"),
+    "screw": Motif(False, False, "its thread has a sense of rotation, which mirroring would reverse"),
+    "tile": Motif(True, True, "a texture without direction", fills=True),
+    "toothbrush": Motif(True, False, "left and right of the head are alike, top and bottom are not"),
+    "transistor": Motif(
+        True, False, "left and right are alike; its leads point down, and a wrong place is a defect", fills=True
+    ),
+    "wood": Motif(True, True, "its grain runs up and down, mirrored or not", fills=True),
+    "zipper": Motif(True, True, "both tapes are alike, and the chain shows no slider", fills=True),
+}
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images are multiplied.
+
+    Attributes:
+        degrees: Angles are drawn uniformly between minus and plus this many degrees.
+        mirroring: "table" mirrors by MOTIFS, "always" in both directions whatever the category, "never" not at all;
+            each direction that is allowed is taken with a probability of one half.
+        source: Where it was read.
+    """
+
+    degrees: float
+    mirroring: str
+    source: str
+
+
+AUGMENTATIONS = {
+    "paper": Augmentation(30.0, "table", "Liu et al. 2020, Section 4.1, as quoted by both reports"),
+    # The code hands π/6 to a function that wants degrees.
+    "brongers2021": Augmentation(math.pi / 6, "always", "code of Brongers et al., MVTec_loader.py"),
+    "none": Augmentation(0.0, "never", "the images as they are"),
+}
+
+
+def augment(
+    x_NCYX: UInt8[Tensor, "n c y x"], category: str, augmentation: str, count: int, seed: int
+) -> UInt8[Tensor, "{count} c y x"]:
+    """Make `count` images of a category out of those given, on their device.
+
+    Every image given is used equally often, give or take once, in random order. Each image that is made has its own
+    angle and its own mirroring; see `transform`.
+
+    Args:
+        x_NCYX: Training images.
+        category: A name in MOTIFS.
+        augmentation: A name in AUGMENTATIONS; with "none" the images are only repeated.
+        count: How many to make, 1 or more.
+        seed: Fixes order, angles and mirroring.
+
+    Raises:
+        ValueError: If the category or the augmentation is unknown, or the count below 1.
+    """
+    drawn = draw(category, augmentation, count, seed)
+    padding = "reflection" if MOTIFS[category].fills else "border"
+    order = torch.Generator().manual_seed(seed)
+    rounds = -(-count // len(x_NCYX))
+    source_N = torch.cat([torch.randperm(len(x_NCYX), generator=order) for _ in range(rounds)])[:count]
+    made = torch.empty(count, *x_NCYX.shape[1:], dtype=torch.uint8, device=x_NCYX.device)
+    for start in range(0, count, BATCH):
+        part = slice(start, start + BATCH)
+        x_BCYX = x_NCYX[source_N[part].to(x_NCYX.device)]
+        if augmentation != "none":
+            x_BCYX = transform(x_BCYX.float(), *(value_N[part] for value_N in drawn), padding=padding).round().byte()
+        made[part] = x_BCYX
+    return made
+
+
+def draw(
+    category: str, augmentation: str, count: int, seed: int
+) -> tuple[Float[Tensor, " {count}"], Bool[Tensor, " {count}"], Bool[Tensor, " {count}"]]:
+    """Draw for `count` images the angle in degrees, and whether left and right, and top and bottom, are exchanged.
+
+    Raises:
+        ValueError: As for `augment`.
+    """
+    for name, value, known in (("category", category, MOTIFS), ("augmentation", augmentation, AUGMENTATIONS)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+    if count < 1:
+        raise ValueError(f"count must be 1 or more; got {count}")
+    how = AUGMENTATIONS[augmentation]
+    allowed = {
+        "table": (MOTIFS[category].horizontal, MOTIFS[category].vertical),
+        "always": (True, True),
+        "never": (False, False),
+    }[how.mirroring]
+    generator = torch.Generator().manual_seed(seed)
+    angle_N = (2 * torch.rand(count, generator=generator) - 1) * how.degrees
+    horizontal_N, vertical_N = ((torch.rand(count, generator=generator) < 0.5) & permitted for permitted in allowed)
+    return angle_N, horizontal_N, vertical_N
+
+
+def transform(
+    x_BCYX: Float[Tensor, "b c y x"],
+    angle_B: Float[Tensor, " b"],
+    horizontal_B: Bool[Tensor, " b"],
+    vertical_B: Bool[Tensor, " b"],
+    *,
+    mode: str = "bilinear",
+    padding: str = "border",
+) -> Float[Tensor, "b c y x"]:
+    """Turn each image by its angle about its centre, anticlockwise, and then mirror it.
+
+    Args:
+        x_BCYX: Images, or masks as numbers.
+        angle_B: Angles in degrees.
+        horizontal_B: Whether left and right are exchanged.
+        vertical_B: Whether top and bottom are exchanged.
+        mode: "bilinear" for images; "nearest" for masks, which then follow their images with no value in between.
+        padding: What turns in from outside: "border" for the nearest pixels of the image, "reflection" for its mirror
+            image. Black corners would be edges that no image of the data set has.
+    """
+    b, _, y, x = x_BCYX.shape
+    angle_B = torch.deg2rad(angle_B.to(x_BCYX.device))
+    cos_B, sin_B = angle_B.cos(), angle_B.sin()
+    left_B, up_B = (1 - 2 * flag_B.to(x_BCYX) for flag_B in (horizontal_B, vertical_B))
+    # From a place in the result back to one in the image, in units of half the width and half the height.
+    theta_B23 = torch.zeros(b, 2, 3, device=x_BCYX.device)
+    theta_B23[:, 0, 0], theta_B23[:, 0, 1] = left_B * cos_B, -up_B * sin_B * y / x
+    theta_B23[:, 1, 0], theta_B23[:, 1, 1] = left_B * sin_B * x / y, up_B * cos_B
+    grid_BYX2 = F.affine_grid(theta_B23, [b, 1, y, x], align_corners=False)
+    return F.grid_sample(x_BCYX, grid_BYX2, mode=mode, padding_mode=padding, align_corners=False)
+
+
+def transform_masks(
+    mask_BYX: Bool[Tensor, "b y x"],
+    angle_B: Float[Tensor, " b"],
+    horizontal_B: Bool[Tensor, " b"],
+    vertical_B: Bool[Tensor, " b"],
+    *,
+    padding: str = "border",
+) -> Bool[Tensor, "b y x"]:
+    """The masks of images that `transform` turned and mirrored likewise."""
+    mask_B1YX = mask_BYX[:, None].float()
+    return transform(mask_B1YX, angle_B, horizontal_B, vertical_B, mode="nearest", padding=padding)[:, 0] > 0

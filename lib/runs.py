@@ -39,7 +39,7 @@ METRIC_COLUMNS = ["metric", "method", "subset", "value", "low", "high", "n"]
 
 # Modules that a run loads but that cannot change its numbers.
 GLUE = {"lib", "lib.chapters", "lib.data", "lib.figures", "lib.models", "lib.metrics", "lib.provenance", "lib.recipes"}
-GLUE |= {"lib.data.card", "lib.data.catalogue", "lib.reported", "lib.runs", "lib.weights"}
+GLUE |= {"lib.data.card", "lib.data.catalogue", "lib.reported", "lib.runs", "lib.tables", "lib.weights"}
 
 
 @dataclass(frozen=True)

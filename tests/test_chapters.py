@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 from papermill.cli import papermill as command
 
-from lib import chapters
+from lib import chapters, runs
 from lib.data.card import DataCard
 from lib.recipes import MNIST
 
@@ -380,3 +380,109 @@ def test_command_names_what_differs_from_the_defaults(stored):
     assert chapters.command("small", given) == (
         "papermill book/small.md out.ipynb -p layer conv1 -p categories 'two words'"
     )
+
+
+# --- one run for each value ------------------------------------------------------------------------------------------
+
+
+def make_stale(path):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"code": {"lib.chapters": "another hash"}}))
+
+
+@pytest.fixture
+def several(stored):
+    """The stored runs of the small chapter for the digits 2 and 3 with seed 5, and their records."""
+    paths = {}
+    for digit in (2, 3):
+        parameters = {"digit": digit, "seed": 5}
+        paths[digit] = stored.parents[1] / f"digit={digit},seed=5" / "record.json"
+        paths[digit].parent.mkdir()
+        paths[digit].write_text(json.dumps(json.loads(stored.read_text()) | {"parameters": parameters}))
+    return paths
+
+
+def test_run_each_computes_what_is_missing_or_stale(several, monkeypatch, capsys):
+    monkeypatch.delenv("EXPVAE_MODE", raising=False)
+    make_stale(several[3])
+    stale, asked = json.loads(several[3].read_text()), []
+
+    def compute(parameters):
+        asked.append(parameters)
+        if parameters["digit"] == 1:
+            return None  # its data are not at hand
+        several[3].write_text(json.dumps(stale | {"code": {}}))
+        return runs.load("small", parameters)
+
+    found = chapters.run_each("small", {"seed": 5}, "digit", [1, 2, 3], compute)
+    assert asked == [{"digit": 1, "seed": 5}, {"digit": 3, "seed": 5}]
+    assert list(found) == [1, 2, 3]
+    assert found[1] is None
+    assert [found[digit].parameters for digit in (2, 3)] == [{"digit": 2, "seed": 5}, {"digit": 3, "seed": 5}]
+    assert found[3].stale == []
+    assert capsys.readouterr().out == ""
+
+    asked.clear()
+    chapters.run_each("small", {"seed": 5}, "digit", [3, 2], compute)
+    assert asked == []
+
+
+def test_run_each_goes_on_where_it_was_killed(several, monkeypatch):
+    monkeypatch.delenv("EXPVAE_MODE", raising=False)
+    asked = []
+
+    def compute(parameters):
+        asked.append(parameters["digit"])
+        if parameters["digit"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        chapters.run_each("small", {"seed": 5}, "digit", [2, 0, 1, 3], compute)
+    assert asked == [0, 1]
+
+
+def test_run_each_may_find_and_compute_nothing(folder, monkeypatch):
+    monkeypatch.delenv("EXPVAE_MODE", raising=False)
+    monkeypatch.setenv("EXPVAE_RUNS", str(folder / "runs"))
+    assert chapters.run_each("small", {}, "digit", [1, 2], lambda _: None) == {1: None, 2: None}
+
+
+def test_run_each_only_reads_while_the_book_is_rendered(several, monkeypatch, capsys):
+    monkeypatch.setenv("EXPVAE_MODE", "read")
+    found = chapters.run_each("small", {"seed": 5}, "digit", [3, 1, 2], must_not_compute_each)
+    assert list(found) == [3, 1, 2]
+    assert found[1] is None
+    assert found[2].parameters == {"digit": 2, "seed": 5}
+    assert capsys.readouterr().out == ""
+
+
+def must_not_compute_each(parameters):
+    raise AssertionError(f"computed {parameters} while reading")
+
+
+def test_run_each_names_all_stale_runs_in_one_warning(several, monkeypatch, capsys):
+    monkeypatch.setenv("EXPVAE_MODE", "read")
+    make_stale(several[2])
+    record = json.loads(several[3].read_text())
+    several[3].write_text(json.dumps(record | {"recipe": record["recipe"] | {"epochs": 7}}))
+    found = chapters.run_each("small", {"seed": 5}, "digit", [1, 2, 3], must_not_compute_each)
+    assert [value for value, run in found.items() if run is not None] == [2, 3]
+    shown = capsys.readouterr().out
+    assert shown.count("{warning}") == 1
+    assert "2 (lib.chapters); 3 (recipe)." in shown
+
+
+@pytest.mark.parametrize(("digits", "stops"), [("[0, 1]", True), ("[0, 2]", False)])
+def test_run_each_stops_the_page_only_if_all_runs_are_missing(several, monkeypatch, digits, stops):
+    code = textwrap.dedent("""\
+        from lib import chapters
+        found = chapters.run_each("small", {"seed": 5}, "digit", DIGITS, None)
+        ```
+
+        ```{code-cell} ipython3
+        print(*[digit for digit, run in found.items() if run])""").replace("DIGITS", digits)
+    Path("book/small.md").write_text(chapter(code=code))
+    monkeypatch.setenv("EXPVAE_MODE", "read")
+    papermill.execute_notebook("book/small.md", "out.ipynb", progress_bar=False)
+    assert printed(Path("out.ipynb")) == ("" if stops else "2\n")
+    notice = "No stored run of this chapter for any digit of 0, 1."
+    assert (notice in Path("out.ipynb").read_text()) is stops

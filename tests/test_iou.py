@@ -67,7 +67,7 @@ def test_conventions_equal_sklearn_with_ties_and_images_of_one_class(case):
 
 @pytest.mark.parametrize("contrast", [0.0, 1.0, 4.0])
 def test_pooled_numbers_equal_the_exact_ones(contrast):
-    score_NYX, truth_NYX = smooth_maps(30, 64, contrast=contrast)
+    score_NYX, truth_NYX = smooth_maps(45, 128, contrast=contrast)
     found = iou_intervals(
         torch.from_numpy(score_NYX), torch.from_numpy(truth_NYX), validation=0.7, seed=0, resamples=100
     )

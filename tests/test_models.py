@@ -1,16 +1,22 @@
+from copy import deepcopy
 from itertools import pairwise
+from urllib.error import HTTPError, URLError
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import ResNet18_Weights, resnet18
+from torchvision.transforms.functional import normalize
 
+from lib import training
 from lib.models.mnist import MNISTVAE
-from lib.models.mvtec import MVTecVAE
+from lib.models.mvtec import BrongersMVTecVAE, MVTecVAE, imagenet_weights
 from lib.models.ucsd import UCSDVAE, BrongersUCSDVAE
+from lib.recipes import MVTEC
 
-IMAGE = {MNISTVAE: (1, 28, 28), UCSDVAE: (1, 100, 100), BrongersUCSDVAE: (1, 96, 96), MVTecVAE: (3, 256, 256)}
+IMAGE = {MNISTVAE: (1, 28, 28), UCSDVAE: (1, 100, 100), BrongersUCSDVAE: (1, 96, 96)}
+IMAGE |= dict.fromkeys([MVTecVAE, BrongersMVTecVAE], (3, 256, 256))
 
 
 def rows(*blocks):
@@ -77,12 +83,24 @@ BRONGERS_DECODER = rows(
     ("ConvTranspose2d ReLU BatchNorm2d", 192, 48, 48),
     ("ConvTranspose2d", 1, 96, 96),
 )
+# Code of Brongers et al. for MVTec AD: a ResNet-18 without max-pooling, so that all is twice as wide, and its two
+# linear layers 512→2D and back; left out are the layers inside the residual blocks.
+BRONGERS_RESNET = rows(("Conv2d BatchNorm2d ReLU", 64, 128, 128))
+BRONGERS_RESNET_BLOCKS = [(64, 128, 128)] * 2 + [(128, 64, 64)] * 2 + [(256, 32, 32)] * 2 + [(512, 16, 16)] * 2
+BRONGERS_RESNET_END = rows(("AdaptiveAvgPool2d", 512, 1, 1), ("Flatten", 512), ("Linear", 20))
+BRONGERS_RESNET_DECODER = [
+    ("Linear", (1024,)),
+    ("ReLU", (1024,)),
+    *FIGURE_5D_DECODER[1:3],
+    ("ReLU", (1024, 4, 4)),
+    *FIGURE_5D_DECODER[3:],
+]
 
 
-def without_numbers(build, *arguments):
+def without_numbers(build, *arguments, **options):
     """A network of shapes alone: no memory and no time for its weights."""
     with torch.device("meta"):
-        return build(*arguments)
+        return build(*arguments, **options)
 
 
 def parameters(module):
@@ -107,10 +125,16 @@ def outputs(module, run):
     return found
 
 
-# First report, Table 1; Brongers et al. publish the layers only, which the next test adds up.
+# First report, Table 1; Brongers et al. publish the layers only, which the next tests add up.
 @pytest.mark.parametrize(
     ("build", "total"),
-    [(MNISTVAE, 13_216_193), (UCSDVAE, 77_243_073), (BrongersUCSDVAE, 29_761_537), (MVTecVAE, 72_803_363)],
+    [
+        (MNISTVAE, 13_216_193),
+        (UCSDVAE, 77_243_073),
+        (BrongersUCSDVAE, 29_761_537),
+        (MVTecVAE, 72_803_363),
+        (BrongersMVTecVAE, 39_207_459),
+    ],
 )
 def test_vaes_have_the_published_number_of_parameters(build, total):
     assert parameters(without_numbers(build)) == total
@@ -130,6 +154,18 @@ def test_parameters_of_the_vae_with_batch_norm_in_closed_form(latents):
     assert latents != 32 or total == 29_761_537
 
 
+@pytest.mark.parametrize("latents", [1, 32])
+def test_parameters_of_the_resnet_vae_of_brongers_in_closed_form(latents):
+    resnet, channels = without_numbers(resnet18), (1024, 512, 256, 128, 64, 32, 3)
+    encoder = parameters(resnet) - parameters(resnet.fc) - 64 * 3 * (7 * 7 - 3 * 3) + (512 + 1) * 2 * latents
+    linear = (latents + 1) * 1024 + (1024 + 1) * 1024 * 4 * 4
+    deconvolutions = sum(16 * a * b + b for a, b in pairwise(channels)) + 2 * sum(channels[1:-1])
+    model = without_numbers(BrongersMVTecVAE, latents)
+    assert parameters(model.encoder) == encoder
+    assert parameters(model) == encoder + linear + deconvolutions
+    assert latents != 32 or encoder + linear + deconvolutions == 39_207_459
+
+
 @pytest.mark.parametrize(
     ("build", "encoder", "decoder"),
     [
@@ -137,6 +173,7 @@ def test_parameters_of_the_vae_with_batch_norm_in_closed_form(latents):
         (UCSDVAE, FIGURE_5B_ENCODER, FIGURE_5B_DECODER),
         (BrongersUCSDVAE, BRONGERS_ENCODER, BRONGERS_DECODER),
         (MVTecVAE, FIGURE_5D_ENCODER, FIGURE_5D_DECODER),
+        (BrongersMVTecVAE, BRONGERS_RESNET_END, BRONGERS_RESNET_DECODER),
     ],
 )
 def test_layers_are_those_of_the_published_table(build, encoder, decoder):
@@ -144,7 +181,7 @@ def test_layers_are_those_of_the_published_table(build, encoder, decoder):
     x_BCYX, z_BI = torch.empty(2, *IMAGE[build], device="meta"), torch.empty(2, 10, device="meta")
     found = outputs(model.encoder, lambda: model.encode(x_BCYX))
     assert [row[1:] for row in found[-len(encoder) :]] == encoder
-    assert build is MVTecVAE or len(found) == len(encoder)
+    assert build in (MVTecVAE, BrongersMVTecVAE) or len(found) == len(encoder)
     assert [row[1:] for row in outputs(model.decoder, lambda: model.decode(z_BI))] == decoder
     mu_BI, logvar_BI = model.encode(x_BCYX)
     assert mu_BI.shape == logvar_BI.shape == (2, 10)
@@ -175,6 +212,21 @@ def test_layers_that_attention_asks_for_have_the_documented_shapes(build, layers
     assert {name: output for name, _, output in found if name in expected} == expected
     for name, (channels, height, width) in expected.items():
         assert f"``{name}`` ({channels}x{height}x{width})" in " ".join(build.__doc__.split())
+
+
+def test_resnet_of_brongers_has_the_published_shapes():
+    model = without_numbers(BrongersMVTecVAE)
+    found = outputs(model.encoder, lambda: model.encode(torch.empty(2, 3, 256, 256, device="meta")))
+    assert [row[1:] for row in found[:3]] == BRONGERS_RESNET
+    # torchvision's names, and so the attention's, of both convolutions of each of the eight blocks
+    blocks = [f"layer{layer}.{block}" for layer in (1, 2, 3, 4) for block in (0, 1)]
+    shapes = {name: shape for name, _, shape in found}
+    for convolution in ("conv1", "conv2"):
+        assert [shapes[f"{block}.{convolution}"] for block in blocks] == BRONGERS_RESNET_BLOCKS
+    assert shapes["layer2.1.conv1"] == (128, 64, 64)
+    assert "``encoder.layer2.1.conv1``, the one that its code explains, is 128x64x64" in " ".join(
+        BrongersMVTecVAE.__doc__.split()
+    )
 
 
 def convolve(weights, x, name, function, padding=1):
@@ -254,6 +306,22 @@ def mvtec_rewritten(weights, x_BCYX, z_BI):
     return *heads(weights, hidden), convolve(weights, logits, "decoder.deconv6", F.conv_transpose2d)
 
 
+def brongers_mvtec_rewritten(weights, x_BCYX, z_BI):
+    """The VAE of Brongers et al. for MVTec AD: torchvision's own ResNet-18 altered, the rest as function calls."""
+    resnet = resnet18(num_classes=2 * z_BI.shape[1]).eval()
+    resnet.conv1, resnet.maxpool = nn.Conv2d(3, 64, 3, 2, 1, bias=False), nn.Identity()
+    names = {name: name.replace("fc.", "linear.") for name in resnet.state_dict()}
+    resnet.load_state_dict({name: weights[f"encoder.{ours}"] for name, ours in names.items()})
+    standardised = normalize(x_BCYX, [0.4305, 0.3999, 0.3900], [0.1822, 0.1733, 0.1624])
+    hidden = resnet(standardised)
+    logits = unflatten(weights, z_BI, 1024, 4, 4)
+    for number in range(1, 6):
+        logits = convolve(weights, logits, f"decoder.deconv{number}", F.conv_transpose2d)
+        logits = normalise(weights, logits, f"decoder.bn{number}").clamp(min=0)
+    latents = z_BI.shape[1]
+    return hidden[:, :latents], hidden[:, latents:], convolve(weights, logits, "decoder.deconv6", F.conv_transpose2d)
+
+
 @pytest.mark.parametrize(
     ("build", "latent_dim", "rewritten"),
     [
@@ -262,6 +330,7 @@ def mvtec_rewritten(weights, x_BCYX, z_BI):
         (UCSDVAE, 10, ucsd_rewritten),
         (BrongersUCSDVAE, 10, brongers_rewritten),
         (MVTecVAE, 10, mvtec_rewritten),
+        (BrongersMVTecVAE, 10, brongers_mvtec_rewritten),
     ],
 )
 def test_vaes_equal_their_definition(build, latent_dim, rewritten):
@@ -311,3 +380,127 @@ def test_mvtec_vae_starts_from_imagenet_only_when_asked(monkeypatch):
     ours = model.encoder.state_dict()
     for name, tensor in stand_in.items():
         assert name.startswith("fc.") or torch.equal(ours[name], tensor), name
+
+
+# --- ImageNet's weights ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def imagenet(monkeypatch):
+    """Weights in the place of ImageNet's, which are not downloaded."""
+    torch.manual_seed(6)
+    stand_in = resnet18().state_dict()
+    monkeypatch.setattr(ResNet18_Weights, "get_state_dict", lambda weights, **options: deepcopy(stand_in))
+    return stand_in
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_images_are_normalised_as_the_imagenet_weights_want_it(imagenet, frozen):
+    model = MVTecVAE(2, ResNet18_Weights.IMAGENET1K_V1, frozen).eval()
+    plain = MVTecVAE(2).eval()
+    plain.load_state_dict(model.state_dict())
+    expected = ResNet18_Weights.IMAGENET1K_V1.transforms()
+    x_BCYX = torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        ours, theirs = model.encode(x_BCYX), plain.encode(normalize(x_BCYX, expected.mean, expected.std))
+        other = plain.encode(x_BCYX)
+    for one, two, without in zip(ours, theirs, other, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+        assert (one - without).abs().max() > 1e-2
+
+
+def test_where_there_is_no_network_there_are_no_imagenet_weights(imagenet, monkeypatch):
+    assert imagenet_weights() is ResNet18_Weights.IMAGENET1K_V1
+    errors = [
+        URLError("Name or service not known"),
+        HTTPError("https://example.org", 403, "Forbidden", None, None),
+        TimeoutError("timed out"),
+        ConnectionResetError("Connection reset by peer"),
+    ]
+    for error in errors:
+
+        def get_state_dict(weights, error=error, **options):
+            raise error
+
+        monkeypatch.setattr(ResNet18_Weights, "get_state_dict", get_state_dict)
+        assert imagenet_weights() is None
+
+
+def test_a_damaged_download_is_no_missing_network(monkeypatch):
+    def get_state_dict(weights, **options):
+        assert options["check_hash"]
+        raise RuntimeError("invalid hash value")
+
+    monkeypatch.setattr(ResNet18_Weights, "get_state_dict", get_state_dict)
+    with pytest.raises(RuntimeError, match="invalid hash value"):
+        imagenet_weights()
+
+
+# --- a frozen encoder ------------------------------------------------------------------------------------------------
+
+PIXELS = torch.randint(0, 256, (4, 3, 256, 256), generator=torch.Generator().manual_seed(8), dtype=torch.uint8)
+
+
+def in_resnet(name):
+    return name.startswith("encoder.") and not name.startswith("encoder.linear.")
+
+
+def test_a_frozen_vae_has_as_many_weights_of_which_fewer_are_trained():
+    model, resnet = without_numbers(MVTecVAE, frozen=True), without_numbers(resnet18)
+    kept = {name: value.numel() for name, value in model.named_buffers() if name.endswith(("weight", "bias"))}
+    assert all(map(in_resnet, kept))
+    assert sum(kept.values()) == parameters(resnet) - parameters(resnet.fc)
+    assert parameters(model) + sum(kept.values()) == 72_803_363
+    assert not any(in_resnet(name) for name, _ in model.named_parameters())
+    shapes = {name: value.shape for name, value in without_numbers(MVTecVAE).state_dict().items()}
+    assert {name: value.shape for name, value in model.state_dict().items()} == shapes
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_training_leaves_a_frozen_resnet_as_it_was(frozen):
+    model = training.build(lambda: MVTecVAE(2, frozen=frozen), 0)
+    before = deepcopy(model.state_dict())
+    training.train(model, PIXELS[:2], PIXELS[2:], MVTEC["report1"], epochs=1, seed=0, progress=False)
+    # A bias before a batch normalisation has no effect, and next to no gradient.
+    idle = {f"decoder.deconv{number}.bias" for number in range(1, 6)}
+    unchanged = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
+    assert unchanged - idle == ({name for name in before if in_resnet(name)} if frozen else set())
+
+
+def test_the_mode_of_a_frozen_resnet_does_not_change():
+    model = without_numbers(MVTecVAE, frozen=True)
+    for mode in (True, False):
+        assert model.train(mode) is model
+        for name, module in model.named_modules():
+            if isinstance(module, nn.BatchNorm2d):
+                assert module.training is (mode and name.startswith("decoder.")), name
+    assert without_numbers(MVTecVAE).train().encoder.bn1.training
+
+
+def narrow():
+    """The frozen ResNet between layers so narrow that a checkpoint is soon written."""
+    model = MVTecVAE(2, frozen=True)
+    model.encoder.linear = nn.Linear(512 * 8 * 8, 4)
+    model.mu, model.logvar = nn.Linear(4, 2), nn.Linear(4, 2)
+    model.decoder = nn.Sequential(nn.Linear(2, 3 * 256 * 256), nn.Unflatten(1, (3, 256, 256)))
+    return model
+
+
+def test_a_frozen_vae_that_was_cut_off_goes_on(tmp_path):
+    def trained(epochs, **options):
+        model, taken = training.build(narrow, 0), []
+        model.encoder.register_forward_pre_hook(lambda module, _: taken.append(1) if module.training else None)
+        history = training.train(
+            model, PIXELS[:2], PIXELS[2:], MVTEC["report1"], epochs=epochs, seed=0, progress=False, **options
+        )
+        return model.state_dict(), history, len(taken)
+
+    checkpoint = {"checkpoint": tmp_path / "checkpoint", "checkpoint_seconds": 0.0}
+    trained(1, **checkpoint)
+    resumed, history, steps = trained(2, **checkpoint)
+    uninterrupted, expected, all_steps = trained(2)
+    assert (steps, all_steps) == (1, 2)
+    assert history.images == expected.images == 4
+    assert history.kl == expected.kl
+    for name, value in resumed.items():
+        assert torch.equal(value, uninterrupted[name]), name

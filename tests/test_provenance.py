@@ -128,6 +128,7 @@ def repository(tmp_path, monkeypatch):
         "benchmarks/speed.py": "z = 1",
         "book/mini.md": CHAPTER,
         "book/shows.md": CHAPTER.replace("chapters.run(", "runs.load("),
+        "book/each.md": CHAPTER.replace("chapters.run(", "chapters.run_each("),
     }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -135,7 +136,8 @@ def repository(tmp_path, monkeypatch):
     return tmp_path
 
 
-NAMES = ["lib.b", "lib", "lib.a", "lib.gone", "benchmarks.speed", "book/mini.md", "book/shows.md", "book/gone.md"]
+NAMES = ["lib.b", "lib", "lib.a", "lib.gone", "benchmarks.speed", "book/mini.md", "book/shows.md"]
+NAMES += ["book/each.md", "book/gone.md"]
 
 
 def test_code_hashes_name_modules_packages_and_chapters(repository):
@@ -161,6 +163,9 @@ def test_code_hashes_name_modules_packages_and_chapters(repository):
         ("book/mini.md", "# A chapter", "# A better title", set()),
         ("book/mini.md", "digit: int = 1", "digit: int = 0", set()),  # parameters are part of the record
         ("book/mini.md", "print(run.metrics)", "print(run.losses)", set()),  # only shows the result
+        ("book/each.md", "digit + 1", "digit + 2", {"book/each.md"}),
+        ("book/each.md", '"mini", {"digit"', '"mini", {"number"', {"book/each.md"}),
+        ("book/each.md", "print(run.metrics)", "print(run.losses)", set()),
         ("book/shows.md", "digit + 1", "digit + 2", set()),  # a page that only shows the results of others
         ("book/mini.md", "return digit", "# the number\n    return digit", set()),
     ],
@@ -243,6 +248,39 @@ def test_choose_device_names_what_is_there(monkeypatch, name):
 def test_describe_device():
     assert provenance.describe_device(torch.device("cpu")).startswith(f"cpu: {torch.get_num_threads()} threads, ")
     assert provenance.describe_device(torch.device("mps")) == "mps"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_a_precision_that_is_named_is_taken_on_every_device(name, device):
+    assert provenance.choose_precision(name, torch.device(device)) == name
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True}, "bfloat16"),
+        ({"amx_bf16": False, "avx512_bf16": True}, "float32"),
+        ({"sve": True}, "float32"),  # an ARM has no such entry
+    ],
+)
+def test_auto_precision_on_a_cpu_asks_for_units_of_bfloat16(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert provenance.choose_precision("auto", torch.device("cpu")) == expected
+    assert provenance.choose_precision("auto", torch.device("mps")) == "float32"
+
+
+@pytest.mark.parametrize(("units", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_precision_on_a_gpu_does_not_count_emulation(monkeypatch, units, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": not units})
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or units)
+    assert provenance.choose_precision("auto", torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize("name", ["float16", "bf16", ""])
+def test_choose_precision_names_the_choices(name):
+    with pytest.raises(ValueError, match=rf"^precision must be one of auto, float32, bfloat16; got '{name}'$"):
+        provenance.choose_precision(name, torch.device("cpu"))
 
 
 def test_versions_are_text():

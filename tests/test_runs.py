@@ -11,8 +11,10 @@ import pandas as pd
 import pytest
 from filelock import FileLock
 from matplotlib.figure import Figure
+from PIL import Image
 
 from lib import provenance, runs
+from lib.data import mvtec
 from lib.data.card import DataCard
 from lib.recipes import MNIST
 
@@ -424,6 +426,56 @@ def test_a_run_of_a_removed_module_is_stale(repository):
     save()
     (repository / "lib" / "training.py").unlink()
     assert runs.load("mini", PARAMETERS).stale == ["lib.training"]
+
+
+@pytest.fixture
+def bottles(tmp_path, monkeypatch):
+    """Two categories of MVTec AD with a few tiny images each, and what a new process sees of them."""
+    folder = tmp_path / "data" / "mvtec"
+    for grey, name in enumerate(("train/good/000", "train/good/001", "test/good/000", "test/broken/000")):
+        for category in ("bottle", "cable"):
+            file = folder / category / f"{name}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40), (grey, 0, 0)).save(file)
+    monkeypatch.setenv("EXPVAE_DATA", str(tmp_path / "data"))
+    runs._data_digest.cache_clear()
+    yield folder
+    runs._data_digest.cache_clear()
+
+
+def seen_by_a_new_process():
+    runs._data_digest.cache_clear()
+    return runs.load("mini", PARAMETERS).stale
+
+
+def test_a_run_on_another_state_of_a_category_is_stale(repository, bottles):
+    category = mvtec.load("bottle", "real", size=32)
+    assert category.card.name == "mvtec/bottle"
+    save(card=category.card)
+    assert seen_by_a_new_process() == []
+    Image.new("RGB", (40, 40), (0, 9, 0)).save(bottles / "cable" / "train/good/000.png")
+    (bottles / "cable" / "test/broken/000.png").unlink()
+    assert seen_by_a_new_process() == []
+
+    image = bottles / "bottle" / "train/good/000.png"
+    before = image.read_bytes()
+    Image.new("RGB", (40, 40), (0, 9, 0)).save(image)
+    assert seen_by_a_new_process() == ["data mvtec/bottle"]
+    image.write_bytes(before)
+    assert seen_by_a_new_process() == []
+    image.with_name("002.png").write_bytes(before)
+    assert seen_by_a_new_process() == ["data mvtec/bottle"]
+
+
+def test_where_a_category_is_not_at_hand_there_is_no_telling(repository, bottles):
+    save(card=mvtec.load("bottle", "real", size=32).card)
+    (bottles / "bottle").rename(bottles / "elsewhere")
+    assert seen_by_a_new_process() == []
+
+
+def test_a_run_on_the_drawn_sample_of_a_category_is_not_stale(repository, bottles):
+    save(card=mvtec.load("bottle", "sample", size=32).card)
+    assert seen_by_a_new_process() == []
 
 
 # --- several processes -----------------------------------------------------------------------------------------------

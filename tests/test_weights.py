@@ -1,8 +1,9 @@
+import hashlib
 import json
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,8 @@ def test_the_model_is_the_one_that_the_loop_trains(repository):
         {"train_NCYX": images().flip(0)},
         {"train_NCYX": images() ^ torch.tensor([1] + [0] * 15, dtype=torch.uint8).reshape(1, 4, 4)},
         {"validation_NCYX": images(4, 1001)},
+        {"variant": "imagenet, frozen"},
+        {"precision": "bfloat16"},
     ],
     ids=lambda change: " ".join(map(str, change)),
 )
@@ -134,6 +137,39 @@ def test_another_training_is_not_taken_for_this_one(repository, change):
     assert not other.reused
     assert other.key != first.key
     assert trained().reused  # beside it, not in its place
+
+
+@pytest.mark.parametrize(
+    ("options", "in_key"),
+    [
+        ({}, {}),
+        ({"variant": "", "precision": "float32"}, {}),
+        ({"variant": "random, frozen"}, {"variant": "random, frozen"}),
+        ({"variant": "imagenet", "precision": "bfloat16"}, {"variant": "imagenet", "precision": "bfloat16"}),
+    ],
+)
+def test_the_key_is_the_one_that_stored_weights_have(repository, options, in_key):
+    """A choice that is not made is no part of it: weights from before there was the choice are still found."""
+    recipe = {name: value for name, value in asdict(RECIPE).items() if name not in ("source", "epochs")}
+    determinants = {
+        "model": f"{__name__}.TinyVAE",
+        "shapes": {
+            "encoder.weight": [4, 1, 4, 4],
+            "encoder.bias": [4],
+            "decoder.weight": [16, 2],
+            "decoder.bias": [16],
+        },
+        "recipe": recipe,
+        "epochs": 2,
+        "seed": 0,
+        "train": provenance.tensor_digest(images()),
+        "validation": provenance.tensor_digest(images(4, 1000)),
+        "code": dict.fromkeys([__name__, "lib.training"], provenance.source_hash("x = 1")),
+    }
+    text = json.dumps(determinants | in_key, sort_keys=True)
+    result = trained(**options)
+    assert result.key == hashlib.sha256(text.encode()).hexdigest()
+    assert [path.name for path in stored()] == [f"TinyVAE-{result.key[:20]}.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["lib/training.py", f"{__name__}.py"])
@@ -219,6 +255,57 @@ def test_a_damaged_checkpoint_is_named(repository):
         trained()
     path.with_suffix(".checkpoint").unlink()
     assert not trained().reused
+
+
+# --- bfloat16 --------------------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_trains_nearly_as_float32_does(repository):
+    kinds = []
+
+    class Watched(TinyVAE):
+        def encode(self, x_BCYX):
+            mu_BI, logvar_BI = super().encode(x_BCYX)
+            kinds.append(mu_BI.dtype)
+            return mu_BI, logvar_BI
+
+    exact = trained(epochs=5)
+    mixed = trained(Watched, epochs=5, precision="bfloat16")
+    assert set(kinds) == {torch.bfloat16}  # in validation too
+    assert {value.dtype for value in mixed.model.state_dict().values()} == {torch.float32}
+    assert not torch.is_autocast_enabled("cpu")
+    assert not any(torch.equal(*pair) for pair in zip(mixed.model.parameters(), exact.model.parameters(), strict=True))
+    for name, losses in vars(exact.history).items():
+        if isinstance(losses, list):
+            assert getattr(mixed.history, name) == pytest.approx(losses, rel=0.02, abs=0.02), name
+    assert exact.history.reconstruction[-1] < 0.99 * exact.history.reconstruction[0]  # more than they differ
+
+
+def test_bfloat16_gives_the_same_bits_again_and_after_a_kill(repository, frequent_checkpoints, monkeypatch, tmp_path):
+    def interrupt(step):
+        if step == 7:
+            raise KeyboardInterrupt
+
+    taken, results = [], []
+    with pytest.raises(KeyboardInterrupt):
+        trained(lambda: TinyVAE(interrupt), precision="bfloat16")
+    assert not torch.is_autocast_enabled("cpu")
+    results.append(trained(lambda: TinyVAE(taken.append), precision="bfloat16"))
+    assert len(taken) == STEPS - 6
+    for name in ("first", "second"):
+        monkeypatch.setenv("EXPVAE_CACHE", str(tmp_path / name))
+        results.append(trained(precision="bfloat16"))
+    assert [result.reused for result in results] == [False] * 3
+    for result in results[1:]:
+        assert_same_model(results[0], result)
+        assert results[0].history.kl == result.history.kl
+
+
+@pytest.mark.parametrize("precision", ["auto", "float16", ""])
+def test_an_unknown_precision_is_refused(repository, precision):
+    with pytest.raises(ValueError, match=rf"^precision must be one of float32, bfloat16; got '{precision}'$"):
+        trained(precision=precision)
+    assert not weights.folder().exists()
 
 
 # --- two processes ---------------------------------------------------------------------------------------------------

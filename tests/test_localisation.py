@@ -1,0 +1,631 @@
+"""Localisation on MVTec AD, with a small VAE in the place of the ResNet's: against scikit-learn, SciPy and slow loops."""
+
+import json
+from collections import OrderedDict
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+from scipy.stats import spearmanr
+from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_score
+from torch import nn
+
+from lib import baselines, localisation, recipes, runs, training
+from lib.attention import PRESETS
+from lib.data import mvtec
+from lib.data.card import DataCard
+from lib.localisation import ATTENTION, BASELINES, COMMON, FIELDS, LAYERS, METHODS, SSIM
+from lib.metrics import streaming
+from lib.metrics.iou import CONVENTIONS
+from lib.models.mvtec import imagenet_weights
+
+SIDE = 64
+DEFECTS = ["broken", "broken", "good", "good", "stained", "stained"]
+PARAMETERS = {
+    "category": "bottle",
+    "data": "sample",
+    "recipe": "report1",
+    "initial": "random",
+    "encoder": "fine-tuned",
+    "augmentation": "paper",
+    "augmented": 12,
+    "epochs": 1,
+    "precision": "float32",
+    "layer": "layer2.1.conv1",
+    "preset": "liu2020_code",
+    "seed": 0,
+}
+IMAGE_METHODS = [name for name in METHODS if name not in (COMMON, "centre prior")]
+LATENT_METRICS = {
+    "parameters",
+    "parameters, trained",
+    "KL per image",
+    "reconstruction per image",
+    "reconstruction per image, mean image",
+}
+SPREAD_METRICS = {"active units", "standard deviation of a pixel over the images"}
+PIXEL_METRICS = {
+    *FIELDS.values(),
+    localisation.DIFFERENCE,
+    localisation.MISSED,
+    "anomalous pixels",
+    "AUROC within images, mean",
+    "share of the attention's variance that all images share",
+    "rank correlation with the attention",
+    "pixel AUROC, layers and presets",
+    *(f"IoU, {average}, {classes}" for average, classes in CONVENTIONS),
+}
+
+
+class Small(nn.Module):
+    """A VAE whose encoder has the layers of LAYERS, for images of SIDE; 16 latents, so that noise comes in blocks."""
+
+    __module__ = "tests.test_localisation"  # by which the cache of weights finds this file
+
+    def __init__(self):
+        super().__init__()
+
+        def halving(before, after, name, stride=2):
+            convolution = nn.Conv2d(before, after, kernel_size=3, stride=stride, padding=1)
+            return nn.Sequential(OrderedDict([(name, convolution), ("elu", nn.ELU())]))
+
+        self.encoder = nn.Sequential(
+            OrderedDict(
+                conv1=nn.Conv2d(3, 4, kernel_size=4, stride=4),
+                elu=nn.ELU(),
+                layer1=nn.Sequential(nn.Identity(), halving(4, 4, "conv2", stride=1)),
+                layer2=nn.Sequential(nn.Identity(), halving(4, 4, "conv1")),
+                layer3=nn.Sequential(nn.Identity(), halving(4, 4, "conv2")),
+                layer4=nn.Sequential(nn.Identity(), halving(4, 4, "conv2")),
+                flatten=nn.Flatten(),
+            )
+        )
+        self.mu, self.logvar = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.decoder = nn.Sequential(
+            nn.Linear(16, 3 * 16 * 16), nn.Unflatten(1, (3, 16, 16)), nn.Upsample(scale_factor=4)
+        )
+
+    def encode(self, x_BCYX):
+        hidden = self.encoder(x_BCYX)
+        return self.mu(hidden), self.logvar(hidden)
+
+    def decode(self, z_BI):
+        return self.decoder(z_BI)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fewer_of_everything():
+    """A hundred resamples of PixelCounts, and four images for all layers and presets."""
+    resampled = streaming._resampled_counts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streaming, "_resampled_counts", lambda *arguments: resampled(*arguments[:-1], 100))
+        patch.setattr(localisation, "SOME", 4)
+        yield
+
+
+@pytest.fixture(scope="module")
+def small():
+    torch.manual_seed(4)
+    model = Small().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)  # else as good as nothing of an image reaches the latents
+    return model
+
+
+def category(**changes):
+    """Ten training and six test images of smooth noise, of which four show a brighter rectangle."""
+    generator = torch.Generator().manual_seed(2)
+    noise_NCYX = torch.rand(16, 3, 8, 8, generator=generator)
+    x_NCYX = nn.functional.interpolate(noise_NCYX, SIDE, mode="bilinear").mul(180)
+    masks = [torch.zeros(SIDE, SIDE, dtype=torch.bool) for _ in DEFECTS]
+    for i, (mask_YX, defect) in enumerate(zip(masks, DEFECTS, strict=True)):
+        if defect != "good":
+            mask_YX[10 + 3 * i : 24 + 3 * i, 12:30] = True
+            x_NCYX[10 + i] += 60 * mask_YX
+    counts = {"train": 10, "test": 6}
+    card = DataCard("mvtec/bottle", "sample", counts, counts, "digest", "licence", "Credit")
+    x_NCYX = x_NCYX.round().byte()
+    return replace(mvtec.Category("bottle", x_NCYX[:10], x_NCYX[10:], DEFECTS, masks, card), **changes)
+
+
+def only(images, **changes):
+    """The category with some of its test images only."""
+    full = category()
+    return replace(
+        full,
+        test_NCYX=full.test_NCYX[images],
+        test_defect=[full.test_defect[i] for i in images],
+        test_mask=[full.test_mask[i] for i in images],
+        **changes,
+    )
+
+
+UNMASKED = [None if defect != "good" else torch.zeros(SIDE, SIDE, dtype=torch.bool) for defect in DEFECTS]
+CASES = {
+    "all": category(),
+    "no masks": category(test_mask=UNMASKED),
+    "some masks": category(test_mask=[*UNMASKED[:3], *category().test_mask[3:]]),
+    "no good": only([0, 1, 4, 5]),
+    "only good": only([2, 3]),
+    "no test": only([]),
+}
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory):
+    """A run of each case, stored and read again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EXPVAE_RUNS", str(tmp_path_factory.mktemp("runs")))
+        patch.setenv("EXPVAE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(localisation, "network", lambda *_: (Small, "random, fine-tuned"))
+        found = {}
+        for seed, (name, data) in enumerate(CASES.items()):
+            patch.setattr(mvtec, "load", lambda *_, data=data: data)
+            parameters = PARAMETERS | {"seed": seed}
+            localisation.compute("mvtec15", parameters, torch.device("cpu"))
+            found[name] = runs.load("mvtec15", parameters)
+        return found
+
+
+def metrics(run):
+    return {row["metric"] for row in run.record["metrics"]}
+
+
+def value(rows, metric, method="", subset=""):
+    (row,) = [row for row in rows if (row["metric"], row["method"], row["subset"]) == (metric, method, subset)]
+    return row["value"]
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_measured_depends_on_what_is_at_hand(computed):
+    always = LATENT_METRICS | SPREAD_METRICS
+    assert {name: metrics(run) for name, run in computed.items()} == {
+        "all": always | PIXEL_METRICS | {"image AUROC"},
+        "no masks": always | {"image AUROC"},
+        "some masks": always | PIXEL_METRICS | {"image AUROC"},
+        "no good": always | PIXEL_METRICS,
+        "only good": always,
+        "no test": LATENT_METRICS,
+    }
+    figures = {name: sorted(path.name for path in (run.folder / "figures").iterdir()) for name, run in computed.items()}
+    masked = ("all", "some masks", "no good")
+    assert figures == {name: ["defects.png"] if name in masked else [] for name in computed}
+
+
+def test_every_method_has_its_rows(computed):
+    run = computed["all"]
+    for title in (*FIELDS.values(), localisation.MISSED):
+        assert run.rows(title)["method"].tolist() == list(METHODS)
+    assert run.rows(localisation.DIFFERENCE)["method"].tolist() == [f"attention − {name}" for name in BASELINES]
+    images = {(row.method, row.subset) for row in run.rows("image AUROC").itertuples()}
+    assert images == {(name, how) for name in IMAGE_METHODS for how in ("mean", "maximum")}
+    for average, classes in CONVENTIONS:
+        rows = run.rows(f"IoU, {average}, {classes}")
+        assert {(row.method, row.subset) for row in rows.itertuples()} == {
+            (name, choice) for name in (ATTENTION, "reconstruction error") for choice in ("validation", "grid", "best")
+        }
+    kinds = {(row.method, row.subset, row.n) for row in run.rows("AUROC within images, mean").itertuples()}
+    assert kinds == {(name, kind, 2) for name in METHODS for kind in ("broken", "stained")}
+    presets = [preset for preset in PRESETS if "disent" not in preset]
+    rows = run.rows("pixel AUROC, layers and presets")
+    assert {(row.method, row.subset) for row in rows.itertuples()} == {
+        (layer, preset) for layer in LAYERS for preset in (*presets, "normal_difference")
+    }
+    assert set(rows["n"]) == {4}
+    likened = run.rows("rank correlation with the attention")["method"].tolist()
+    assert likened == [*BASELINES, "brightness", "darkness", "edges"]
+
+
+def test_images_without_a_mask_do_not_count_among_pixels(computed):
+    assert set(computed["all"].rows("pixel AUROC")["n"]) == {6}
+    assert set(computed["some masks"].rows("pixel AUROC")["n"]) == {4}  # two normal, two with masks
+    assert set(computed["no good"].rows("pixel AUROC")["n"]) == {4}
+
+
+def test_the_record_says_how_it_was_trained(computed):
+    record = computed["all"].record
+    assert record["parameters"] == PARAMETERS
+    assert record["budget"] == {"unit": "images", "asked": 300 * 10_000, "used": 12}
+    assert record["recipe"] == json.loads(json.dumps(vars(recipes.MVTEC["report1"])))
+    facts = record["training"]
+    assert facts.pop("images_per_second") == pytest.approx(12 / record["seconds"]["training"])
+    assert facts == {"encoder": "random, fine-tuned", "precision": "float32", "originals": 8, "images": 12}
+    assert record["losses"].keys() == {"reconstruction", "kl", "validation_reconstruction", "validation_kl"}
+    assert len(record["weights"]["key"]) == 64
+    assert computed["all"].arrays["common_attention"].shape == (SIDE, SIDE)
+
+
+def test_the_run_is_that_of_the_model_in_the_cache(computed, monkeypatch, tmp_path):
+    """Trained again in an empty cache, and its maps measured by scikit-learn."""
+    monkeypatch.setenv("EXPVAE_CACHE", str(tmp_path))
+    monkeypatch.setattr(localisation, "network", lambda *_: (Small, "random, fine-tuned"))
+    data, run = category(), computed["all"]
+    trained, _ = localisation.fit(data, PARAMETERS, torch.device("cpu"))
+    assert trained.key == run.record["weights"]["key"]
+    map_NYX = localisation.explain(trained.model, data.test_NCYX, "layer2.1.conv1", "liu2020_code", batch=8, seed=0)
+    truth = torch.stack(data.test_mask).flatten()
+    assert run.metric("pixel AUROC", ATTENTION)["value"] == pytest.approx(
+        roc_auc_score(truth, map_NYX.flatten()), abs=1e-5
+    )
+    defective = [defect != "good" for defect in DEFECTS]
+    expected = roc_auc_score(defective, map_NYX.mean((1, 2)))
+    assert run.metric("image AUROC", ATTENTION, "mean")["value"] == pytest.approx(expected)
+    _, held_out_NCYX = localisation.split(data)
+    common = localisation.explain(trained.model, held_out_NCYX, "layer2.1.conv1", "liu2020_code", batch=8, seed=0)
+    np.testing.assert_allclose(run.arrays["common_attention"], common.mean(0), rtol=2e-3, atol=1e-3)
+    assert run.metric("parameters")["value"] == sum(value.numel() for value in Small().parameters())
+
+
+def test_weights_that_start_otherwise_are_other_weights(monkeypatch, tmp_path):
+    monkeypatch.setenv("EXPVAE_CACHE", str(tmp_path))
+    found = []
+    for start, precision in (("random, fine-tuned", "float32"), ("imagenet, frozen", "float32")):
+        monkeypatch.setattr(localisation, "network", lambda *_, start=start: (Small, start))
+        trained, facts = localisation.fit(category(), PARAMETERS | {"precision": precision}, torch.device("cpu"))
+        assert facts["encoder"] == start
+        found.append(trained)
+    assert found[0].key != found[1].key
+    assert not found[1].reused
+    assert localisation.fit(category(), PARAMETERS, torch.device("cpu"))[0].reused
+
+
+# --- the network of a recipe -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("initial", "encoder"), [("imagenet", "fine-tuned"), ("auto", "frozen"), ("random", "frozen")])
+def test_the_network_of_brongers_has_neither_choice(initial, encoder):
+    with pytest.raises(ValueError, match=r"^recipe='brongers2021' has a ResNet of its own, .* give initial='auto' or"):
+        localisation.network("brongers2021", initial, encoder)
+
+
+def test_imagenet_that_cannot_be_had_is_refused(monkeypatch):
+    monkeypatch.setattr(localisation, "imagenet_weights", lambda: None)
+    with pytest.raises(ValueError, match=r"^initial='imagenet' needs torchvision's weights .* initial='random' does"):
+        localisation.network("report1", "imagenet", "frozen")
+
+
+@pytest.mark.parametrize(
+    ("initial", "encoder", "there", "words"),
+    [
+        ("auto", "fine-tuned", True, "imagenet, fine-tuned"),
+        ("auto", "frozen", True, "imagenet, frozen"),
+        ("auto", "frozen", False, "random, frozen"),
+        ("imagenet", "fine-tuned", True, "imagenet, fine-tuned"),
+        ("random", "fine-tuned", True, "random, fine-tuned"),
+        ("random", "frozen", False, "random, frozen"),
+    ],
+)
+def test_what_the_encoder_starts_from(monkeypatch, initial, encoder, there, words):
+    calls = []
+
+    def stand_in(*arguments, **options):
+        calls.append((arguments, options))
+        return nn.Identity()
+
+    chosen = object()
+    monkeypatch.setattr(localisation, "imagenet_weights", lambda: chosen if there else None)
+    monkeypatch.setattr(localisation, "MVTecVAE", stand_in)
+    make, start = localisation.network("report2", initial, encoder)
+    assert start == words
+    assert calls == []
+    make()
+    expected = chosen if words.startswith("imagenet") else None
+    assert calls == [((32, expected), {"frozen": encoder == "frozen"})]
+
+
+def test_the_network_of_brongers_is_built(monkeypatch):
+    monkeypatch.setattr(localisation, "BrongersMVTecVAE", lambda latents: nn.Linear(1, latents))
+    monkeypatch.setattr(localisation, "imagenet_weights", lambda: pytest.fail("ImageNet's weights were looked for"))
+    for initial in ("auto", "random"):
+        make, start = localisation.network("brongers2021", initial, "fine-tuned")
+        assert start == "random, fine-tuned"
+        assert make().out_features == 32
+    assert localisation.imagenet_weights is not imagenet_weights
+
+
+# --- maps ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_fifth_of_the_training_images_is_held_out():
+    data = category()
+    train_NCYX, held_out_NCYX = localisation.split(data)
+    assert (len(train_NCYX), len(held_out_NCYX)) == (8, 2)
+    parts = sorted(x_CYX.numpy().tobytes() for x_CYX in torch.cat([train_NCYX, held_out_NCYX]))
+    assert parts == sorted(x_CYX.numpy().tobytes() for x_CYX in data.train_NCYX)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("preset", ["liu2020_paper", "normal_difference"])
+def test_maps_do_not_depend_on_the_batch(small, layer, preset):
+    x_NCYX = torch.cat([category().train_NCYX, category().test_NCYX])
+    normal = localisation.normal_posterior(small, x_NCYX[:8])
+    maps = [
+        localisation.explain(small, x_NCYX, layer, preset, batch=batch, seed=3, normal=normal) for batch in (1, 5, 16)
+    ]
+    for other in maps[1:]:
+        torch.testing.assert_close(maps[0], other, rtol=1e-4, atol=1e-6 * float(maps[0].max()))
+    assert maps[0].shape == (16, SIDE, SIDE)
+    assert (maps[0] - maps[0][0]).abs().amax((1, 2))[1:].min() > 0
+
+
+def test_maps_depend_on_the_batch_where_the_preset_says_so(small):
+    x_NCYX = category().test_NCYX
+    one, all_six = (
+        localisation.explain(small, x_NCYX, LAYERS[2], "liu2020_code", batch=batch, seed=0) for batch in (1, 6)
+    )
+    assert (one / all_six).nanmedian(dim=1).values.std() > 1e-3
+
+
+def test_the_seed_fixes_the_noise(small):
+    x_NCYX = category().test_NCYX
+    normal = localisation.normal_posterior(small, x_NCYX)
+    maps = [
+        localisation.explain(small, x_NCYX, LAYERS[2], "normal_difference", batch=4, seed=seed, normal=normal)
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(maps[0], maps[1])
+    assert not torch.equal(maps[0], maps[2])
+
+
+def test_reconstructions_do_not_depend_on_the_batch(small):
+    x_NCYX = torch.cat([category().train_NCYX, category().test_NCYX, category().test_NCYX])
+    restored_NCYX = localisation.reconstruct(small, x_NCYX)
+    assert restored_NCYX.shape == (22, 3, SIDE, SIDE)
+    for x_CYX, restored_CYX in zip(x_NCYX, restored_NCYX, strict=True):
+        with torch.no_grad():
+            expected = torch.sigmoid(small.decode(small.encode(x_CYX[None] / 255)[0]))[0]
+        torch.testing.assert_close(restored_CYX, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_normal_posterior_is_that_of_all_images_pooled(small):
+    x_NCYX = category().train_NCYX
+    mean_D, logvar_D = localisation.normal_posterior(small, x_NCYX)
+    with torch.no_grad():
+        mu_ND, logvar_ND = small.encode(x_NCYX / 255)
+    generator = torch.Generator().manual_seed(4)
+    noise_SND = torch.randn(40_000, *mu_ND.shape, generator=generator)
+    pooled = (mu_ND + (0.5 * logvar_ND).exp() * noise_SND).flatten(0, 1)
+    torch.testing.assert_close(mean_D, pooled.mean(0), atol=0.01, rtol=0)
+    torch.testing.assert_close(logvar_D.exp(), pooled.var(0), atol=0, rtol=0.01)
+
+
+def wang(x_YX, y_YX):
+    """SSIM of Wang et al. (2004) by SciPy, with a Gaussian of 1.5 pixels and images mirrored at their borders."""
+
+    def smooth(values):
+        return gaussian_filter(values, 1.5, truncate=3.5, mode="mirror")
+
+    mean_x, mean_y = smooth(x_YX), smooth(y_YX)
+    var_x, var_y = smooth(x_YX**2) - mean_x**2, smooth(y_YX**2) - mean_y**2
+    covariance = smooth(x_YX * y_YX) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    return luminance * (2 * covariance + c2) / (var_x + var_y + c2)
+
+
+def test_dissimilarity_is_one_minus_the_ssim_of_wang():
+    generator = torch.Generator().manual_seed(5)
+    x_BCYX = nn.functional.interpolate(torch.rand(2, 3, 10, 12, generator=generator), (40, 48), mode="bilinear")
+    other_BCYX = (x_BCYX + 0.1 * torch.randn(x_BCYX.shape, generator=generator)).clamp(0, 1)
+    ours_BYX = localisation.dissimilarity(x_BCYX, other_BCYX)
+    for ours_YX, x_CYX, other_CYX in zip(ours_BYX, x_BCYX.double(), other_BCYX.double(), strict=True):
+        theirs = [wang(x_YX.numpy(), y_YX.numpy()) for x_YX, y_YX in zip(x_CYX, other_CYX, strict=True)]
+        np.testing.assert_allclose(ours_YX, 1 - np.mean(theirs, axis=0), atol=1e-3)
+    torch.testing.assert_close(localisation.dissimilarity(x_BCYX, x_BCYX), torch.zeros(2, 40, 48), atol=1e-4, rtol=0)
+
+
+def test_edges_are_numpys_gradient():
+    x_NYX = torch.rand(3, 9, 13, generator=torch.Generator().manual_seed(6))
+    for ours_YX, x_YX in zip(localisation.edges(x_NYX), x_NYX.numpy(), strict=True):
+        np.testing.assert_allclose(ours_YX, np.hypot(*np.gradient(x_YX)), rtol=1e-5, atol=1e-7)
+
+
+def test_baseline_maps_are_those_of_the_library_in_every_batch(small):
+    x_NCYX = torch.cat([category().train_NCYX, category().test_NCYX, category().test_NCYX])
+    restored_NCYX = localisation.reconstruct(small, x_NCYX)
+    mean_CYX = training.to_unit(category().train_NCYX).mean(0)
+    maps = localisation.baseline_maps(x_NCYX, restored_NCYX, mean_CYX)
+    assert {COMMON, *maps} == set(BASELINES)
+    for i in (0, 15, 16, 21):
+        x_BCYX, restored_BCYX = x_NCYX[i : i + 1] / 255, restored_NCYX[i : i + 1]
+        torch.testing.assert_close(maps["reconstruction error"][i], (x_BCYX - restored_BCYX).square().mean(1)[0])
+        torch.testing.assert_close(maps["mean image difference"][i], (x_BCYX - mean_CYX).square().mean(1)[0])
+        torch.testing.assert_close(maps["centre prior"][i], baselines.centre_prior(SIDE, SIDE)[0])
+        torch.testing.assert_close(maps[SSIM][i], localisation.dissimilarity(x_BCYX, restored_BCYX)[0])
+
+
+# --- measures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data():
+    """The category, one defective image of which lacks its mask."""
+    masks = category().test_mask
+    return category(test_mask=[None, *masks[1:]])
+
+
+@pytest.fixture(scope="module")
+def maps():
+    """Maps that know something of the anomalies."""
+    generator, truth_NYX = torch.Generator().manual_seed(7), torch.stack(category().test_mask)
+    return {
+        name: torch.rand(6, SIDE, SIDE, generator=generator) + 0.1 * i * truth_NYX for i, name in enumerate(METHODS)
+    }
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    generator = torch.Generator().manual_seed(8)
+    return {name: torch.rand(2, SIDE, SIDE, generator=generator) for name in METHODS}
+
+
+def test_one_in_a_hundred_normal_pixels_exceeds_the_threshold():
+    map_NYX = torch.randn(20, 50, 50, generator=torch.Generator().manual_seed(9)).exp()
+    assert float((map_NYX > localisation.threshold(map_NYX)).float().mean()) == pytest.approx(0.01, abs=1e-4)
+
+
+def test_pixel_measures_are_scikit_learns(data, maps, held_out):
+    rows = localisation.pixel_rows(maps, held_out, data, seed=0)
+    truth = torch.stack(data.test_mask[1:]).flatten().numpy()
+    for name in METHODS:
+        score = maps[name][1:].flatten().numpy()
+        assert value(rows, "pixel AUROC", name) == pytest.approx(roc_auc_score(truth, score), abs=1e-6)
+        assert value(rows, "average precision", name) == pytest.approx(average_precision_score(truth, score), abs=1e-6)
+        flagged = score >= np.quantile(held_out[name].numpy(), 0.99)
+        expected = jaccard_score(truth, flagged)
+        assert value(rows, "IoU, threshold from validation", name) == pytest.approx(expected, abs=1e-6)
+        if name in (ATTENTION, "reconstruction error"):
+            assert value(rows, "IoU, pooled, anomalous", name, "validation") == pytest.approx(expected, abs=1e-6)
+            both = jaccard_score(truth, flagged, average="macro")
+            assert value(rows, "IoU, pooled, both", name, "validation") == pytest.approx(both, abs=1e-6)
+    for name in BASELINES:
+        change = value(rows, "pixel AUROC", ATTENTION) - value(rows, "pixel AUROC", name)
+        assert value(rows, localisation.DIFFERENCE, f"attention − {name}") == pytest.approx(change, abs=1e-6)
+    assert value(rows, "anomalous pixels") == pytest.approx(truth.mean())
+
+
+def test_image_measures_are_scikit_learns(data, maps):
+    rows = localisation.image_rows(maps, data, seed=0)
+    defective = [defect != "good" for defect in DEFECTS]
+    for name in IMAGE_METHODS:
+        for how, score_N in {"mean": maps[name].mean((1, 2)), "maximum": maps[name].amax((1, 2))}.items():
+            expected = roc_auc_score(defective, score_N)
+            assert value(rows, "image AUROC", name, how) == pytest.approx(expected)
+    assert len(rows) == 2 * len(IMAGE_METHODS)
+
+
+def test_measures_of_single_maps(data, maps):
+    rows = localisation.map_rows(maps, data)
+    for name in METHODS:
+        auroc = {i: roc_auc_score(data.test_mask[i].flatten(), maps[name][i].flatten()) for i in (1, 4, 5)}
+        assert value(rows, "AUROC within images, mean", name, "broken") == pytest.approx(auroc[1])
+        assert value(rows, "AUROC within images, mean", name, "stained") == pytest.approx((auroc[4] + auroc[5]) / 2)
+        assert value(rows, localisation.MISSED, name) == pytest.approx(np.mean([a < 0.5 for a in auroc.values()]))
+    grey_NYX = data.test_NCYX.numpy().mean(1)
+    likened = {
+        SSIM: maps[SSIM].numpy(),
+        "brightness": grey_NYX,
+        "darkness": -grey_NYX,
+        "edges": np.stack([np.hypot(*np.gradient(x_YX)) for x_YX in grey_NYX]),
+    }
+    for name, other_NYX in likened.items():
+        pairs = zip(maps[ATTENTION].numpy()[:, ::8, ::8], other_NYX[:, ::8, ::8], strict=True)
+        expected = np.mean([spearmanr(ours.ravel(), other.ravel()).statistic for ours, other in pairs])
+        assert value(rows, "rank correlation with the attention", name) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(("common", "expected"), [(0.0, 1 / 6), (1.0, 1.0)])
+def test_the_share_that_all_images_share(data, maps, common, expected):
+    """Of independent maps the mean of six has a sixth of the variance; of maps that are all alike all of it."""
+    generator = torch.Generator().manual_seed(10)
+    alike_YX, own_NYX = torch.randn(SIDE, SIDE, generator=generator), torch.randn(6, SIDE, SIDE, generator=generator)
+    attention_NYX = common * alike_YX + (1 - common) * own_NYX
+    rows = localisation.map_rows(maps | {ATTENTION: attention_NYX}, data)
+    share = value(rows, "share of the attention's variance that all images share")
+    assert share == pytest.approx(expected, abs=0.01)
+
+
+def test_attention_that_is_zero_everywhere_shares_and_resembles_nothing(data, maps):
+    """As where a layer is dead, or no channel raises a latent."""
+    rows = localisation.map_rows(maps | {ATTENTION: torch.zeros(6, SIDE, SIDE)}, data)
+    assert {row["metric"] for row in rows} == {localisation.MISSED, "AUROC within images, mean"}
+    assert value(rows, "AUROC within images, mean", ATTENTION, "broken") == 0.5
+
+
+def test_an_image_that_is_anomalous_all_over_is_not_missed(data, maps):
+    masks = [*data.test_mask[:4], torch.ones(SIDE, SIDE, dtype=torch.bool), data.test_mask[5]]
+    rows = localisation.map_rows(maps, replace(data, test_mask=masks))
+    other = roc_auc_score(masks[5].flatten(), maps[SSIM][5].flatten())
+    assert value(rows, "AUROC within images, mean", SSIM, "stained") == pytest.approx((0.5 + other) / 2)
+
+
+def test_layers_and_presets_are_compared_on_images_drawn_with_the_seed(small, data):
+    normal = localisation.normal_posterior(small, data.train_NCYX)
+    rows = localisation.layer_rows(small, data, normal, batch=8, seed=0)
+    again = localisation.layer_rows(small, data, normal, batch=8, seed=0)
+    assert rows == again
+    assert {row["n"] for row in rows} == {4}
+    known = [1, 2, 3, 4, 5]
+    candidates = [[i for i in known if i != left_out] for left_out in known]
+    map_NYX = localisation.explain(small, data.test_NCYX, LAYERS[3], "liu2020_paper", batch=8, seed=0)
+    scores = [
+        roc_auc_score(torch.stack([data.test_mask[i] for i in some]).flatten(), map_NYX[some].flatten())
+        for some in candidates
+    ]
+    found = value(rows, "pixel AUROC, layers and presets", LAYERS[3], "liu2020_paper")
+    assert min(abs(found - score) for score in scores) < 1e-5
+
+
+def test_what_the_latents_carry(small):
+    data = category()
+    _, held_out_NCYX = localisation.split(data)
+    restored_NCYX = localisation.reconstruct(small, data.test_NCYX)
+    mean_CYX = training.to_unit(data.train_NCYX).mean(0)
+    rows = localisation.latent_rows(small, data, mean_CYX, restored_NCYX)
+    with torch.no_grad():
+        mu_NI = small.encode(data.test_NCYX / 255)[0].numpy()
+        mu_VI, logvar_VI = (values.double() for values in small.encode(held_out_NCYX / 255))
+    kl = (mu_VI**2 + logvar_VI.exp() - 1 - logvar_VI).sum() / 2 / len(mu_VI)
+    assert value(rows, "KL per image") == pytest.approx(float(kl), rel=1e-4)
+    assert value(rows, "active units") == (mu_NI.var(0, ddof=1) > 0.01).sum()
+    x, p = held_out_NCYX.numpy() / 255, np.clip(mean_CYX.numpy().astype(float), 1e-4, 1 - 1e-4)
+    constant = -(x * np.log(p) + (1 - x) * np.log(1 - p)).sum() / len(x)
+    assert value(rows, "reconstruction per image, mean image") == pytest.approx(constant, rel=1e-5)
+    for name, images in {"images": data.test_NCYX.numpy() / 255, "reconstructions": restored_NCYX.numpy()}.items():
+        expected = np.sqrt(images.var(0, ddof=1).mean())
+        metric = "standard deviation of a pixel over the images"
+        assert value(rows, metric, name) == pytest.approx(expected, rel=1e-4)
+
+
+def test_frozen_weights_count_as_parameters_that_are_not_trained():
+    model = Small().eval()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    weight = model.encoder.conv1.weight.detach()
+    del model.encoder.conv1.weight
+    model.encoder.conv1.register_buffer("weight", weight)
+    model.register_buffer("running_mean", torch.zeros(5))
+    rows = localisation.latent_rows(model, only([]), torch.full((3, SIDE, SIDE), 0.5), torch.empty(0, 3, SIDE, SIDE))
+    assert value(rows, "parameters") == total
+    assert value(rows, "parameters, trained") == total - 4 * 3 * 4 * 4
+
+
+# --- the panel -------------------------------------------------------------------------------------------------------
+
+
+def drawn(seed):
+    """Titles and pictures of a panel of twelve defects, each of its own kind, and of two normal images."""
+    kinds = [*(f"kind_{i}" for i in range(12)), "good", "good"]
+    generator = torch.Generator().manual_seed(11)
+    mask_NYX = torch.zeros(14, SIDE, SIDE, dtype=torch.bool)
+    mask_NYX[:11, 5:9] = True  # the last kind has a mask that is empty
+    x_NCYX = torch.randint(0, 256, (14, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
+    maps = {ATTENTION: torch.rand(14, SIDE, SIDE, generator=generator)}
+    held_out = {ATTENTION: torch.rand(2, SIDE, SIDE, generator=generator)}
+    data = category(test_NCYX=x_NCYX, test_defect=kinds, test_mask=[None, *mask_NYX[1:]])
+    figure = localisation.panel(data, maps, held_out, training.to_unit(x_NCYX), seed)
+    pictures = [np.asarray(axis.images[0].get_array()) for axis in figure.axes if axis.images]
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    return titles, pictures, x_NCYX, maps[ATTENTION], held_out[ATTENTION]
+
+
+def test_the_panel_shows_four_defects_drawn_with_the_seed():
+    titles, pictures, x_NCYX, map_NYX, held_out_NYX = drawn(0)
+    assert titles == drawn(0)[0]
+    assert any(titles != drawn(seed)[0] for seed in (1, 2, 3))
+    assert len(set(titles)) == 4
+    for seed in range(5):
+        assert not {"good", "kind 0", "kind 11"} & set(drawn(seed)[0])
+    scale, threshold = np.quantile(map_NYX, 0.99), np.quantile(held_out_NYX, 0.99)
+    for column, title in enumerate(titles):
+        i = int(title.removeprefix("kind "))
+        image, mask, restored, attention, flagged = pictures[column : column + 20 : 4]
+        np.testing.assert_allclose(image, x_NCYX[i].permute(1, 2, 0) / 255, rtol=1e-5)
+        np.testing.assert_allclose(restored, image)
+        assert mask.sum() == 4 * SIDE
+        np.testing.assert_allclose(attention, map_NYX[i] / scale, rtol=1e-5)
+        np.testing.assert_array_equal(flagged, map_NYX[i] >= threshold)

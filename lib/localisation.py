@@ -45,9 +45,11 @@ FIELDS = {
     "iou": "IoU, threshold from validation",
 }
 DIFFERENCE = "pixel AUROC, difference"
+SHARED = "share of the attention's variance that all images share"
+RESEMBLES = "rank correlation with the attention"
 MISSED = "maps that miss the anomaly"  # per-image AUROC below one half
 
-Maps = dict[str, Float[Tensor, "n y x"]]
+Maps = dict[str, Float[Tensor, "_ y x"]]  # those of the test images and of held-out ones meet in one call
 
 
 def chosen(categories: str, protocol: Sequence[str]) -> list[str]:
@@ -314,7 +316,8 @@ def map_rows(maps: Maps, category: mvtec.Category) -> list[dict]:
     attention_NYX = maps[ATTENTION]
     about_mean = float(((attention_NYX - attention_NYX.mean(0)) ** 2).mean())
     about_constant = float(((attention_NYX - attention_NYX.mean()) ** 2).mean())
-    rows.append(runs.row("share of the attention's variance that all images share", 1 - about_mean / about_constant))
+    if about_constant > 0:  # a map that is the same everywhere shares nothing
+        rows.append(runs.row(SHARED, 1 - about_mean / about_constant))
     x_NYX = training.to_unit(category.test_NCYX).mean(1)
     resembled = {name: maps[name] for name in BASELINES} | {
         "brightness": x_NYX,
@@ -328,11 +331,7 @@ def map_rows(maps: Maps, category: mvtec.Category) -> list[dict]:
             if ours_YX.std() > 0 and other_YX.std() > 0
         ]
         if correlation_N:
-            rows.append(
-                runs.row(
-                    "rank correlation with the attention", float(np.mean(correlation_N)), name, n=len(correlation_N)
-                )
-            )
+            rows.append(runs.row(RESEMBLES, float(np.mean(correlation_N)), name, n=len(correlation_N)))
     return rows
 
 
@@ -408,7 +407,7 @@ def _encoded(model: nn.Module, x_NCYX: UInt8[Tensor, "n c y x"]) -> tuple[Float[
 
 
 def panel(
-    category: mvtec.Category, maps: Maps, held_out: Maps, reconstruction_NCYX: Float[Tensor, "n c y x"], seed: int
+    category: mvtec.Category, maps: Maps, held_out: Maps, reconstruction_NCYX: Float[Tensor, "_ c y x"], seed: int
 ) -> Figure:
     """Four defects drawn at random: image, mask, reconstruction, map, and the map above the threshold."""
     masked = [i for i, mask_YX in enumerate(category.test_mask) if mask_YX is not None and mask_YX.any()]
@@ -418,7 +417,7 @@ def panel(
     flagged_NYX = maps[ATTENTION] >= threshold(held_out[ATTENTION])
     return figures.image_rows(
         {
-            "image": [training.to_unit(category.test_NCYX[i]).permute(1, 2, 0) for i in shown],
+            "image": list(training.to_unit(category.test_NCYX[shown]).permute(0, 2, 3, 1)),
             "mask": [category.test_mask[i].float() for i in shown],
             "reconstruction": [reconstruction_NCYX[i].permute(1, 2, 0) for i in shown],
             "attention": [maps[ATTENTION][i] / scale for i in shown],
@@ -468,7 +467,7 @@ def compute(chapter: str, parameters: Mapping[str, Any], device: torch.device) -
     rows, drawn = latent_rows(trained.model, category, mean_CYX, restored_NCYX[:tested]), {}
     kinds = {defect != "good" for defect in category.test_defect}
     masked = any(mask_YX is not None and bool(mask_YX.any()) for mask_YX in category.test_mask)
-    if tested:
+    if tested > 1:  # no interval comes from one image
         maps = all_maps(category.test_NCYX, restored_NCYX[:tested])
         maps[COMMON] = common_YX.expand_as(maps[ATTENTION])
         if kinds == {True, False}:
@@ -485,7 +484,7 @@ def compute(chapter: str, parameters: Mapping[str, Any], device: torch.device) -
         parameters,
         metrics=rows,
         losses=losses,
-        arrays={"common_attention": common_YX.numpy().astype(np.float16)},
+        arrays={},
         figures=drawn,
         card=category.card,
         recipe=settings,

@@ -155,9 +155,8 @@ def failures(found: Found) -> pd.DataFrame:
     """Why maps miss: how alike they are from image to image, and what they resemble instead of the defect."""
     lines = []
     for category, run in _there(found, localisation.MISSED).items():
-        resembled = run.rows("rank correlation with the attention")
+        resembled = run.metrics[run.metrics["metric"] == localisation.RESEMBLES]  # none if the attention is constant
         resembled = resembled.reindex(resembled["value"].abs().sort_values(ascending=False).index)
-        common = run.metric("share of the attention's variance that all images share")["value"]
         kinds = run.rows("AUROC within images, mean")
         kinds = kinds[kinds["method"] == ATTENTION].sort_values("value")
         worst, best = kinds.iloc[0], kinds.iloc[-1]
@@ -166,7 +165,7 @@ def failures(found: Found) -> pd.DataFrame:
                 "Category": title(category),
                 "Maps that miss the defect": run.text(localisation.MISSED, ATTENTION, form=".0%"),
                 "by reconstruction error": run.text(localisation.MISSED, "reconstruction error", form=".0%"),
-                "Variance of the maps that all images share": f"{common:.0%}",
+                "Variance of the maps that all images share": run.text(localisation.SHARED, form=".0%", lacking=""),
                 "Resembles most": ", ".join(
                     f"{row.method} ({row.value:+.2f})" for row in resembled.head(3).itertuples()
                 ),

@@ -108,7 +108,8 @@ def trained(
             half_written.unlink()
         reused = path.exists()
         if not reused:
-            mixed = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+            # Without the cache of cast weights, which would keep those of the first step for all the others.
+            mixed = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False)
             with _naming(checkpoint), mixed:
                 history = training.train(
                     model,

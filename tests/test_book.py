@@ -18,6 +18,7 @@ import yaml
 from bs4 import BeautifulSoup
 
 from lib.data.card import DataCard
+from lib.provenance import RUN_CELLS
 from lib.recipes import MNIST
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -146,9 +147,10 @@ def test_run_is_the_last_statement_of_its_cell():
     count = 0
     for page, notebook in notebooks().items():
         for cell in notebook.cells:
-            if cell.cell_type == "code" and "chapters.run(" in cell.source:
+            calls = [call for call in RUN_CELLS if call in cell.source]
+            if cell.cell_type == "code" and calls:
                 last = ast.parse(cell.source).body[-1]
-                assert "chapters.run(" in ast.unparse(last), page
+                assert calls[0] in ast.unparse(last), page
                 count += 1
     assert count > 0
 

@@ -16,7 +16,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def imagenet_weights() -> ResNet18_Weights | None:
     """The ImageNet weights of ResNet-18 that torchvision publishes, or None where they cannot be had.
 
-    They are read from torch's cache, or downloaded to it once; the checksum in the file's name is checked.
+    They are read from torch's cache, or downloaded to it once and checked against the checksum in the file's name.
     """
     try:
         ResNet18_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True, progress=False)
@@ -95,7 +95,8 @@ class MVTecVAE(nn.Module):
         if self.normalises:
             x_BCYX = _normalised(x_BCYX, IMAGENET_MEAN, IMAGENET_STD)
         hidden = self.encoder(x_BCYX)
-        return self.mu(hidden), self.logvar(hidden)
+        # Under mixed precision the losses need more digits than bfloat16 has: σ² − 1 − log σ² would cancel.
+        return self.mu(hidden).float(), self.logvar(hidden).float()
 
     def _resnet(self) -> nn.Sequential:
         return self.encoder[: list(dict(self.encoder.named_children())).index("flatten")]
@@ -139,7 +140,7 @@ class BrongersMVTecVAE(nn.Module):
 
     def encode(self, x_BCYX: Float[Tensor, "b 3 256 256"]) -> tuple[Float[Tensor, "b i"], Float[Tensor, "b i"]]:
         """Mean and log-variance of the posterior q(z|x) of images in [0, 1]."""
-        mu_BI, logvar_BI = self.encoder(_normalised(x_BCYX, self.MEAN, self.STD)).chunk(2, dim=1)
+        mu_BI, logvar_BI = self.encoder(_normalised(x_BCYX, self.MEAN, self.STD)).float().chunk(2, dim=1)
         return mu_BI, logvar_BI
 
     def decode(self, z_BI: Float[Tensor, "b i"]) -> Float[Tensor, "b 3 256 256"]:

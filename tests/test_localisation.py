@@ -13,7 +13,6 @@ from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_scor
 from torch import nn
 
 from lib import baselines, localisation, recipes, runs, training
-from lib.attention import PRESETS
 from lib.data import mvtec
 from lib.data.card import DataCard
 from lib.localisation import ATTENTION, BASELINES, COMMON, FIELDS, LAYERS, METHODS, SSIM

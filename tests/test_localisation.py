@@ -629,3 +629,31 @@ def test_the_panel_shows_four_defects_drawn_with_the_seed():
         assert mask.sum() == 4 * SIDE
         np.testing.assert_allclose(attention, map_NYX[i] / scale, rtol=1e-5)
         np.testing.assert_array_equal(flagged, map_NYX[i] >= threshold)
+
+
+# Which categories
+
+
+def test_categories_are_chosen_by_name_or_all_of_the_protocol():
+    assert localisation.chosen("all", ["pill", "cable"]) == ["pill", "cable"]
+    assert localisation.chosen(" bottle, pill ,bottle,", ["cable"]) == ["bottle", "pill"]
+
+
+@pytest.mark.parametrize("categories", ["bottel", "bottle,metal nut", "", ","])
+def test_unknown_categories_are_refused_in_one_sentence(categories):
+    with pytest.raises(
+        ValueError, match=r"^categories must be all, or some of bottle, cable, .*, zipper; got '"
+    ) as error:
+        localisation.chosen(categories, mvtec.CATEGORIES)
+    assert "\n" not in str(error.value)
+
+
+def test_samples_stand_in_only_where_no_category_is_at_hand(monkeypatch):
+    there = ["pill"]
+    monkeypatch.setattr(mvtec, "available", lambda: there)
+    wanted = ["bottle", "pill"]
+    assert localisation.at_hand(wanted, "auto") == localisation.at_hand(wanted, "real") == ["pill"]
+    assert localisation.at_hand(wanted, "sample") == wanted
+    there.clear()
+    assert localisation.at_hand(wanted, "auto") == wanted
+    assert localisation.at_hand(wanted, "real") == []

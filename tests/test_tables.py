@@ -1,0 +1,171 @@
+"""The tables of the MVTec chapters, from runs made up here."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lib import localisation, reported, tables
+from lib.data.card import DataCard
+from lib.localisation import ATTENTION, BASELINES, METHODS
+from lib.metrics.iou import CONVENTIONS
+from lib.runs import Run, row
+
+AUROC = {"bottle": 0.6, "metal_nut": 0.4}
+
+
+def interval(metric, value, method="", subset="", width=0.05):
+    return row(metric, value, method, subset, low=value - width, high=value + width, n=10)
+
+
+def make_run(category, *, masks=True):
+    """A run of a category; its numbers follow from AUROC and from the place of each method and convention."""
+    base = AUROC[category]
+    metrics = [row("parameters", 72_803_363), row("KL per image", 12.3), row("reconstruction per image", 1000.0)]
+    metrics += [row("reconstruction per image, mean image", 2000.0), row("active units", 7)]
+    if masks:
+        metrics.append(row("anomalous pixels", 0.1))
+        for place, name in enumerate(METHODS):
+            metrics.append(interval("pixel AUROC", base + place / 100, name))
+            metrics.append(interval("AUPRO", base / 2, name))
+            metrics.append(interval(localisation.MISSED, 0.3 if category == "bottle" else 0.7, name))
+        for place, name in enumerate(BASELINES):
+            metrics.append(interval(localisation.DIFFERENCE, 0.1 * (place - 2), f"{ATTENTION} − {name}"))
+        metrics.append(interval("best IoU (oracle)", 0.1, ATTENTION))
+        for place, (average, classes) in enumerate(CONVENTIONS):
+            metrics += [
+                interval(f"IoU, {average}, {classes}", base + place / 10, ATTENTION, choice)
+                for choice in tables.CHOICES
+            ]
+        metrics.append(row(localisation.SHARED, 0.9))
+        for name, value in (("edges", 0.2), ("darkness", -0.8), ("brightness", 0.8), ("centre prior", 0.5)):
+            metrics.append(row(localisation.RESEMBLES, value, name))
+        for kind, value in (("small_hole", 0.2), ("crack", 0.9)):
+            metrics.append(row("AUROC within images, mean", value, ATTENTION, kind))
+        for layer in localisation.LAYERS[1:]:
+            metrics.append(row("pixel AUROC, layers and presets", base, layer, "liu2020_code"))
+        metrics.append(row("pixel AUROC, layers and presets", base, localisation.LAYERS[3], "liu2020_paper"))
+    record = {
+        "metrics": metrics,
+        "budget": {"unit": "images", "asked": 3_000_000, "used": 4000},
+        "training": {"encoder": "random, fine-tuned", "precision": "bfloat16", "originals": 160},
+        "data": DataCard("mvtec/bottle", "partial", {}, {}, "digest", "licence", "credit").to_dict(),
+    }
+    return Run("mvtec15", {"category": category}, record, Path("nowhere"))
+
+
+@pytest.fixture
+def found():
+    return {"bottle": make_run("bottle"), "carpet": None, "metal_nut": make_run("metal_nut")}
+
+
+def test_results_stand_beside_the_published_ones_and_missing_categories_name_the_command(found):
+    table = tables.results("R2", found, lambda category: f"command for {category}").set_index("Category")
+    assert table.index.tolist() == ["bottle", "carpet", "metal nut", "mean over the 2 run"]
+    bottle = table.loc["bottle"]
+    assert (bottle["pixel AUROC, Liu et al. 2020"], bottle["pixel AUROC, Report 2"]) == ("0.87", "0.7")
+    assert bottle["pixel AUROC, ours"] == "0.600 [0.550, 0.650]"
+    assert (bottle["Trained on"], bottle["Data"]) == ("4,000 of 3,000,000 images", "partial")
+    carpet = table.loc["carpet"]
+    assert carpet["pixel AUROC, ours"] == carpet["IoU, ours"] == tables.NOT_AT_HAND
+    assert (carpet["Trained on"], carpet["IoU, Report 2"]) == ("command for carpet", "0.51")
+    mean = table.iloc[-1]
+    assert mean["pixel AUROC, ours"] == "0.500"
+    assert mean["IoU, Report 2"] == f"{np.mean([0.46, 0.43]):.3f}"  # of bottle and metal nut alone
+
+
+def test_a_category_of_the_other_protocol_has_no_published_number(found):
+    table = tables.results("R1", found, str).set_index("Category")
+    assert table.loc["bottle", "pixel AUROC, Report 1"] == table.loc["bottle", "pixel AUROC, Liu et al. 2020"] == ""
+    assert table.loc["metal nut", "pixel AUROC, Report 1"] == "0.78"
+    assert table.iloc[-1]["pixel AUROC, Report 1"] == "0.780"
+
+
+def test_a_category_without_masks_says_so(found):
+    found["bottle"] = make_run("bottle", masks=False)
+    table = tables.results("R2", found, str).set_index("Category")
+    assert table.loc["bottle", "pixel AUROC, ours"] == "no masks"
+    assert table.index[-1] == "mean over the 1 run"
+    assert tables.methods(found, "pixel AUROC")["Category"].tolist() == ["metal nut", "mean"]
+    assert tables.missed(found) == (10, 7)
+    assert len(tables.learned(found)) == 2
+
+
+def test_nothing_to_show_gives_empty_tables():
+    nothing = {"carpet": None}
+    for table in (
+        tables.methods(nothing, "pixel AUROC"),
+        tables.conventions(nothing, "R2"),
+        tables.nothing_flagged(nothing, "R2"),
+        tables.failures(nothing),
+        tables.learned(nothing),
+        tables.layers(nothing),
+    ):
+        assert table.empty
+    assert tables.missed(nothing) == (0, 0)
+    assert tables.orders(nothing)["above"].tolist() == [0] * len(BASELINES)
+
+
+def test_methods_and_orders(found):
+    table = tables.methods(found, "pixel AUROC").set_index("Category")
+    assert table.loc["bottle", BASELINES[0]] == "0.61 [0.56, 0.66]"
+    assert table.loc["mean", BASELINES[0]] == "0.510"
+    orders = tables.orders(found).set_index("Attention against")
+    told = orders[["above", "not told apart from", "below"]].to_numpy().tolist()
+    assert told == [[0, 0, 2], [0, 0, 2], [0, 2, 0], [2, 0, 0], [2, 0, 0]]
+    assert orders["Mean difference"].tolist() == ["-0.200", "-0.100", "+0.000", "+0.100", "+0.200"]
+
+
+def test_conventions_and_their_distance_from_the_published_numbers(found):
+    table = tables.conventions(found, "R2")
+    assert len(table) == len(CONVENTIONS) * len(tables.CHOICES)
+    first = table.iloc[0]
+    assert (first["IoU of"], first["Averaged"]) == ("anomalous class", "pooled")
+    assert (first["Ours, mean"], first["Ours, range"]) == ("0.500", "0.400–0.600")
+    paper, report = {"bottle": 0.27, "metal_nut": 0.49}, {"bottle": 0.46, "metal_nut": 0.43}
+    for source, given in (("Liu et al. 2020", paper), ("Report 2", report)):
+        distance = np.mean([abs(AUROC[category] - given[category]) for category in AUROC])
+        assert first[f"Distance from {source}"] == f"{distance:.3f}"
+
+
+def test_flagging_nothing_has_almost_half_by_the_mean_of_both_classes(found):
+    table = tables.nothing_flagged(found, "R2").set_index("Category")
+    assert table.loc["bottle"].tolist()[:3] == ["10.0%", "0.450", "0.46"]
+
+
+def test_failures_name_the_strongest_resemblances_and_the_kinds_of_defects(found):
+    table = tables.failures(found).set_index("Category")
+    bottle = table.loc["bottle"]
+    assert bottle["Maps that miss the defect"] == "30% [25%, 35%]"
+    assert bottle["Variance of the maps that all images share"] == "90%"
+    assert bottle["Resembles most"] in (
+        "darkness (-0.80), brightness (+0.80), centre prior (+0.50)",
+        "brightness (+0.80), darkness (-0.80), centre prior (+0.50)",
+    )
+    assert (bottle["Worst kind of defect"], bottle["Best kind of defect"]) == ("small hole (0.20)", "crack (0.90)")
+
+
+def test_layers_and_presets_in_one_table(found):
+    table = tables.layers(found).set_index("Layer")
+    assert table.index.tolist() == list(localisation.LAYERS)
+    assert table.loc["layer3.1.conv2"].tolist() == ["0.500 (0.40–0.60)"] * 2
+    assert table.loc["layer4.1.conv2", "liu2020_paper"] == table.loc["conv1", "liu2020_code"] == ""
+
+
+def test_every_category_has_a_line_on_mirroring():
+    table = tables.mirroring(["pill", "metal_nut", "toothbrush"])
+    assert table["Category"].tolist() == ["pill", "metal nut", "toothbrush"]
+    assert table[["Left and right", "Top and bottom"]].to_numpy().tolist() == [
+        ["no", "no"],
+        ["no", "no"],
+        ["yes", "no"],
+    ]
+
+
+def test_the_papers_line_in_the_literature_is_the_mean_of_its_table():
+    table = tables.literature().set_index("Method")
+    given = reported.read()
+    given = given[(given["source"] == "paper") & (given["quoted_by"] == "R2") & (given["metric"] == "pixel AUROC")]
+    given = given[given["dataset"] == "MVTec AD"]
+    assert table.loc["VAE, gradient attention", "Pixel AUROC"] == f"{given['value'].mean():.3f}"
+    assert len(given) == 15

@@ -232,10 +232,19 @@ def every_run(chapter: str) -> pd.DataFrame:
                 "images": f"{run.record['budget']['used']:,} of {run.record['budget']['asked']:,}",
                 "pixel AUROC": run.text("pixel AUROC", ATTENTION, lacking=""),
                 "best IoU (oracle)": run.text("best IoU (oracle)", ATTENTION, lacking=""),
+                "greatest mean KL of an epoch (nats)": f"{max(run.record['losses']['kl'], default=0):,.0f}",
+                "held-out cost / that of the mean image": f"{_relative_cost(run):.2f}",
                 "stale": ", ".join(run.stale),
             }
         )
     return pd.DataFrame(lines)
+
+
+def _relative_cost(run: Run) -> float:
+    ours, constant = (
+        run.metric(name)["value"] for name in ("reconstruction per image", "reconstruction per image, mean image")
+    )
+    return ours / constant
 
 
 def mirroring(categories: Sequence[str]) -> pd.DataFrame:

@@ -243,7 +243,7 @@ def run_each(
         wanted = {name: value, **parameters}
         found[value] = runs.load(chapter, wanted)
         if not runs.reading() and (found[value] is None or found[value].stale):
-            found[value] = compute(wanted)
+            found[value] = compute(wanted) or found[value]  # a stale run rather than none
     there = {value: run for value, run in found.items() if run is not None}
     if not there and runs.reading():
         stop_page(f"No stored run of this chapter for any {name} of {', '.join(map(str, values))}.")

@@ -183,7 +183,9 @@ def _absent(row: dict[str, Any]) -> str:
     parameters = dict(pair.split("=", 1) for pair in row["our_parameters"].split(";") if pair)
     if "category" not in parameters:
         return NO_RUN
-    return f"data not at hand; papermill book/{row['chapter']}.md out.ipynb -p categories {parameters['category']}"
+    category, chapter = parameters["category"], row["chapter"]
+    fetch = f"python -m lib.data fetch mvtec --categories {category}"
+    return f"data not at hand; {fetch}; papermill book/{chapter}.md out.ipynb -p categories {category}"
 
 
 Measured = tuple[Run, float, float | None, float | None]

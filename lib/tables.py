@@ -132,20 +132,27 @@ def conventions(found: Found, report: str) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def nothing_flagged(found: Found, report: str) -> pd.DataFrame:
-    """What a map gets that flags nothing: 0 by the anomalous class, almost one half by the mean of both classes."""
+def trivial(found: Found, report: str) -> pd.DataFrame:
+    """What maps get that have not looked: that flag nothing, or everything; beside a report's IoU and ours.
+
+    With a share p of anomalous pixels, flagging everything has an IoU of p by the anomalous class; flagging nothing has
+    (1 − p)/2 by the mean of both classes, less over the defective images alone than over all.
+    """
     given = published(report, "IoU")
     lines = []
     for category, run in _there(found, "anomalous pixels", "").items():
-        share = run.metric("anomalous pixels")["value"]
+        shares = [run.metric("anomalous pixels", subset=subset)["value"] for subset in ("", "defective images")]
         value = given.get((report, title(category)))
         lines.append(
             {
                 "Category": title(category),
-                "Anomalous pixels": f"{share:.1%}",
-                "IoU of both classes, nothing flagged": f"{(1 - share) / 2:.3f}",
+                "Anomalous class, everything flagged": f"{shares[0]:.3f}",
+                "ours, best": run.text("IoU, pooled, anomalous", ATTENTION, "best"),
+                "Both classes, nothing flagged": f"{(1 - shares[0]) / 2:.3f}",
+                "ours, best ": run.text("IoU, pooled, both", ATTENTION, "best"),
+                "Both classes, nothing flagged, defective images": f"{(1 - shares[1]) / 2:.3f}",
+                "ours, best  ": run.text("IoU, per defective image, both", ATTENTION, "best"),
                 f"IoU, {reported.SOURCES[report]}": "" if value is None else f"{value:.3g}",
-                "IoU of both classes, ours (best, oracle)": run.text("IoU, pooled, both", ATTENTION, "best"),
             }
         )
     return pd.DataFrame(lines)
@@ -203,6 +210,12 @@ def learned(found: Found) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(lines)
+
+
+def dear(found: Found) -> list[str]:
+    """The categories in which a held-out image costs more nats by the model than by the mean training image."""
+    there = _there(found, "KL per image", "")
+    return [title(category) for category, run in there.items() if _relative_cost(run) > 1]
 
 
 def layers(found: Found) -> pd.DataFrame:

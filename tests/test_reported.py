@@ -223,7 +223,7 @@ def test_without_runs_every_row_says_so():
     assert len(lines) == len(table)
     of_category = lines["our_parameters"].str.contains("category=")
     assert set(lines.loc[~of_category, "ours"]) == {NO_RUN}
-    assert lines.loc[of_category, "ours"].str.startswith("data not at hand; papermill book/mvtec1").all()
+    assert lines.loc[of_category, "ours"].str.startswith("data not at hand; python -m lib.data fetch mvtec").all()
     assert lines["published"].tolist() == table["published"].tolist()
 
 
@@ -606,7 +606,10 @@ def test_categories_without_a_run_say_how_to_get_one_and_others_which_chapter_th
     lines = beside(read(), runs)
     table = wide(lines[lines["table"] == "mvtec"]).set_index(["Setting", "Quantity"])["Ours"]
     assert table["pill", "pixel AUROC"].splitlines() == ["mvtec10: 0.650 (0.600–0.700)", "mvtec15: 0.750 (0.700–0.800)"]
-    assert table["zipper", "IoU"] == "data not at hand; papermill book/mvtec15.md out.ipynb -p categories zipper"
+    assert table["zipper", "IoU"] == (
+        "data not at hand; python -m lib.data fetch mvtec --categories zipper; "
+        "papermill book/mvtec15.md out.ipynb -p categories zipper"
+    )
 
 
 def test_the_mark_of_the_data_stands_beside_our_number():

@@ -130,7 +130,8 @@ def thresholds(
         chosen["validation"] = np.array([validation], dtype=np.float64)
     chosen["grid"] = np.sort(GRID * float(score[-1]))
     chosen = {choice: _rounded(threshold_T, score).astype(np.float64) for choice, threshold_T in chosen.items()}
-    chosen["best"] = np.unique(np.concatenate([steps.astype(np.float64), *chosen.values()]))
+    nothing = np.nextafter(score[-1:], np.inf)  # flags no pixel, as the first threshold of a ROC curve does
+    chosen["best"] = np.unique(np.concatenate([np.append(steps, nothing).astype(np.float64), *chosen.values()]))
     return chosen
 
 

@@ -61,7 +61,7 @@ def results(report: str, found: Found, command: Callable[[str], str]) -> pd.Data
         line["Data"] = "" if run is None else run.card.mark or "complete"
         lines.append(line)
     if ours_of["pixel AUROC"]:
-        line = {"Category": f"mean over the {len(ours_of['pixel AUROC'])} run"}
+        line = {"Category": f"mean of {len(ours_of['pixel AUROC'])}"}
         for metric, pairs in ours_of.items():
             for source in ("paper", report):
                 values = [given[metric].get((source, title(category))) for category, _ in pairs]

@@ -61,7 +61,7 @@ def found():
 
 def test_results_stand_beside_the_published_ones_and_missing_categories_name_the_command(found):
     table = tables.results("R2", found, lambda category: f"command for {category}").set_index("Category")
-    assert table.index.tolist() == ["bottle", "carpet", "metal nut", "mean over the 2 run"]
+    assert table.index.tolist() == ["bottle", "carpet", "metal nut", "mean of 2"]
     bottle = table.loc["bottle"]
     assert (bottle["pixel AUROC, Liu et al. 2020"], bottle["pixel AUROC, Report 2"]) == ("0.87", "0.7")
     assert bottle["pixel AUROC, ours"] == "0.600 [0.550, 0.650]"
@@ -85,7 +85,7 @@ def test_a_category_without_masks_says_so(found):
     found["bottle"] = make_run("bottle", masks=False)
     table = tables.results("R2", found, str).set_index("Category")
     assert table.loc["bottle", "pixel AUROC, ours"] == "no masks"
-    assert table.index[-1] == "mean over the 1 run"
+    assert table.index[-1] == "mean of 1"
     assert tables.methods(found, "pixel AUROC")["Category"].tolist() == ["metal nut", "mean"]
     assert tables.missed(found) == (10, 7)
     assert len(tables.learned(found)) == 2

@@ -1,7 +1,7 @@
 """More training images from few, for MVTec AD: every image turned by an angle of its own, and mirrored where it may be.
 
-The paper turns the training images of a category by angles within ±30° and mirrors them where the object permits it, until
-there are 10 000 of each category. Which objects permit mirroring it does not say; MIRRORING is our reading.
+The paper turns the training images of a category by angles within ±30° and mirrors them where the object permits it,
+until there are 10 000 of each category. Which objects permit it, it does not say; MOTIFS has our reading.
 """
 
 import math

@@ -32,6 +32,31 @@ class Recipe:
     kl_warmup_epochs: int = 0
 
 
+@dataclass(frozen=True)
+class StepRecipe:
+    """Hyper-parameters of FactorVAE, which is trained by steps instead of by passes over the data.
+
+    Attributes:
+        source: Where the values were read.
+        steps: Steps of training; each takes one batch for the VAE and one for the discriminator.
+        batch_size: Images in a batch.
+        learning_rate: Step size of Adam for the VAE.
+        latent_dim: Number of latents, D.
+        betas: Decay rates of the moments of the VAE's Adam.
+        critic_learning_rate: Step size of Adam for the discriminator.
+        critic_betas: Decay rates of the moments of the discriminator's Adam.
+    """
+
+    source: str
+    steps: int
+    batch_size: int
+    learning_rate: float
+    latent_dim: int
+    betas: tuple[float, float] = (0.9, 0.999)
+    critic_learning_rate: float = 1e-4
+    critic_betas: tuple[float, float] = (0.5, 0.9)
+
+
 MNIST = {
     "liu2020": Recipe(
         source="authors' code, default settings",
@@ -119,5 +144,29 @@ MVTEC = {
         learning_rate=1e-4,
         latent_dim=32,
         reduction="mean",
+    ),
+}
+
+DSPRITES = {
+    "report1": StepRecipe(
+        source="first report, Table 1; the discriminator's decay rates of the second report",
+        steps=70_000,
+        batch_size=64,
+        learning_rate=1e-4,
+        latent_dim=32,
+    ),
+    "report2": StepRecipe(
+        source="second report, Table 1",
+        steps=150_000,
+        batch_size=64,
+        learning_rate=1e-4,
+        latent_dim=10,
+    ),
+    "brongers2021": StepRecipe(
+        source="results of Brongers et al.; batch size and learning rates of the second report",
+        steps=300_000,
+        batch_size=64,
+        learning_rate=1e-4,
+        latent_dim=32,
     ),
 }

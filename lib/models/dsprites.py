@@ -1,0 +1,155 @@
+"""The VAE of the reports for dSprites, FactorVAE's discriminator, and any number of such networks side by side."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")  # 32x32, 16x16, 8x8, 4x4 and 1x1 positions
+
+
+class DSpritesVAE(nn.Module):
+    """Convolutional VAE for 64x64 sprites (first report, Figure 5c; the network of FactorVAE with other widths).
+
+    Encoder: Conv 1→32→32→64→64 (kernel 4, stride 2, padding 1, ReLU), Conv 64→128 (kernel 4, ReLU) and a 1x1
+    convolution to the mean μ and the logarithm of the variance of q(z|x). Decoder: the mirror image with transposed
+    convolutions, to logits.
+
+    The layers that attention can be asked for are ``encoder.conv1`` (32x32x32), ``encoder.conv2`` (32x16x16),
+    ``encoder.conv3`` (64x8x8), ``encoder.conv4`` (64x4x4) and ``encoder.conv5`` (128x1x1, a single position).
+
+    Args:
+        latent_dim: Number of latents, D.
+    """
+
+    def __init__(self, latent_dim: int = 10):
+        super().__init__()
+        self.encoder = nn.Sequential(
+            OrderedDict(
+                conv1=nn.Conv2d(1, 32, kernel_size=4, stride=2, padding=1),
+                relu1=nn.ReLU(),
+                conv2=nn.Conv2d(32, 32, kernel_size=4, stride=2, padding=1),
+                relu2=nn.ReLU(),
+                conv3=nn.Conv2d(32, 64, kernel_size=4, stride=2, padding=1),
+                relu3=nn.ReLU(),
+                conv4=nn.Conv2d(64, 64, kernel_size=4, stride=2, padding=1),
+                relu4=nn.ReLU(),
+                conv5=nn.Conv2d(64, 128, kernel_size=4),
+                relu5=nn.ReLU(),
+                posterior=nn.Conv2d(128, 2 * latent_dim, kernel_size=1),
+            )
+        )
+        self.decoder = nn.Sequential(
+            OrderedDict(
+                conv=nn.Conv2d(latent_dim, 128, kernel_size=1),
+                relu1=nn.ReLU(),
+                deconv1=nn.ConvTranspose2d(128, 64, kernel_size=4),
+                relu2=nn.ReLU(),
+                deconv2=nn.ConvTranspose2d(64, 64, kernel_size=4, stride=2, padding=1),
+                relu3=nn.ReLU(),
+                deconv3=nn.ConvTranspose2d(64, 32, kernel_size=4, stride=2, padding=1),
+                relu4=nn.ReLU(),
+                deconv4=nn.ConvTranspose2d(32, 32, kernel_size=4, stride=2, padding=1),
+                relu5=nn.ReLU(),
+                deconv5=nn.ConvTranspose2d(32, 1, kernel_size=4, stride=2, padding=1),
+            )
+        )
+
+    def encode(self, x_BCYX: Float[Tensor, "b 1 64 64"]) -> tuple[Float[Tensor, "b i"], Float[Tensor, "b i"]]:
+        """Mean and log-variance of the posterior q(z|x) of images in [0, 1]."""
+        mu_BI, logvar_BI = self.encoder(x_BCYX).flatten(1).chunk(2, dim=1)
+        return mu_BI, logvar_BI
+
+    def decode(self, z_BI: Float[Tensor, "b i"]) -> Float[Tensor, "b 1 64 64"]:
+        """Logits of the pixels given the latents; their sigmoid is the image in (0, 1)."""
+        return self.decoder(z_BI[:, :, None, None])
+
+
+def discriminator(latent_dim: int = 10) -> nn.Sequential:
+    """FactorVAE's discriminator: six fully connected layers, 1 000 units each, LeakyReLU(0.2), to two logits.
+
+    The first logit stands for "drawn from q(z)", the second for "drawn from Π_j q(z_j)" (Kim & Mnih 2018, Appendix A).
+
+    Args:
+        latent_dim: Number of latents, D.
+    """
+    widths = [latent_dim, *[1000] * 5]
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for number, (inputs, outputs) in enumerate(pairwise(widths), 1):
+        layers[f"linear{number}"] = nn.Linear(inputs, outputs)
+        layers[f"relu{number}"] = nn.LeakyReLU(0.2)
+    layers["linear6"] = nn.Linear(1000, 2)
+    return nn.Sequential(layers)
+
+
+class SideBySide(nn.Module):
+    """M sequential networks of one shape as one network, whose parts do not touch each other.
+
+    A convolution of M networks is one grouped convolution, a fully connected layer one batched product of matrices. So
+    M networks take as many calls as one, which is what a GPU wants, and no more arithmetic, which is what a CPU wants.
+    What each network computes, and the gradient of its parameters, is the same as alone, to rounding.
+
+    Images and feature maps are [B, M·C, Y, X]; the values of fully connected layers are [M, B, F].
+
+    Args:
+        networks: Sequentials of Conv2d, ConvTranspose2d, Linear, ReLU and LeakyReLU, alike but for their weights.
+
+    Raises:
+        TypeError: If a layer is of another kind.
+        ValueError: If the networks are not alike.
+    """
+
+    def __init__(self, networks: Sequence[nn.Sequential]):
+        super().__init__()
+        self.count = len(networks)
+        self.layers = OrderedDict((name, layer) for name, layer in networks[0].named_children())
+        if any(repr(network) != repr(networks[0]) for network in networks):
+            raise ValueError("networks side by side must be alike but for their weights")
+        self.weights = nn.ParameterDict()
+        for name, layer in self.layers.items():
+            if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear | nn.ReLU | nn.LeakyReLU):
+                raise TypeError(f"{name} is a {type(layer).__name__}, which cannot be put side by side")
+            for part in dict(layer.named_parameters()):
+                values = [network.get_parameter(f"{name}.{part}").detach() for network in networks]
+                joined = torch.stack(values) if isinstance(layer, nn.Linear) else torch.cat(values)
+                if joined.ndim == 4:
+                    joined = joined.contiguous(memory_format=torch.channels_last)
+                self.weights[f"{name}_{part}"] = nn.Parameter(joined)
+
+    def forward(self, x: Tensor, after: str | None = None, until: str | None = None) -> Tensor:
+        """What the networks make of their inputs, or the part of it after one layer and until (with) another.
+
+        Args:
+            x: [B, M·C, Y, X] for convolutions, [M, B, F] for fully connected layers.
+            after: Name of the layer whose output x is; None for the networks' input.
+            until: Name of the last layer to compute; None for the networks' last.
+        """
+        names = list(self.layers)
+        first = 0 if after is None else names.index(after) + 1
+        last = len(names) if until is None else names.index(until) + 1
+        for name in names[first:last]:
+            layer = self.layers[name]
+            if isinstance(layer, nn.ReLU | nn.LeakyReLU):
+                x = layer(x)
+                continue
+            weight, bias = self.weights[f"{name}_weight"], self.weights[f"{name}_bias"]
+            if isinstance(layer, nn.Linear):
+                x = torch.baddbmm(bias[:, None], x, weight.mT)
+            elif isinstance(layer, nn.ConvTranspose2d):
+                x = F.conv_transpose2d(x, weight, bias, layer.stride, layer.padding, groups=self.count)
+            else:
+                x = F.conv2d(x, weight, bias, layer.stride, layer.padding, groups=self.count)
+        return x
+
+    def alone(self, index: int) -> dict[str, Tensor]:
+        """The weights of one of the networks, as `load_state_dict` of a network alone takes them."""
+        state = {}
+        for key, value in self.weights.items():
+            name, _, part = key.rpartition("_")
+            piece = value if isinstance(self.layers[name], nn.Linear) else value.unflatten(0, (self.count, -1))
+            state[f"{name}.{part}"] = piece[index].detach().clone()
+        return state

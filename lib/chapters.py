@@ -20,7 +20,7 @@ import re
 import shlex
 import tokenize
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -223,11 +223,7 @@ def run_each(
     values: Sequence[Value],
     compute: Callable[[dict[str, Value]], "Run | None"],
 ) -> "dict[Value, Run | None]":
-    """One run for each value of a parameter, such as for each category of a data set.
-
-    Under papermill or Jupyter a run that is stored already and not stale is taken as it is, so that a chapter that was
-    killed goes on where it was; the others are computed. While Jupyter Book renders they are only looked up. A run that
-    is missing is None and stops the page only if all are; stale ones are named in a warning.
+    """One run for each value of a parameter, such as for each category of a data set; see `run_all`.
 
     Args:
         chapter: The chapter's name, such as "mvtec15".
@@ -236,20 +232,45 @@ def run_each(
         values: Its values.
         compute: Makes and stores the run with the parameters given and returns it, or None where that cannot be done.
     """
+    wanted = [{name: value, **parameters} for value in values]
+    found = run_all(chapter, wanted, lambda missing: map(compute, missing), told_by=[name])
+    return dict(zip(values, found, strict=True))
+
+
+def run_all(
+    chapter: str,
+    wanted: Sequence[Mapping[str, Value]],
+    compute: "Callable[[list[dict[str, Value]]], Iterable[Run | None]]",
+    told_by: Sequence[str] = (),
+) -> "list[Run | None]":
+    """The runs with each of several sets of parameters.
+
+    Under papermill or Jupyter a run that is stored already and not stale is taken as it is, so that a chapter that was
+    killed goes on where it was; the others are computed. While Jupyter Book renders they are only looked up. A run that
+    is missing is None and stops the page only if all are; stale ones are named in a warning.
+
+    Args:
+        chapter: The chapter's name.
+        wanted: The parameters of each run.
+        compute: From the parameters of the missing runs to these runs, in this order, each stored when it is given out;
+            None for one that cannot be made.
+        told_by: The parameters by which notices name a run; by default those in which the runs differ.
+    """
     from lib import runs
 
-    found: dict[Value, Run | None] = {}
-    for value in values:
-        wanted = {name: value, **parameters}
-        found[value] = runs.load(chapter, wanted)
-        if not runs.reading() and (found[value] is None or found[value].stale):
-            found[value] = compute(wanted) or found[value]  # a stale run rather than none
-    there = {value: run for value, run in found.items() if run is not None}
-    if not there and runs.reading():
-        stop_page(f"No stored run of this chapter for any {name} of {', '.join(map(str, values))}.")
-    stale = {value: run.stale for value, run in there.items() if run.stale}
+    found = [runs.load(chapter, one) for one in wanted]
+    missing = [place for place, run in enumerate(found) if run is None or run.stale]
+    if missing and not runs.reading():
+        made = compute([dict(wanted[place]) for place in missing])
+        for place, run in zip(missing, made, strict=True):
+            found[place] = run or found[place]  # a stale run rather than none
+    told_by = told_by or [name for name, value in wanted[0].items() if any(one[name] != value for one in wanted)]
+    names = [", ".join(str(one[name]) for name in told_by) for one in wanted]
+    if runs.reading() and all(run is None for run in found):
+        stop_page(f"No stored run of this chapter for any {', '.join(told_by)} of {'; '.join(dict.fromkeys(names))}.")
+    stale = {name: run.stale for name, run in zip(names, found, strict=True) if run is not None and run.stale}
     if stale:
-        listed = "; ".join(f"{value} ({', '.join(changed)})" for value, changed in stale.items())
+        listed = "; ".join(f"{name} ({', '.join(changed)})" for name, changed in stale.items())
         notice(f"These runs are stale, because what made them has changed since: {listed}.", "warning")
         _stop_where_lacking("A stored run lacks what this page shows from here on. Run the chapter again.")
     return found

@@ -1,20 +1,57 @@
-"""One grid of models on dSprites: train them side by side, measure each, draw its figures, store its run."""
+"""Disentanglement on dSprites: train a grid of models side by side, measure each one, store its run."""
 
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from itertools import combinations, product
+from typing import Any
+
+import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from tqdm import tqdm
 
+from lib import factorvae, provenance, recipes, runs
+from lib.attention import attention
 from lib.data import dsprites
+from lib.factorvae import VARIANTS, AttentionPenalty, Candidate, Trained
 from lib.metrics import disentanglement as metrics
 from lib.metrics.latent import active_units
-from lib.models.dsprites import DSpritesVAE
+from lib.models.dsprites import LAYERS, DSpritesVAE, SideBySide
 from lib.training import elbo_terms, hold_out, kl_divergence
 
 BATCH = 512
+AS_VARIANT = "variant"  # a choice that is left to the published variant of the loss
+NONE = "none"  # the variant of a model without the loss
+SPATIAL = LAYERS[:-1]  # the layers whose maps have more than one position
+EXPLAINED = 512  # held-out images whose maps are compared
+SHOWN = 6  # held-out images that are shown
+TRAVERSAL = np.linspace(-3, 3, 7)  # in standard deviations of the prior
+PERFECT_DRAWS = 10  # of the votes for the ceiling of a perfect code
+SPARE = (0, 5, 27)  # latents that carry nothing beside those of a perfect code
+
+METRIC = "FactorVAE metric"
+REFERENCE = "five factors, held-out votes"
+PUBLISHED = "six factors, training votes"
+PROTOCOLS = {REFERENCE: metrics.REFERENCE, PUBLISHED: metrics.PUBLISHED}
+# Which latents count as collapsed: by the reference implementation, the second report and Brongers et al.
+COLLAPSED = {
+    "standard deviation of the mean below 0.05": 0.05,
+    "KL below 0.01": 0.01,
+    "KL below 0.00001": 0.00001,
+}
+OVERLAP = "overlap of maps"
+PAIRS = ("all pairs of active latents", "the two highest responses")
+GRADIENT = "gradient, norm"
+REACHED = "parameters with a gradient"
+
 HELD_OUT = 0.01  # of all images, which no model is trained on
 SCHEDULED_STRIDE = 4  # of the lattice on which the metric is taken during training
 SCHEDULED_IMAGES = 2048  # held-out images whose reconstruction is measured during training
-MEASUREMENTS = 10
+MEASUREMENTS = 5  # during a training; fewer where that would be more often than every SPARING steps
+SPARING = 1000
 SAMPLES = 1000  # of the latents, for the total correlation
 
 
@@ -37,8 +74,11 @@ def lattice(stride: int) -> tuple[Int64[Tensor, " n"], tuple[int, ...]]:
 
 
 def split() -> tuple[Int64[Tensor, " train"], Int64[Tensor, " held_out"]]:
-    """Indices of the training images and of those held out, the same for every model."""
-    return hold_out(dsprites.COUNT, HELD_OUT)
+    """Indices of the training images and of those held out, the same for every model; the latter in random order."""
+    train_N, held_out_N = hold_out(dsprites.COUNT, HELD_OUT)
+    # Sorted, the first of them would all be small squares.
+    order_N = torch.randperm(len(held_out_N), generator=torch.Generator().manual_seed(0))
+    return train_N, held_out_N[order_N]
 
 
 @torch.no_grad()
@@ -82,3 +122,337 @@ def scheduled(vae: DSpritesVAE, sprites: dsprites.Sprites) -> dict[str, float]:
         "KL": kl_divergence(mu_NI, logvar_NI).sum(1).double().mean().item(),
         "active units": float(active_units(mu_NI)),
     }
+
+
+# --- the grid ---------------------------------------------------------------------------------------------------
+
+
+def grid(
+    gammas: str, lambdas: str, betas: str, seeds: int, shared: Mapping[str, Any], choices: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """The parameters of every model of a grid: FactorVAE for λ = 0, AD-FactorVAE for the others, and β-VAE.
+
+    Args:
+        gammas: Weights γ of the total correlation, with commas between them.
+        lambdas: Weights λ of the attention loss, likewise; every one is combined with every γ.
+        betas: Weights β of the KL term of models without both losses, likewise; empty for none.
+        seeds: Number of seeds, from 0 on.
+        shared: Parameters that all models share.
+        choices: attention, layer, alpha and pairs: the variant of the loss and what differs from it. Models without the
+            loss have "none" for each, so that they are the same whatever variant is asked for.
+
+    Raises:
+        ValueError: If a weight is no number of 0 or more, or nothing is asked for.
+    """
+    without = dict.fromkeys(choices, NONE)
+    lines = [
+        {"beta": 1, "gamma": gamma, "lambda": weight, **(dict(choices) if weight else without)}
+        for gamma, weight in product(_weights("gammas", gammas), _weights("lambdas", lambdas))
+    ]
+    lines += [{"beta": beta, "gamma": 0, "lambda": 0, **without} for beta in _weights("betas", betas)]
+    if not lines:
+        raise ValueError("gammas and lambdas must name at least one model, or betas one; both are empty")
+    return [line | {"seed": seed} | dict(shared) for line in lines for seed in range(seeds)]
+
+
+def _weights(name: str, text: str) -> list[int | float]:
+    weights = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            value = float(part)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be numbers of 0 or more with commas between them, as 10,40; got {part!r}")
+        weights.append(int(value) if value == int(value) else value)
+    return list(dict.fromkeys(weights))
+
+
+def penalty(parameters: Mapping[str, Any]) -> AttentionPenalty:
+    """The attention loss of a model's parameters: a published variant with what is to differ from it.
+
+    Raises:
+        ValueError: If a choice is unknown.
+    """
+    if parameters["attention"] not in VARIANTS:
+        raise ValueError(f"attention must be one of {', '.join(VARIANTS)}; got {parameters['attention']!r}")
+    differing = {
+        name: parameters[name] for name in ("layer", "alpha", "pairs") if parameters[name] not in (AS_VARIANT, NONE)
+    }
+    return replace(VARIANTS[parameters["attention"]], **differing)
+
+
+def candidate(parameters: Mapping[str, Any]) -> Candidate:
+    """The model that the parameters describe."""
+    weights = {"beta": float(parameters["beta"]), "gamma": float(parameters["gamma"])}
+    if not parameters["lambda"]:
+        return Candidate(**weights, seed=parameters["seed"])
+    return Candidate(
+        **weights,
+        attention_weight=float(parameters["lambda"]),
+        seed=parameters["seed"],
+        penalty=penalty(parameters),
+        detached=parameters["attention"] != "brongers2021",
+    )
+
+
+def title(parameters: Mapping[str, Any]) -> str:
+    """A model in a few words, such as "AD-FactorVAE, γ 40, λ 1"."""
+    if parameters["lambda"]:
+        return f"AD-FactorVAE, γ {parameters['gamma']}, λ {parameters['lambda']}"
+    return f"FactorVAE, γ {parameters['gamma']}" if parameters["gamma"] else f"β-VAE, β {parameters['beta']}"
+
+
+def compute(chapter: str, wanted: Sequence[Mapping[str, Any]], device: torch.device) -> Iterator[runs.Run]:
+    """Train the models that are asked for, side by side, then measure each one and store its run.
+
+    Args:
+        chapter: The chapter's name.
+        wanted: Parameters of the models, from `grid`; those of training and data are the same in all of them.
+        device: Where to compute.
+    """
+    one = wanted[0]
+    sprites = dsprites.load(one["data"]).to(device)
+    recipe = recipes.DSPRITES[one["recipe"]]
+    precision = provenance.choose_precision(one["precision"], device)
+    models = factorvae.train(
+        [candidate(parameters) for parameters in wanted],
+        sprites.images,
+        split()[0].to(device),
+        recipe,
+        steps=one["steps"],
+        device=device,
+        precision=precision,
+        data_digest=sprites.card.digest,
+        measure=lambda vae: scheduled(vae, sprites),
+        measurements=min(MEASUREMENTS, one["steps"] // SPARING),
+    )
+    for parameters, trained in zip(wanted, tqdm(models, "measuring", unit="model"), strict=True):
+        started = time.monotonic()
+        rows, arrays = evaluate(trained, sprites, parameters["stride"])
+        curves = trained.curves
+        losses = {
+            name: values
+            for name, values in vars(curves).items()
+            if isinstance(values, list) and values  # a model without a loss has no curve of it
+        }
+        yield runs.save(
+            chapter,
+            parameters,
+            metrics=rows,
+            losses=losses,
+            arrays=arrays,
+            figures={},
+            card=sprites.card,
+            recipe=recipe,
+            budget={"unit": "steps", "asked": recipe.steps, "used": one["steps"]},
+            seconds={"training, all side by side": curves.seconds, "measuring": time.monotonic() - started},
+            device=provenance.describe_device(device),
+            extra={
+                "training": {"precision": precision, "side by side": curves.beside, "device": trained.device},
+                "scheduled": curves.measured,
+                "weights": {"key": trained.key},
+            },
+        )
+
+
+# --- measures ---------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    trained: Trained, sprites: dsprites.Sprites, stride: int
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """Everything that is measured of a trained model: the rows of its run, and its arrays.
+
+    The metrics of disentanglement come from one encoding of the lattice with this stride, the losses from held-out
+    images, and the maps from some of these.
+    """
+    vae = trained.vae
+    index_N, sizes = lattice(stride)
+    mu_NI, logvar_NI = encode(vae, sprites, index_N)
+    held_out_N = split()[1]
+    cost_N = reconstruction(vae, sprites, held_out_N).double()
+    kl_NI = kl_divergence(mu_NI, logvar_NI).double()
+    rows = [
+        runs.row("reconstruction per image", **_mean(cost_N)),
+        runs.row("KL per image", kl_NI.sum(1).mean().item()),
+        runs.row("reconstruction per image, training", trained.curves.reconstruction[-1]),
+        runs.row("active units", active_units(mu_NI)),
+        runs.row("parameters", sum(value.numel() for value in vae.parameters())),
+    ]
+    rows += metric_rows(mu_NI, logvar_NI, kl_NI, sizes)
+    explained_N = held_out_N[:EXPLAINED]
+    x_BCYX = sprites.images(explained_N.to(sprites.pixels.device)).float()
+    active_I = torch.from_numpy(metrics.active_by_variance(mu_NI, 0.1))  # that is a variance of 0.01
+    rows += overlap_rows(vae, x_BCYX, active_I)
+    rows += gradient_rows(trained, x_BCYX[:64])
+    arrays = {
+        "shown": held_out_N[:SHOWN].numpy(),
+        "kl": kl_NI.mean(0).numpy().astype(np.float32),
+        "traversals": traversals(vae, x_BCYX[:1]),
+    }
+    for layer in SPATIAL:
+        found = attention(vae.encode, f"encoder.{layer}", x_BCYX[:SHOWN])
+        highest_BK = found.highest_BK(2)
+        arrays[f"highest {layer}"] = highest_BK.cpu().numpy()
+        maps_BKHW = found.map_BIHW.gather(1, highest_BK[..., None, None].expand(-1, -1, *found.map_BIHW.shape[2:]))
+        arrays[f"maps {layer}"] = maps_BKHW.cpu().numpy().astype(np.float32)
+    return rows, arrays
+
+
+def _mean(values_N: Float[Tensor, " n"]) -> dict[str, float | int]:
+    """A mean over images with its 95 % interval by the normal approximation."""
+    half = 1.96 * values_N.std().item() / len(values_N) ** 0.5
+    value = values_N.mean().item()
+    return {"value": value, "low": value - half, "high": value + half, "n": len(values_N)}
+
+
+def metric_rows(
+    mu_NI: Float[Tensor, "n i"], logvar_NI: Float[Tensor, "n i"], kl_NI: Float[Tensor, "n i"], sizes: tuple[int, ...]
+) -> list[dict[str, Any]]:
+    """The metrics of disentanglement from one encoding of a lattice, by every protocol, and a perfect code's."""
+    generator = torch.Generator().manual_seed(0)
+    by_kl = list(COLLAPSED)[1:]
+    cases = [(REFERENCE, next(iter(COLLAPSED))), *((PUBLISHED, rule) for rule in by_kl)]
+    rows = []
+    for protocol, rule in cases:
+        threshold = COLLAPSED[rule]
+        active_I = (
+            metrics.active_by_kl(kl_NI.mean(0), threshold)
+            if rule in by_kl
+            else metrics.active_by_variance(mu_NI, threshold)
+        )
+        found = metrics.factor_vae_metric(mu_NI, sizes, PROTOCOLS[protocol], active_I=active_I, generator=generator)
+        within = {name: getattr(found.interval, name) for name in ("low", "high", "n")}
+        rows.append(runs.row(METRIC, found.score, protocol, rule, **within))
+        rows.append(runs.row("latents that count", found.active, protocol, rule))
+    for spare, (method, scores) in product(SPARE, [(name, name) for name in PROTOCOLS]):
+        drawn = perfect(sizes, spare, scores)
+        rows.append(
+            runs.row(
+                "perfect code",
+                float(np.mean(drawn)),
+                method,
+                f"{spare} spare latents",
+                low=min(drawn),
+                high=max(drawn),
+                n=len(drawn),
+            )
+        )
+    gap = metrics.mutual_information_gap(mu_NI, sizes, generator=generator)
+    rows.append(runs.row("MIG", gap.score))
+    # Its own default numbers of points, or two thirds and a third of a lattice that has fewer.
+    n = len(mu_NI)
+    completeness = metrics.dci(
+        mu_NI, sizes, train=min(10_000, 2 * n // 3), held_out=min(5_000, n // 3), generator=generator
+    )
+    rows += [
+        runs.row(f"DCI {name}", getattr(completeness, name))
+        for name in ("disentanglement", "completeness", "informativeness")
+    ]
+    some_M = torch.randperm(len(mu_NI), generator=generator)[:20_000]
+    tc = metrics.total_correlation(mu_NI[some_M], logvar_NI[some_M], samples=SAMPLES, generator=generator)
+    rows.append(runs.row("total correlation", tc.value, low=tc.low, high=tc.high, n=SAMPLES))
+    return rows
+
+
+@cache
+def perfect(sizes: tuple[int, ...], spare: int, protocol: str) -> tuple[float, ...]:
+    """Scores of a perfect code, a latent for each factor and some that carry nothing, over several draws of votes."""
+    generator = torch.Generator().manual_seed(0)
+    code_NI = metrics.perfect_code(sizes, spare, generator)
+    return tuple(
+        metrics.factor_vae_metric(code_NI, sizes, PROTOCOLS[protocol], generator=generator).score
+        for _ in range(PERFECT_DRAWS)
+    )
+
+
+def overlap_rows(
+    vae: DSpritesVAE, x_BCYX: Float[Tensor, "b 1 64 64"], active_I: Bool[Tensor, " i"]
+) -> list[dict[str, Any]]:
+    """The AD ratio of maps by the paper's rule at every layer, over pairs of latents: means over images.
+
+    Args:
+        vae: The model.
+        x_BCYX: Images.
+        active_I: Which latents carry anything; without two of them there are no pairs of active ones.
+    """
+    active = active_I.nonzero().flatten().tolist()
+    rows = []
+    for layer in SPATIAL:
+        found = attention(vae.encode, f"encoder.{layer}", x_BCYX)
+        map_BIHW = found.map_BIHW
+        pairs = list(combinations(active, 2))
+        if pairs:
+            ratio_BP = torch.stack([factorvae.overlap(map_BIHW[:, i], map_BIHW[:, j]) for i, j in pairs], 1)
+            rows.append(runs.row(OVERLAP, **_mean(ratio_BP.mean(1).double().cpu()), method=layer, subset=PAIRS[0]))
+        highest_BK = found.highest_BK(2)
+        first, second = (map_BIHW[torch.arange(len(x_BCYX)), highest_BK[:, k]] for k in range(2))
+        ratio_B = factorvae.overlap(first, second).double().cpu()
+        rows.append(runs.row(OVERLAP, **_mean(ratio_B), method=layer, subset=PAIRS[1]))
+    return rows
+
+
+def compared() -> dict[str, AttentionPenalty]:
+    """The variants of the loss whose gradients are compared: the published ones, and each with one choice changed."""
+    paper, code = VARIANTS["liu2020"], VARIANTS["brongers2021"]
+    return {
+        "liu2020": paper,
+        "liu2020, α constant": replace(paper, alpha="constant"),
+        "liu2020 at conv1": replace(paper, layer="conv1"),
+        "liu2020 at conv1, α constant": replace(paper, layer="conv1", alpha="constant"),
+        "liu2020 at conv5": replace(paper, layer="conv5"),
+        "report2": VARIANTS["report2"],
+        "brongers2021": code,
+        "brongers2021, divided once": replace(code, per_batch=False),
+        "brongers2021, second order": replace(code, alpha="second_order"),
+    }
+
+
+def gradient_rows(trained: Trained, x_BCYX: Float[Tensor, "b 1 64 64"]) -> list[dict[str, Any]]:
+    """How strongly each variant of the loss pulls at the encoder of a trained model, beside the rest of its loss.
+
+    The norm of the gradient at λ = 1 over the encoder's parameters, how many of them have one that is not zero, and
+    the loss itself; all on one batch. Random pairs are those of the first two latents.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vae, (b, *_) = trained.vae, x_BCYX.shape
+    cost_B, kl_B = elbo_terms(vae, x_BCYX, generator)
+    rest = cost_B.mean() + trained.candidate.beta * kl_B.mean()
+    if trained.candidate.gamma:
+        mu_BI, logvar_BI = vae.encode(x_BCYX)
+        z_BI = mu_BI + (0.5 * logvar_BI).exp() * torch.randn(mu_BI.shape, generator=generator).to(mu_BI)
+        rest = rest + trained.candidate.gamma * factorvae.total_correlation(trained.critic(z_BI)[None]).sum()
+    parts = torch.autograd.grad(rest, list(vae.encoder.parameters()))
+    rows = [runs.row(GRADIENT, torch.cat([part.flatten() for part in parts]).norm().item(), "rest of the loss")]
+    encoder = SideBySide([vae.encoder]).to(x_BCYX.device)
+    noise_BI = torch.randn(b, vae.decoder.conv.in_channels, generator=generator).to(x_BCYX.device)
+    for name, choice in compared().items():
+        A_BMCHW = encoder(x_BCYX, until=choice.layer).unflatten(1, (1, -1))
+        hidden_BI = encoder(A_BMCHW.flatten(1, 2), after=choice.layer).flatten(1)
+        mu_BI, logvar_BI = hidden_BI.chunk(2, dim=1)
+        z_BI = mu_BI + (0.5 * logvar_BI).exp() * noise_BI
+        pair = torch.tensor([[0, 1]], device=x_BCYX.device)
+        loss = factorvae.attention_loss(A_BMCHW, mu_BI[None], z_BI[None], choice, pair).sum()
+        parameters = list(encoder.parameters())
+        found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        gradient = torch.cat([part.flatten() for part in found])
+        reached = sum(value.numel() for value, part in zip(parameters, found, strict=True) if part.any())
+        rows += [
+            runs.row("L_AD", loss.item(), name),
+            runs.row(GRADIENT, gradient.norm().item(), name),
+            runs.row(REACHED, reached, name),
+        ]
+    return rows
+
+
+@torch.no_grad()
+def traversals(vae: DSpritesVAE, x_BCYX: Float[Tensor, "1 1 64 64"]) -> np.ndarray:
+    """What the decoder makes of an image's latents when one of them runs through TRAVERSAL: [D, 7, 64, 64], uint8."""
+    mu_BI, _ = vae.encode(x_BCYX)
+    latent_dim = mu_BI.shape[1]
+    z_ITI = mu_BI.expand(latent_dim, len(TRAVERSAL), -1).clone()
+    for latent in range(latent_dim):
+        z_ITI[latent, :, latent] = torch.from_numpy(TRAVERSAL).to(mu_BI)
+    images = vae.decode(z_ITI.flatten(0, 1)).sigmoid()
+    return (255 * images).round().byte().view(latent_dim, len(TRAVERSAL), dsprites.SIDE, dsprites.SIDE).cpu().numpy()

@@ -411,7 +411,9 @@ def step(group: _Group, draw: Draw, train_N: Int64[Tensor, " n"], batch_size: in
 
 def _apply(optimizer: torch.optim.Adam, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
+        # The fused Adam walks through both in the order of memory, whatever their strides say.
+        same = parameter.stride() == gradient.stride()
+        parameter.grad = gradient if same else torch.empty_like(parameter).copy_(gradient)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

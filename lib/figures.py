@@ -296,3 +296,80 @@ def histograms(samples: Mapping[str, np.ndarray], *, label: str, mark: float) ->
         axis.set(xlabel=label, ylabel="share of images")
         axis.legend(loc="upper left")
     return figure
+
+
+def tradeoff(table: pd.DataFrame, *, x: str, y: str) -> Figure:
+    """Points of models in the plane of two measures: one colour for each kind of model, one marker for each source.
+
+    Args:
+        table: Columns source, kind, label, cost (along x), score (along y), low and high (the interval of the score).
+        x: What the cost is.
+        y: What the score is.
+    """
+    kinds, sources = list(dict.fromkeys(table["kind"])), list(dict.fromkeys(table["source"]))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7, 4.4), layout="constrained")
+        axis = figure.subplots()
+        for (source, kind), part in table.groupby(["source", "kind"], sort=False):
+            colour = COLOURS[kinds.index(kind) % len(COLOURS)]
+            ours = source == sources[0]
+            axis.errorbar(
+                part["cost"],
+                part["score"],
+                yerr=[part["score"] - part["low"], part["high"] - part["score"]],
+                fmt="os^Dv"[sources.index(source) % 5],
+                markersize=7 if ours else 5,
+                markerfacecolor=colour if ours else "none",
+                capsize=2,
+                color=colour,
+                alpha=1 if ours else 0.75,
+                label=f"{kind} ({source})",
+            )
+            for row in part.itertuples():
+                axis.annotate(row.label, (row.cost, row.score), (5, 4), textcoords="offset points", fontsize=7)
+        axis.set(xlabel=x, ylabel=y)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
+def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], *, x: str) -> Figure:
+    """Lines over a common axis, a panel for each quantity.
+
+    Args:
+        panels: Name of the quantity -> name of the line -> where along x, and its values.
+        x: What runs along x.
+    """
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    with mpl.rc_context(STYLE):
+        rows = -(-len(panels) // 2)
+        figure = Figure(figsize=(7.4, 2.1 * rows + 0.6), layout="constrained")
+        axes = list(figure.subplots(rows, 2, squeeze=False, sharex=True).flat)
+        for axis, (title, lines) in zip(axes, panels.items(), strict=False):
+            for name, (along, values) in lines.items():
+                index = names.index(name)
+                few = len(values) < 20
+                axis.plot(
+                    along,
+                    values,
+                    color=COLOURS[index % len(COLOURS)],
+                    linestyle=("-", "--", ":", "-.")[index % 4],
+                    marker="o" if few else None,
+                    markersize=3,
+                    linewidth=1.3,
+                    label=name,
+                )
+            settled = [value for _, values in lines.values() for value in values[len(values) // 10 :]]
+            if settled:  # the first steps would flatten all that follows
+                margin = 0.06 * (max(settled) - min(settled)) or 1
+                axis.set_ylim(min(settled) - margin, max(settled) + margin)
+            axis.set_title(title)
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
+        figure.supxlabel(x, fontsize=10)
+        handles = {
+            label: handle
+            for axis in figure.axes
+            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=8)
+    return figure

@@ -14,7 +14,11 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = ("lib", "benchmarks")
 PRECISIONS = ("float32", "bfloat16")
-RUN_CELLS = ("chapters.run(", "chapters.run_each(")  # what the cell of a chapter says that makes its runs
+RUN_CELLS = (
+    "chapters.run(",
+    "chapters.run_each(",
+    "chapters.run_all(",
+)  # what the cell of a chapter says that makes its runs
 
 
 def code_hashes(names: Iterable[str]) -> dict[str, str | None]:
@@ -22,7 +26,7 @@ def code_hashes(names: Iterable[str]) -> dict[str, str | None]:
 
     Args:
         names: Dotted names of modules, such as "lib.training", or paths of chapters, such as "book/mnist.md". Of a
-            chapter, the code cells up to the one that calls chapters.run or chapters.run_each count: what follows only
+            chapter, the code cells up to the one that calls chapters.run, run_each or run_all count: what follows only
             shows results, and a page that never calls either shows only results of others.
     """
     return {name: source_hash(source) if (source := _source(name)) is not None else None for name in sorted(names)}

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from scipy.stats import t as student
 
 from lib.metrics.pixel import fraction_interval
 from lib.runs import Run
@@ -420,6 +421,12 @@ UCSD_RECIPES = ("report1", "report2")  # the recipes that the reports followed; 
 PRESETS = ("liu2020_paper", "liu2020_code")
 MVTEC_RECIPES = ("report1", "report2")
 OTHER_NETWORKS = ("brongers2021",)  # recipes of networks that are not the reports'
+DSPRITES_GAMMAS = (10, 20, 30, 40)  # of the paper's figure
+DSPRITES_LAMBDAS = (0.5, 1, 1.5)  # of the second report
+DSPRITES_LOSSES = ("none", "liu2020", "report2")  # the paper's formula; Brongers et al.'s code computes something else
+DSPRITES_WEIGHTS = {"beta": "β", "gamma": "γ", "lambda": "λ"}
+SPRITE_METRIC = ("FactorVAE metric", "five factors, held-out votes", "standard deviation of the mean below 0.05")
+SPRITE_OVERLAP = ("overlap of maps", "conv4", "all pairs of active latents")
 MNIST_DIGITS = (1, 3)
 MNIST_RECIPES = ("liu2020", "report1", "report2")  # the recipes that the paper's code and the reports followed
 OUTLIERS = "all outliers"
@@ -699,6 +706,149 @@ def _grade_mvtec_share(runs: list[Run], reported: pd.DataFrame) -> int:
     return 2 if share.low <= published <= share.high else 1 if share.low > 0.5 else 0
 
 
+Models = dict[tuple[int | float, int | float, int | float], dict[int, Run]]  # β, γ and λ -> seed -> run
+
+
+def _judge_dsprites(
+    grade: Callable[[Models], int | None], metric: str, method: str = "", subset: str = ""
+) -> Callable[[Sequence[Run], pd.DataFrame], Verdict]:
+    """Judge a claim on the models of each configuration of dSprites; the worst that can be judged counts.
+
+    Args:
+        grade: From the models to 2 held, 1 partly held, 0 did not, or None where models or seeds are missing.
+        metric: The number that the evidence shows.
+        method: Its method.
+        subset: Its subset.
+    """
+
+    def judge(runs: Sequence[Run], reported: pd.DataFrame) -> Verdict:
+        counted, others = [], []
+        for run in runs:
+            if _measure(run, metric, method, subset) is None:
+                continue
+            reasons = [
+                "" if _kind(run) == "complete" else f"{run.card.mark} data",
+                _budget(run) if _cut_short(run) else "",
+                "" if run.parameters["attention"] in DSPRITES_LOSSES else "the loss of other code",
+                "" if _as_published_loss(run) else "a changed loss",
+            ]
+            if any(reasons):
+                others.append((run, ", ".join(filter(None, reasons))))
+            else:
+                counted.append(run)
+        note = ""
+        if others:
+            shown = (f"{_sprite_score(run, metric, method, subset)} ({reason})" for run, reason in others)
+            note = f" Not counted: {'; '.join(shown)}."
+        configurations: dict[str, Models] = {}
+        for run in counted:
+            weights = ("beta", "gamma", "lambda")
+            free = {*weights, "seed", "attention", "layer", "alpha", "pairs"}
+            alike = {name: value for name, value in run.parameters.items() if name not in free}
+            models = configurations.setdefault(str(sorted(alike.items())), {})
+            models.setdefault(tuple(run.parameters[name] for name in weights), {})[run.parameters["seed"]] = run
+        grades = [found for models in configurations.values() if (found := grade(models)) is not None]
+        if not grades:
+            return Verdict("not yet tested", f"Too few whole runs on the complete release to tell.{note}")
+        stale = sum(bool(run.stale) for run in counted)
+        evidence = "; ".join(_sprite_score(run, metric, method, subset) for run in counted)
+        note = (f" Stale: {stale} of {len(counted)} runs." if stale else "") + note
+        outcome = ("did not hold", "partly held", "held")[min(grades)]
+        return Verdict(outcome, f"{evidence}.{note}", _labels(counted))
+
+    return judge
+
+
+def _as_published_loss(run: Run) -> bool:
+    return all(run.parameters[name] in ("variant", "none") for name in ("layer", "alpha", "pairs"))
+
+
+def _sprite_score(run: Run, metric: str, method: str, subset: str) -> str:
+    parameters = run.parameters
+    weights = ", ".join(f"{symbol} {parameters[name]}" for name, symbol in DSPRITES_WEIGHTS.items())
+    value, _, _ = _measure(run, metric, method, subset)
+    return f"{weights}, seed {parameters['seed']}: {metric} {value:.3f}"
+
+
+def seed_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Student's interval of the mean of what several seeds gave.
+
+    Raises:
+        ValueError: If there are fewer than two.
+    """
+    if len(values) < 2:
+        raise ValueError(f"an interval over seeds needs two or more, got {len(values)}")
+    half = student.ppf((1 + level) / 2, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return float(np.mean(values) - half), float(np.mean(values) + half)
+
+
+def _at(
+    models: Models, gamma: float, weight: float, metric: str, method: str = "", subset: str = ""
+) -> dict[int, float]:
+    """By seed, a number of the model with β = 1 and these weights."""
+    return {
+        seed: run.metric(metric, method, subset)["value"] for seed, run in models.get((1, gamma, weight), {}).items()
+    }
+
+
+def _grade_dsprites_metric(models: Models) -> int | None:
+    """At how many γ of the paper the paired interval over seeds of the difference in the metric lies above zero."""
+    above = []
+    for gamma in DSPRITES_GAMMAS:
+        without, with_loss = (_at(models, gamma, weight, *SPRITE_METRIC) for weight in (0, 1))
+        differences = [with_loss[seed] - without[seed] for seed in with_loss.keys() & without.keys()]
+        if len(differences) < 2:
+            return None
+        above.append(seed_interval(differences)[0] > 0)
+    return 2 if all(above) else 1 if any(above) else 0
+
+
+def _grade_dsprites_tradeoff(models: Models) -> int | None:
+    """Whether models with the loss dominate all, or some, of those without, in metric and reconstruction."""
+
+    def mean(runs: dict[int, Run], *name: str) -> float:
+        return float(np.mean([run.metric(*name)["value"] for run in runs.values()]))
+
+    points = {key: (mean(runs, *SPRITE_METRIC), mean(runs, "reconstruction per image")) for key, runs in models.items()}
+    ours = [point for (_, _, weight), point in points.items() if weight]
+    others = [point for (_, _, weight), point in points.items() if not weight]
+    wanted = {(1, gamma, weight) for gamma in DSPRITES_GAMMAS for weight in (0, 1)}
+    if not wanted <= points.keys() or all(gamma for _, gamma, _ in points):  # a β-VAE belongs to the claim
+        return None
+
+    def dominated(point: tuple[float, float], by: list[tuple[float, float]]) -> bool:
+        return any(score > point[0] and cost <= point[1] for score, cost in by)
+
+    beaten = [dominated(point, ours) for point in others]
+    if all(beaten):
+        return 2
+    return 1 if any(beaten) and not any(dominated(point, others) for point in ours) else 0
+
+
+def _grade_dsprites_maps(models: Models) -> int | None:
+    """At how many γ of the paper the interval over seeds of the overlap with the loss lies below the one without."""
+    below = []
+    for gamma in DSPRITES_GAMMAS:
+        pair = [list(_at(models, gamma, weight, *SPRITE_OVERLAP).values()) for weight in (0, 1)]
+        if min(map(len, pair)) < 2:
+            return None
+        without, with_loss = map(seed_interval, pair)
+        below.append(with_loss[1] < without[0])
+    return 2 if all(below) else 1 if any(below) else 0
+
+
+def _grade_dsprites_weight(models: Models) -> int | None:
+    """At how many γ the interval over seeds of the metric at the largest λ lies above those at the smaller ones."""
+    above = []
+    for gamma in DSPRITES_GAMMAS:
+        scores = [list(_at(models, gamma, weight, *SPRITE_METRIC).values()) for weight in DSPRITES_LAMBDAS]
+        if min(map(len, scores)) < 2:
+            return None
+        *smaller, largest = map(seed_interval, scores)
+        above.append(all(largest[0] > high for _, high in smaller))
+    return 2 if all(above) else 1 if any(above) else 0
+
+
 def _pixel_scores(run: Run) -> dict[str, tuple[float, float]]:
     """Interval of the pixel AUROC of every method of a run."""
     methods = [row["method"] for row in run.record["metrics"] if row["metric"] == "pixel AUROC"]
@@ -764,6 +914,12 @@ _MVTEC_RUNS = (
 _EQUAL_SIZE = (
     f"Held: the numbers are equal in every stored run, save those of another network (recipe "
     f"{', '.join(OTHER_NETWORKS)}). Did not hold: otherwise."
+)
+
+_DSPRITES_RUNS = (
+    " Counted are models trained on the complete release to the last step of a recipe, with the paper's formula for "
+    "the loss at λ = 1 where no other is named, at every γ of the paper's figure and with two seeds or more; of "
+    "several configurations the worst counts."
 )
 
 _UCSD_RUNS = (
@@ -896,7 +1052,9 @@ CLAIMS = (
         claimed_by="Liu et al. 2020; Report 1 quotes it and could not test it",
         chapter="disentanglement",
         criterion="Held: at every γ of the paper the interval over seeds of the difference in the FactorVAE metric "
-        "(five factors, held-out votes) lies above zero. Partly held: at some γ. Did not hold: at none.",
+        "(five factors, held-out votes) lies above zero. Partly held: at some γ. Did not hold: at none."
+        + _DSPRITES_RUNS,
+        judge=_judge_dsprites(_grade_dsprites_metric, *SPRITE_METRIC),
     ),
     Claim(
         id="dSprites trade-off",
@@ -905,7 +1063,8 @@ CLAIMS = (
         chapter="disentanglement",
         criterion="Held: every FactorVAE and β-VAE point is dominated by an AD-FactorVAE point (higher metric, no "
         "higher reconstruction loss). Partly held: some are, and no AD-FactorVAE point is dominated. Did not hold: "
-        "otherwise.",
+        "otherwise." + _DSPRITES_RUNS,
+        judge=_judge_dsprites(_grade_dsprites_tradeoff, *SPRITE_METRIC),
     ),
     Claim(
         id="dSprites maps",
@@ -914,7 +1073,8 @@ CLAIMS = (
         chapter="disentanglement",
         criterion="Held: over seeds the interval of the mean overlap (the attention loss itself, on test images, over "
         "all pairs of active latents) of AD-FactorVAE lies below that of FactorVAE at every γ. Partly held: at some "
-        "γ. Did not hold: at none.",
+        "γ. Did not hold: at none. The maps are those of the paper at conv4." + _DSPRITES_RUNS,
+        judge=_judge_dsprites(_grade_dsprites_maps, *SPRITE_OVERLAP),
     ),
     Claim(
         id="dSprites λ",
@@ -922,7 +1082,9 @@ CLAIMS = (
         claimed_by="Report 2, experiment 3",
         chapter="disentanglement",
         criterion="Held: over seeds the interval of the FactorVAE metric at the largest λ of Report 2 lies above those "
-        "at the smaller ones, at every γ of its experiment. Partly held: at some γ. Did not hold: at none.",
+        "at the smaller ones, at every γ of its experiment. Partly held: at some γ. Did not hold: at none."
+        + _DSPRITES_RUNS,
+        judge=_judge_dsprites(_grade_dsprites_weight, *SPRITE_METRIC),
     ),
     Claim(
         id="discrepancies",

@@ -31,7 +31,7 @@ from lib import provenance, recipes
 from lib.data import root as data_root
 from lib.data.card import DataCard, survey
 from lib.data.catalogue import source
-from lib.recipes import Recipe
+from lib.recipes import Recipe, StepRecipe
 
 T = TypeVar("T")
 FRAMES_PER_SECOND = 4
@@ -40,6 +40,7 @@ METRIC_COLUMNS = ["metric", "method", "subset", "value", "low", "high", "n"]
 # Modules that a run loads but that cannot change its numbers.
 GLUE = {"lib", "lib.chapters", "lib.data", "lib.figures", "lib.models", "lib.metrics", "lib.provenance", "lib.recipes"}
 GLUE |= {"lib.data.card", "lib.data.catalogue", "lib.reported", "lib.runs", "lib.tables", "lib.weights"}
+GLUE |= {"lib.sprite_tables"}
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Run:
         changed = sorted(name for name in then if now[name] != then[name])
         if not _is_current(self.record["recipe"]):
             changed.append("recipe")
-        if self.card.kind != "sample" and _data_digest(self.card.name) not in (None, self.card.digest):
+        if not self.card.generated and _data_digest(self.card.name) not in (None, self.card.digest):
             changed.append(f"data {self.card.name}")
         return changed
 
@@ -252,7 +253,7 @@ def save(
     arrays: Mapping[str, np.ndarray],
     figures: Mapping[str, Figure | Animation],
     card: DataCard,
-    recipe: Recipe,
+    recipe: Recipe | StepRecipe,
     budget: Mapping[str, Any],
     seconds: Mapping[str, float],
     device: str,
@@ -281,7 +282,7 @@ def save(
     """
     stored = _determining(parameters)
     if "data" in stored:
-        stored["data"] = "sample" if card.kind == "sample" else "real"
+        stored["data"] = "sample" if card.generated else "real"
     record = {
         "chapter": chapter,
         "parameters": stored,
@@ -333,7 +334,7 @@ def save(
 def _is_current(recipe: dict[str, Any]) -> bool:
     """Whether a recipe with these values, whatever its name and source, is still among the recipes."""
     tables = [table for table in vars(recipes).values() if isinstance(table, dict)]
-    known = [asdict(entry) for table in tables for entry in table.values() if isinstance(entry, Recipe)]
+    known = [asdict(entry) for table in tables for entry in table.values() if isinstance(entry, Recipe | StepRecipe)]
     # As JSON has them: tuples are lists there.
     return any(json.loads(json.dumps(entry | {"source": ""})) == recipe | {"source": ""} for entry in known)
 

@@ -484,5 +484,38 @@ def test_run_each_stops_the_page_only_if_all_runs_are_missing(several, monkeypat
     monkeypatch.setenv("EXPVAE_MODE", "read")
     papermill.execute_notebook("book/small.md", "out.ipynb", progress_bar=False)
     assert printed(Path("out.ipynb")) == ("" if stops else "2\n")
-    notice = "No stored run of this chapter for any digit of 0, 1."
+    notice = "No stored run of this chapter for any digit of 0; 1."
     assert (notice in Path("out.ipynb").read_text()) is stops
+
+
+def test_run_all_computes_the_missing_ones_in_one_call_and_keeps_their_places(several, monkeypatch):
+    monkeypatch.delenv("EXPVAE_MODE", raising=False)
+    make_stale(several[3])
+    calls = []
+
+    def compute(missing):
+        calls.append(missing)
+        yield None
+        record = json.loads(several[3].read_text())
+        several[3].write_text(json.dumps(record | {"code": {}}))
+        yield runs.load("small", missing[1])
+
+    wanted = [{"digit": digit, "seed": 5} for digit in (1, 2, 3)]
+    found = chapters.run_all("small", wanted, compute)
+    assert calls == [[wanted[0], wanted[2]]]
+    assert [run and run.parameters for run in found] == [None, wanted[1], wanted[2]]
+    chapters.run_all("small", wanted[1:], must_not_compute_each)
+
+
+def test_run_all_names_runs_by_what_they_differ_in(several, monkeypatch, capsys):
+    monkeypatch.setenv("EXPVAE_MODE", "read")
+    make_stale(several[2])
+    wanted = [{"digit": digit, "seed": 5} for digit in (2, 3)]
+    assert len(chapters.run_all("small", wanted, must_not_compute_each)) == 2
+    assert "since: 2 (lib.chapters)." in capsys.readouterr().out
+
+
+def test_run_all_refuses_a_computation_that_gives_another_number_of_runs(several, monkeypatch):
+    monkeypatch.delenv("EXPVAE_MODE", raising=False)
+    with pytest.raises(ValueError, match="zip"):
+        chapters.run_all("small", [{"digit": 7}, {"digit": 8}], lambda missing: [None])

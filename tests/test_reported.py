@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import scipy.stats
 from pybtex.database import parse_file
 
 from lib import reported
@@ -327,9 +328,9 @@ def test_claims_are_unique_and_complete_and_untested_without_runs():
 
 
 def test_a_claim_without_a_judge_stays_untested():
-    verdict = decide(claim("dSprites metric"), [make_run(chapter="disentanglement")], read())
+    verdict = decide(claim("stacked RBM"), [make_run(chapter="rbm")], read())
     assert verdict.verdict == "not yet tested"
-    assert verdict.evidence == "The stored runs of the chapter disentanglement do not measure this."
+    assert verdict.evidence == "The stored runs of the chapter rbm do not measure this."
 
 
 @pytest.mark.parametrize(("name", "method"), [("MNIST maps", PAPER), ("MNIST maps of the code", CODE)])
@@ -627,3 +628,136 @@ def test_verdict_table_has_a_line_for_each_claim():
     assert table["id"].tolist() == [claim.id for claim in CLAIMS]
     assert table.set_index("id")["verdict"]["MNIST maps"] == "held"
     assert table.set_index("id")["verdict"]["MNIST share"] == "not yet tested"
+
+
+# dSprites
+
+
+def sprite_run(
+    gamma, weight, score, *, seed=0, beta=1, cost=40.0, overlap=0.5, kind="complete", used=100, **parameters
+):
+    """A model of the disentanglement chapter; asked for 100 steps."""
+    variant = "variant" if weight else "none"
+    given = {"beta": beta, "gamma": gamma, "lambda": weight, "seed": seed, "recipe": "report2", "steps": used}
+    given |= {"attention": "liu2020" if weight else "none", "layer": variant, "alpha": variant, "pairs": variant}
+    metrics = [
+        row(reported.SPRITE_METRIC[0], score, *reported.SPRITE_METRIC[1:]),
+        row(reported.SPRITE_OVERLAP[0], overlap, *reported.SPRITE_OVERLAP[1:]),
+        row("reconstruction per image", cost),
+    ]
+    run = make_run(chapter="disentanglement", kind=kind, metrics=metrics)
+    run.record["budget"] = {"unit": "steps", "asked": 100, "used": used}
+    run.parameters.clear()
+    run.parameters.update(given | parameters)
+    return run
+
+
+def sprite_grid(scores, *, weights=(0, 1), seeds=2, **options):
+    """Models at every γ of the paper; scores, costs and overlaps by λ, a little apart from seed to seed."""
+    named = {name: options.pop(name) for name in ("cost", "overlap") if name in options}
+    return [
+        sprite_run(
+            gamma,
+            weight,
+            scores[weight] + 0.001 * seed,
+            seed=seed,
+            **{name: values[weight] for name, values in named.items()},
+            **options,
+        )
+        for gamma in reported.DSPRITES_GAMMAS
+        for weight in weights
+        for seed in range(seeds)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("scores", "outcome"),
+    [({0: 0.7, 1: 0.8}, "held"), ({0: 0.8, 1: 0.7}, "did not hold"), ({0: 0.7, 1: 0.7}, "did not hold")],
+)
+def test_whether_the_attention_loss_raises_the_metric(scores, outcome):
+    verdict = decide(claim("dSprites metric"), sprite_grid(scores), read())
+    assert verdict.verdict == outcome
+    assert f"β 1, γ 10, λ 1, seed 0: FactorVAE metric {scores[1]:.3f}" in verdict.evidence
+
+
+def test_the_metric_may_rise_at_some_weights_only():
+    runs = [
+        run for run in sprite_grid({0: 0.7, 1: 0.8}) if (run.parameters["gamma"], run.parameters["lambda"]) != (40, 1)
+    ]
+    runs += [sprite_run(40, 1, 0.6 + seed / 10, seed=seed) for seed in range(2)]
+    assert decide(claim("dSprites metric"), runs, read()).verdict == "partly held"
+
+
+@pytest.mark.parametrize("drop", [{"gamma": 20}, {"seed": 1}])
+def test_without_every_weight_or_two_seeds_nothing_is_decided(drop):
+    ((name, value),) = drop.items()
+    runs = [run for run in sprite_grid({0: 0.7, 1: 0.8}) if run.parameters[name] != value]
+    for id in ("dSprites metric", "dSprites maps", "dSprites λ"):
+        verdict = decide(claim(id), runs, read())
+        assert verdict.verdict == "not yet tested"
+        assert verdict.evidence.startswith("Too few whole runs on the complete release to tell.")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"kind": "rendered"}, "rendered data"),
+        ({"used": 30}, "30 of 100 steps"),
+        ({"attention": "brongers2021"}, "the loss of other code"),
+        ({"layer": "conv1"}, "a changed loss"),
+    ],
+)
+def test_sprite_models_that_do_not_count_are_named_with_their_numbers(change, reason):
+    verdict = decide(claim("dSprites metric"), [sprite_run(40, 1, 0.8, **change)], read())
+    assert verdict.verdict == "not yet tested"
+    assert f"β 1, γ 40, λ 1, seed 0: FactorVAE metric 0.800 ({reason})." in verdict.evidence
+
+
+@pytest.mark.parametrize(
+    ("scores", "costs", "outcome"),
+    [
+        ({0: 0.7, 1: 0.8}, {0: 40, 1: 40}, "held"),
+        ({0: 0.7, 1: 0.8}, {0: 40, 1: 50}, "did not hold"),
+        ({0: 0.7, 1: 0.6}, {0: 40, 1: 40}, "did not hold"),
+    ],
+)
+def test_whether_models_with_the_loss_dominate(scores, costs, outcome):
+    runs = sprite_grid(scores, cost=costs)
+    assert decide(claim("dSprites trade-off"), runs, read()).verdict == "not yet tested"  # no β-VAE
+    runs.append(sprite_run(0, 0, 0.5, beta=4, cost=60))
+    assert decide(claim("dSprites trade-off"), runs, read()).verdict == outcome
+
+
+def test_some_points_may_be_dominated():
+    runs = [*sprite_grid({0: 0.7, 1: 0.8}, cost={0: 40, 1: 40}), sprite_run(0, 0, 0.5, beta=4, cost=10)]
+    assert decide(claim("dSprites trade-off"), runs, read()).verdict == "partly held"
+
+
+@pytest.mark.parametrize(("overlaps", "outcome"), [({0: 0.5, 1: 0.4}, "held"), ({0: 0.4, 1: 0.5}, "did not hold")])
+def test_whether_maps_come_apart(overlaps, outcome):
+    verdict = decide(claim("dSprites maps"), sprite_grid({0: 0.7, 1: 0.7}, overlap=overlaps), read())
+    assert verdict.verdict == outcome
+
+
+def test_whether_the_largest_weight_is_best():
+    weights = reported.DSPRITES_LAMBDAS
+    rising = sprite_grid(dict(zip(weights, (0.6, 0.7, 0.8), strict=True)), weights=weights)
+    assert decide(claim("dSprites λ"), rising, read()).verdict == "held"
+    falling = sprite_grid(dict(zip(weights, (0.6, 0.8, 0.7), strict=True)), weights=weights)
+    assert decide(claim("dSprites λ"), falling, read()).verdict == "did not hold"
+
+
+def test_interval_over_seeds_is_students():
+    values = [0.1, 0.4, 0.2, 0.6]
+    low, high = reported.seed_interval(values)
+    expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (low, high) == pytest.approx((expected.low, expected.high))
+    with pytest.raises(ValueError, match="two or more, got 1"):
+        reported.seed_interval([0.5])
+
+
+def test_rendered_sprites_stand_beside_published_numbers_with_their_mark():
+    run = sprite_run(40, 0, 0.75, kind="rendered", used=30)
+    lines = beside(read(), [run])
+    ours = lines[(lines["setting"] == "FactorVAE, γ 40") & (lines["metric"] == "disentanglement metric")]["ours"]
+    assert ours.tolist() == ["0.750 · rendered data · 30 of 100 steps"]

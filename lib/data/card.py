@@ -10,7 +10,7 @@ import numpy as np
 
 from lib.data.catalogue import Source
 
-KINDS = ("complete", "partial", "sample")
+KINDS = ("complete", "partial", "rendered", "sample")
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 
 
@@ -20,7 +20,8 @@ class DataCard:
 
     Attributes:
         name: Data set, as in the catalogue.
-        kind: "complete" (the official release), "partial" (less than it, or altered), "sample" (embedded, generated).
+        kind: "complete" (the official release), "partial" (less than it, or altered), "rendered" (every image of it,
+            drawn anew from its factors), "sample" (embedded, generated).
         counts: How much there is, by part: images of a split, masks, clips.
         official: The same counts of the official release.
         digest: SHA-256 of the data (hexadecimal).
@@ -44,13 +45,18 @@ class DataCard:
 
     @property
     def mark(self) -> str:
-        """What tables set beside a number: nothing for complete data, otherwise "partial" or "sample".
+        """What tables set beside a number: nothing for complete data, otherwise the kind.
 
         Partial data are marked "partial, re-encoded" where the note beside them says that they are re-encoded.
         """
         if self.kind == "complete":
             return ""
         return f"{self.kind}, re-encoded" if self.kind == "partial" and "re-encoded" in self.note else self.kind
+
+    @property
+    def generated(self) -> bool:
+        """Whether the data were made by this book instead of read from files of the data set."""
+        return self.kind in ("rendered", "sample")
 
     def to_dict(self) -> dict[str, str | dict[str, int]]:
         """The card as plain values, for JSON."""

@@ -140,7 +140,7 @@ def index_of(factors_B6: Int64[Tensor, "b 6"]) -> Int64[Tensor, " b"]:
 def load(data: str = "auto", root: Path | None = None) -> Sprites:
     """Load the release from `ROOT/dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz`, or draw the sprites.
 
-    The card of drawn sprites has the kind "sample" with all 737 280 images, because they are generated; its note says
+    The card of drawn sprites has the kind "rendered" with all 737 280 images, because they are generated; its note says
     what they have in common with the release and what not.
 
     Args:
@@ -184,7 +184,7 @@ def sample() -> Sprites:
         patch_SYX[i] = draw(SHAPES[shape], VALUES["scale"][scale], VALUES["orientation"][orientation], CENTRE)
     card = DataCard(
         name=catalogue.DSPRITES.name,
-        kind="sample",
+        kind="rendered",
         counts={"all": COUNT},
         official=dict(catalogue.DSPRITES.official),
         digest=hashlib.sha256(canvas_SYX.tobytes()).hexdigest(),

@@ -115,7 +115,10 @@ class SideBySide(nn.Module):
                 raise TypeError(f"{name} is a {type(layer).__name__}, which cannot be put side by side")
             for part in dict(layer.named_parameters()):
                 values = [network.get_parameter(f"{name}.{part}").detach() for network in networks]
-                joined = torch.stack(values) if isinstance(layer, nn.Linear) else torch.cat(values)
+                if isinstance(layer, nn.Linear):  # [M, in, out], as the product of matrices takes it
+                    joined = torch.stack([value.mT if value.ndim == 2 else value for value in values]).contiguous()
+                else:
+                    joined = torch.cat(values)
                 if joined.ndim == 4:
                     joined = joined.contiguous(memory_format=torch.channels_last)
                 self.weights[f"{name}_{part}"] = nn.Parameter(joined)
@@ -138,7 +141,7 @@ class SideBySide(nn.Module):
                 continue
             weight, bias = self.weights[f"{name}_weight"], self.weights[f"{name}_bias"]
             if isinstance(layer, nn.Linear):
-                x = torch.baddbmm(bias[:, None], x, weight.mT)
+                x = torch.baddbmm(bias[:, None], x, weight)
             elif isinstance(layer, nn.ConvTranspose2d):
                 x = F.conv_transpose2d(x, weight, bias, layer.stride, layer.padding, groups=self.count)
             else:
@@ -150,6 +153,9 @@ class SideBySide(nn.Module):
         state = {}
         for key, value in self.weights.items():
             name, _, part = key.rpartition("_")
-            piece = value if isinstance(self.layers[name], nn.Linear) else value.unflatten(0, (self.count, -1))
-            state[f"{name}.{part}"] = piece[index].detach().clone()
+            if isinstance(self.layers[name], nn.Linear):
+                piece = value[index].mT if part == "weight" else value[index]
+            else:
+                piece = value.unflatten(0, (self.count, -1))[index]
+            state[f"{name}.{part}"] = piece.detach().clone()
         return state

@@ -249,7 +249,7 @@ def save(
     parameters: Mapping[str, Any],
     *,
     metrics: list[dict],
-    losses: Mapping[str, list[float]],
+    losses: Mapping[str, list[float] | list[int]],
     arrays: Mapping[str, np.ndarray],
     figures: Mapping[str, Figure | Animation],
     card: DataCard,
@@ -266,7 +266,7 @@ def save(
         parameters: What determines the result. data="auto" is stored as "real" or "sample", whichever was used;
             device is no part of them.
         metrics: Rows made by `row`.
-        losses: Curves per epoch.
+        losses: Curves per epoch, or at the steps that a curve of steps names.
         arrays: Maps and curves for figures; never the images of a data set.
         figures: Panels that show inputs, saved as PNG, and animations, saved as GIF.
         card: The card of the data used.

@@ -71,7 +71,8 @@ published: $(INSTALLED)
 	$(BIN)/papermill book/mvtec10.md $(EXECUTED)/mvtec10.ipynb -p data real
 	$(BIN)/papermill book/disentanglement.md $(EXECUTED)/disentanglement.ipynb
 	$(BIN)/papermill book/reuse.md $(EXECUTED)/reuse.ipynb -p data real
-	$(BIN)/python -m benchmarks --data real
+	$(BIN)/python -m benchmarks training attention pixel --data real
+	$(BIN)/python -m benchmarks factorvae
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:3]; sys.exit(None if (3, 11, 4) <= v < (3, 14) else \

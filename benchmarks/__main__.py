@@ -1,9 +1,12 @@
 """Speed of this library beside named peers, each pair in one run.
 
-    python -m benchmarks [training] [attention] [pixel] [--rounds 5] [--data auto] [--device auto]
+    python -m benchmarks [training] [attention] [pixel] [factorvae] [--rounds 5] [--data auto] [--device auto]
 
 The contestants of a benchmark take turns, so that whatever else the machine does falls on all of them; what is printed
 and stored under runs/performance/ is the median of the rounds, with the fastest and the slowest.
+
+A benchmark is a module with `measure` and PEERS. It is fed with MNIST and a recipe of MNIST, on the device asked for,
+unless it has a `load`, a RECIPE or a DEVICE of its own.
 """
 
 import argparse
@@ -16,10 +19,11 @@ from importlib.metadata import version
 import torch
 
 from lib import provenance, runs
-from lib.data import mnist
+from lib.data.card import DataCard
 from lib.recipes import MNIST
 
-NAMES = ("training", "attention", "pixel")
+NAMES = ("training", "attention", "pixel", "factorvae")
+DATA = ("auto", "real", "sample")
 RECIPE = MNIST["liu2020"]
 
 
@@ -27,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="name", help=f"{', '.join(NAMES)}; all if none is named")
     parser.add_argument("--rounds", type=int, default=5, help="turns that each contestant takes after one to warm up")
-    parser.add_argument("--data", choices=mnist.DATA, default="auto", help="which MNIST the networks are fed with")
+    parser.add_argument("--data", choices=DATA, default="auto", help="which data the networks are fed with")
     parser.add_argument("--device", default="auto", help="where the networks run: auto, cpu, cuda or mps")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.names if name not in NAMES]
@@ -52,13 +56,21 @@ def main() -> None:
             sys.exit(done.returncode)
 
 
+def load_mnist(data: str) -> tuple[torch.Tensor, DataCard]:
+    from lib.data import mnist  # not loaded for a benchmark that is fed with other data: its run would depend on it
+
+    images = mnist.load(data)
+    return images.train_NYX, images.card
+
+
 def measure(name: str, data: str, device: torch.device, rounds: int) -> None:
     """Measure, store and print one benchmark, in this process."""
     benchmark = importlib.import_module(f"benchmarks.{name}")
-    images = mnist.load(data)
+    images, card = getattr(benchmark, "load", load_mnist)(data)
+    recipe = getattr(benchmark, "RECIPE", RECIPE)
     device = getattr(benchmark, "DEVICE", device)
     started = time.monotonic()
-    rows = benchmark.measure(images.train_NYX, RECIPE, device, rounds)
+    rows = benchmark.measure(images, recipe, device, rounds)
     run = runs.save(
         "performance",
         {"benchmark": name, "data": data},
@@ -66,8 +78,8 @@ def measure(name: str, data: str, device: torch.device, rounds: int) -> None:
         losses={},
         arrays={},
         figures={},
-        card=images.card,
-        recipe=RECIPE,
+        card=card,
+        recipe=recipe,
         budget={"unit": "rounds", "asked": 5, "used": rounds},
         seconds={"all": time.monotonic() - started},
         device=provenance.describe_device(device),

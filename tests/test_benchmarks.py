@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lib import provenance, runs
-from lib.recipes import MNIST
+from lib import factorvae, provenance, runs
+from lib.data import dsprites
+from lib.recipes import DSPRITES, MNIST
 
 CPU = torch.device("cpu")
 # What `python -m benchmarks NAME` runs, with a measurement that takes no time.
@@ -101,16 +102,118 @@ def test_training_is_as_many_times_as_fast_as_the_plain_loop(monkeypatch):
     assert values(rows, "ratio") == {"lib.training / plain loop": pytest.approx(ours / plain)}
 
 
+def test_the_plain_loop_of_factorvae_takes_the_steps_of_ours(monkeypatch):
+    benchmark = load("factorvae")
+    recipe = replace(DSPRITES["report2"], batch_size=6)
+    sprites, index_N = dsprites.load("sample"), torch.arange(0, dsprites.COUNT, 9001)
+    group = factorvae._Group.made([factorvae.Candidate(gamma=benchmark.GAMMA, seed=0)], recipe, CPU)
+    drawn = torch.Generator().set_state(group.generators[0].get_state())
+    noises, orders, losses = [], [], []
+    monkeypatch.setattr(torch, "randn_like", lambda _mu: noises.pop(0))
+    monkeypatch.setattr(torch, "randperm", lambda _count: orders.pop(0))
+    step = benchmark.plain_step
+
+    def replayed(vae, critic, optimizers, _x, _other):
+        """The plain step, with the images, the noise and the permutations of ours."""
+        pairs = index_N[torch.randint(len(index_N), (12,), generator=drawn)]
+        noises.extend(torch.randn(2, 6, 10, generator=drawn))
+        orders.extend(torch.rand(6, 10, generator=drawn).argsort(0).T)
+        torch.randint(10, (2,), generator=drawn)
+        losses.append(step(vae, critic, optimizers, *sprites.images(pairs).float().chunk(2)))
+        weights.update({"encoder": vae.encoder, "decoder": vae.decoder, "critic": critic})
+
+    monkeypatch.setattr(benchmark, "plain_step", replayed)
+    monkeypatch.setattr(benchmark, "_endless", lambda _loader: iter([torch.empty(2, 0)] * 3))
+    weights = {}
+    benchmark.plain_loop(sprites.images(index_N).squeeze(1).numpy(), recipe, CPU, steps=3)()
+    for vae_loss, critic_loss in losses:
+        parts = factorvae.step(group, sprites.images, index_N, 6, "float32")
+        total = parts["reconstruction"] + parts["kl"] + benchmark.GAMMA * parts["total_correlation"]
+        assert (vae_loss, critic_loss) == pytest.approx((total.item(), parts["discriminator"].item()), rel=1e-5)
+    for name, network in group.networks().items():
+        for key, value in network.alone(0).items():
+            torch.testing.assert_close(weights[name].state_dict()[key], value, rtol=0, atol=3e-6)
+
+
+def test_pairs_are_an_image_and_one_at_random(monkeypatch):
+    benchmark = load("factorvae")
+    x_NYX = digits(3).numpy()
+    monkeypatch.setattr(benchmark.random, "randrange", lambda count: count - 1)
+    first, second = benchmark.Pairs(x_NYX)[1]
+    assert torch.equal(first, torch.tensor(x_NYX[1:2], dtype=torch.float32))
+    assert torch.equal(second, torch.tensor(x_NYX[2:], dtype=torch.float32))
+
+
+def test_the_steps_of_models_side_by_side_are_added_up(monkeypatch):
+    benchmark = load("factorvae")
+    monkeypatch.setattr(benchmark, "STEPS", {1: 2, 3: 1})
+    monkeypatch.setattr(benchmark, "IMAGES", 8)
+    monkeypatch.setattr(provenance, "choose_precision", lambda name, _device: {"auto": "bfloat16"}[name])
+    calls = []
+    plain_step, step = benchmark.plain_step, factorvae.step
+    monkeypatch.setattr(benchmark, "plain_step", lambda *given: calls.append("plain") or plain_step(*given))
+    monkeypatch.setattr(
+        factorvae,
+        "step",
+        lambda group, *given: calls.append((len(group.candidates), given[-1])) or step(group, *given),
+    )
+
+    def race(contestants, rounds, _device):
+        done = {}
+        for name, turn in contestants.items():
+            before = len(calls)
+            turn()
+            done[name] = calls[before:]
+        assert list(done.values()) == [
+            ["plain"] * 2,
+            [(1, "float32")] * 2,
+            [(3, "float32")],
+            [(1, "bfloat16")] * 2,
+            [(3, "bfloat16")],
+            [(1, "float32")] * 2,
+        ]
+        return {name: [0.5] * rounds for name in contestants}
+
+    monkeypatch.setattr(benchmark.timing, "race", race)
+    rows = benchmark.measure(dsprites.load("sample"), replace(benchmark.RECIPE, batch_size=4), CPU, 1)
+    names = ["1 model", "3 models side by side", "1 model, bfloat16", "3 models side by side, bfloat16"]
+    rates = dict(zip(names, [4, 6, 4, 6], strict=True))
+    assert values(rows, "steps/s") == {benchmark.PLAIN: 4} | rates | {benchmark.ADDED: 4}
+    ratios = {f"{name} / {benchmark.PLAIN}": rate / 4 for name, rate in rates.items()}
+    assert values(rows, "ratio") == ratios | {f"{benchmark.ADDED} / 1 model": 1}
+
+
 # --- what is stored --------------------------------------------------------------------------------------------------
 
 
-def test_a_timing_depends_on_the_code_of_its_own_benchmark_alone():
-    command = [sys.executable, "-c", ONE, "training", "--data", "sample"]
+@pytest.mark.parametrize(
+    ("name", "modules"),
+    [
+        ("training", {"lib.data.mnist", "lib.models.mnist"}),
+        ("factorvae", {"lib.data.dsprites", "lib.models.dsprites", "lib.factorvae", "lib.attention", "lib.gradients"}),
+    ],
+)
+def test_a_timing_depends_on_the_code_of_its_own_benchmark_alone(name, modules):
+    command = [sys.executable, "-c", ONE, name, "--data", "sample"]
     subprocess.run(command, cwd=provenance.REPOSITORY, check=True, stdout=subprocess.DEVNULL)
-    run = runs.load("performance", {"benchmark": "training", "data": "sample"})
-    modules = {"benchmarks.timing", "benchmarks.training", "lib.data.mnist", "lib.models.mnist", "lib.training"}
+    run = runs.load("performance", {"benchmark": name, "data": "sample"})
+    modules = {"benchmarks.timing", f"benchmarks.{name}", "lib.training"} | modules
     assert run.record["code"] == provenance.code_hashes(modules)
     assert run.stale == []
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "recipe"),
+    [("training", "mnist", MNIST["liu2020"]), ("factorvae", "dsprites", DSPRITES["report2"])],
+)
+def test_a_timing_names_the_data_and_the_recipe_that_it_was_fed_with(monkeypatch, name, data, recipe):
+    given = []
+    monkeypatch.setattr(load(name), "measure", lambda *fed: given.extend(fed) or [])
+    main(monkeypatch, name, "--data", "sample", "--device", "cpu")
+    run = runs.load("performance", {"benchmark": name, "data": "sample"})
+    assert (run.card.name, run.record["recipe"]["source"]) == (data, recipe.source)
+    assert len(given[0]) == run.card.counts.get("all", run.card.counts.get("train"))
+    assert given[1] == recipe
 
 
 def test_a_timing_names_its_own_peers_and_device(monkeypatch, capsys):
@@ -120,6 +223,7 @@ def test_a_timing_names_its_own_peers_and_device(monkeypatch, capsys):
         "training": ("meta", {"torchvision", "pillow"}),
         "attention": ("meta", {"captum"}),
         "pixel": ("cpu", {"numpy", "scikit-learn", "torchmetrics"}),
+        "factorvae": ("meta", set()),
     }
     for name, (device, peers) in expected.items():
         monkeypatch.setattr(load(name), "measure", lambda *_: [runs.row("ratio", 2.5, "theirs / ours")])
@@ -149,7 +253,7 @@ def test_several_benchmarks_run_in_processes_of_their_own(monkeypatch):
     monkeypatch.setattr(subprocess, "run", processes := Processes())
     main(monkeypatch, "--rounds", "2", "--data", "sample", "--device", "cpu")
     options = ["--rounds", "2", "--data", "sample", "--device", "cpu"]
-    names = ("training", "attention", "pixel")
+    names = ("training", "attention", "pixel", "factorvae")
     assert processes.commands == [[sys.executable, "-m", "benchmarks", name, *options] for name in names]
 
 
@@ -164,7 +268,7 @@ def test_a_benchmark_that_fails_stops_those_after_it(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["memory"], "'memory' is no benchmark; choose from: training, attention, pixel"),
+        (["memory"], "'memory' is no benchmark; choose from: training, attention, pixel, factorvae"),
         (["--rounds", "0"], "--rounds must be 1 or more"),
         (["--device", "tpu"], "device='tpu' is not there; this machine has: auto, .*cpu"),
     ],

@@ -1,0 +1,183 @@
+"""Training speed of FactorVAE: models side by side with lib.factorvae, and a plain PyTorch loop that trains one.
+
+The plain loop is what one would write first, and what public code of FactorVAE does: a Dataset that makes two images
+per item, a DataLoader, the networks and Adam as they come, and the loss of each step read to be printed. Its step
+computes what one of lib.factorvae does. Public code differs in one point, which would take it longer: it lets the
+discriminator's loss through the encoder.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks import timing
+from lib import factorvae, provenance, runs
+from lib.data import dsprites
+from lib.data.card import DataCard
+from lib.factorvae import VARIANTS, Candidate
+from lib.models.dsprites import DSpritesVAE, discriminator
+from lib.recipes import DSPRITES, StepRecipe
+from lib.training import build
+
+PEERS = ()  # the plain loop is PyTorch alone
+RECIPE = DSPRITES["report2"]
+GAMMA = 40.0
+IMAGES = 2560  # in memory, as many for the plain loop as for ours
+STEPS = {1: 6, 4: 4, 10: 3}  # of each model in one turn, by the number of models
+GPU_STEPS = 20  # times as many there, where a step takes milliseconds
+PLAIN, ADDED = "plain loop, 1 model", "1 model, AD-FactorVAE"
+
+
+def load(data: str) -> tuple[dsprites.Sprites, DataCard]:
+    sprites = dsprites.load(data)
+    return sprites, sprites.card
+
+
+# --- the plain loop ---------------------------------------------------------------------------------------------------
+
+
+class Pairs(Dataset):
+    """Two images per item, made from bytes one by one: its own, and one at random for the discriminator."""
+
+    def __init__(self, x_NYX: np.ndarray):
+        self.x_NYX = x_NYX
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return len(self.x_NYX)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Two images [1, Y, X], 0 or 1."""
+        return self._image(index), self._image(random.randrange(len(self)))
+
+    def _image(self, index: int) -> Tensor:
+        return torch.from_numpy(self.x_NYX[index]).unsqueeze(0).float()
+
+
+def permute(z: Tensor) -> Tensor:
+    return torch.cat([column[torch.randperm(len(z)).to(z.device)] for column in z.split(1, dim=1)], dim=1)
+
+
+def plain_step(
+    vae: DSpritesVAE,
+    critic: nn.Module,
+    optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
+    x: Tensor,
+    other: Tensor,
+) -> tuple[float, float]:
+    """One step of both networks on two batches of images.
+
+    Returns:
+        The loss of the VAE and that of the discriminator.
+    """
+    vae_optimizer, critic_optimizer = optimizers
+    mu, logvar = vae.encode(x)
+    z = mu + (0.5 * logvar).exp() * torch.randn_like(mu)
+    reconstruction = F.binary_cross_entropy_with_logits(vae.decode(z), x, reduction="sum") / len(x)
+    kl = -0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).sum(1).mean()
+    logits = critic(z)
+    vae_loss = reconstruction + kl + GAMMA * (logits[:, 0] - logits[:, 1]).mean()
+
+    mu, logvar = vae.encode(other)
+    permuted = permute(mu + (0.5 * logvar).exp() * torch.randn_like(mu)).detach()
+    zeros = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    joint_loss = F.cross_entropy(critic(z.detach()), zeros)
+    critic_loss = 0.5 * (joint_loss + F.cross_entropy(critic(permuted), torch.ones_like(zeros)))
+
+    vae_optimizer.zero_grad()
+    vae_loss.backward()
+    critic_optimizer.zero_grad()
+    critic_loss.backward()
+    vae_optimizer.step()
+    critic_optimizer.step()
+    return vae_loss.item(), critic_loss.item()  # to print them, as such loops do
+
+
+def plain_loop(x_NYX: np.ndarray, recipe: StepRecipe, device: torch.device, steps: int) -> Callable[[], None]:
+    """So many steps of the plain loop, which goes on at the next call."""
+    vae = build(lambda: DSpritesVAE(recipe.latent_dim), seed=0).to(device)
+    critic = build(lambda: discriminator(recipe.latent_dim), seed=0).to(device)
+    optimizers = (
+        torch.optim.Adam(vae.parameters(), lr=recipe.learning_rate, betas=recipe.betas),
+        torch.optim.Adam(critic.parameters(), lr=recipe.critic_learning_rate, betas=recipe.critic_betas),
+    )
+    batches = _endless(DataLoader(Pairs(x_NYX), batch_size=recipe.batch_size, shuffle=True, drop_last=True))
+
+    def turn() -> None:
+        for _ in range(steps):
+            x, other = next(batches)
+            plain_step(vae, critic, optimizers, x.to(device), other.to(device))
+
+    return turn
+
+
+def _endless(loader: DataLoader) -> Iterator[list[Tensor]]:
+    while True:
+        yield from loader
+
+
+# --- ours -------------------------------------------------------------------------------------------------------------
+
+
+def side_by_side(
+    candidates: Sequence[Candidate],
+    sprites: dsprites.Sprites,
+    index_N: Tensor,
+    recipe: StepRecipe,
+    device: torch.device,
+    precision: str,
+    steps: int,
+) -> Callable[[], None]:
+    """So many steps of lib.factorvae, without its bar and its files; they go on at the next call."""
+    group = factorvae._Group.made(candidates, recipe, device)
+    draw = sprites.to(device).images
+
+    def turn() -> None:
+        for _ in range(steps):
+            factorvae.step(group, draw, index_N, recipe.batch_size, precision)
+
+    return turn
+
+
+def measure(sprites: dsprites.Sprites, recipe: StepRecipe, device: torch.device, rounds: int) -> list[dict]:
+    """Steps per second, those of all models added up, and the ratios to the plain loop.
+
+    All in float32, and where the library would train in bfloat16, ours in that as well. AD-FactorVAE, for which there
+    is no plain loop here, is compared to FactorVAE.
+    """
+    index_N = torch.randperm(len(sprites), generator=torch.Generator().manual_seed(0))[:IMAGES]
+    x_NYX = sprites.images(index_N).squeeze(1).cpu().numpy()
+    steps = {count: number * (1 if device.type == "cpu" else GPU_STEPS) for count, number in STEPS.items()}
+    grids = {
+        _name(count, precision): (_grid(count), precision)
+        for precision in dict.fromkeys(["float32", provenance.choose_precision("auto", device)])
+        for count in STEPS
+    }
+    grids[ADDED] = (_grid(1, attention_weight=1.0, penalty=VARIANTS["liu2020"]), "float32")
+
+    contestants = {PLAIN: plain_loop(x_NYX, recipe, device, steps[1])}
+    done = {PLAIN: steps[1]}
+    for name, (candidates, precision) in grids.items():
+        number = steps[len(candidates)]
+        contestants[name] = side_by_side(candidates, sprites, index_N, recipe, device, precision, number)
+        done[name] = number * len(candidates)
+
+    seconds = timing.race(contestants, rounds, device)
+    rows = timing.rows("steps/s", {name: [done[name] / s for s in values] for name, values in seconds.items()})
+    rates = {row["method"]: row["value"] for row in rows}
+    peers = {name: _name(1, "float32") if name == ADDED else PLAIN for name in grids}
+    return [*rows, *(runs.row("ratio", rates[name] / rates[peer], f"{name} / {peer}") for name, peer in peers.items())]
+
+
+def _name(count: int, precision: str) -> str:
+    models = "1 model" if count == 1 else f"{count} models side by side"
+    return models if precision == "float32" else f"{models}, {precision}"
+
+
+def _grid(count: int, **choices: object) -> list[Candidate]:
+    return [Candidate(gamma=GAMMA, seed=seed, **choices) for seed in range(count)]

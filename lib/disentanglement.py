@@ -43,6 +43,7 @@ COLLAPSED = {
     "KL below 0.00001": 0.00001,
 }
 OVERLAP = "overlap of maps"
+EQUALISED = "overlap of maps of equal sum"
 PAIRS = ("all pairs of active latents", "the two highest responses")
 GRADIENT = "gradient, norm"
 REACHED = "parameters with a gradient"
@@ -295,8 +296,7 @@ def evaluate(
         found = attention(vae.encode, f"encoder.{layer}", x_BCYX[:SHOWN])
         highest_BK = found.highest_BK(2)
         arrays[f"highest {layer}"] = highest_BK.cpu().numpy()
-        maps_BKHW = found.map_BIHW.gather(1, highest_BK[..., None, None].expand(-1, -1, *found.map_BIHW.shape[2:]))
-        arrays[f"maps {layer}"] = maps_BKHW.cpu().numpy().astype(np.float32)
+        arrays[f"maps {layer}"] = take(found.map_BIHW, highest_BK).cpu().numpy().astype(np.float32)
     return rows, arrays
 
 
@@ -369,27 +369,43 @@ def perfect(sizes: tuple[int, ...], spare: int, protocol: str) -> tuple[float, .
 def overlap_rows(
     vae: DSpritesVAE, x_BCYX: Float[Tensor, "b 1 64 64"], active_I: Bool[Tensor, " i"]
 ) -> list[dict[str, Any]]:
-    """The AD ratio of maps by the paper's rule at every layer, over pairs of latents: means over images.
+    """How much maps by the paper's rule overlap, at every layer and over pairs of latents: means over images.
+
+    The AD ratio also falls where one map shrinks and stays where it is, because the larger one fills the sum below the
+    line. Therefore it is taken a second time of maps that were brought to the same sum, which only tells where they
+    are; there, pairs with a map that is zero do not count.
 
     Args:
         vae: The model.
         x_BCYX: Images.
         active_I: Which latents carry anything; without two of them there are no pairs of active ones.
     """
-    active = active_I.nonzero().flatten().tolist()
+    pairs = list(combinations(active_I.nonzero().flatten().tolist(), 2))
     rows = []
     for layer in SPATIAL:
         found = attention(vae.encode, f"encoder.{layer}", x_BCYX)
-        map_BIHW = found.map_BIHW
-        pairs = list(combinations(active, 2))
+        map_BIHW = found.map_BIHW.cpu()
+        highest_BK = found.highest_BK(2).cpu()
+        cases = {PAIRS[1]: (take(map_BIHW, highest_BK[:, :1]), take(map_BIHW, highest_BK[:, 1:]))}
         if pairs:
-            ratio_BP = torch.stack([factorvae.overlap(map_BIHW[:, i], map_BIHW[:, j]) for i, j in pairs], 1)
-            rows.append(runs.row(OVERLAP, **_mean(ratio_BP.mean(1).double().cpu()), method=layer, subset=PAIRS[0]))
-        highest_BK = found.highest_BK(2)
-        first, second = (map_BIHW[torch.arange(len(x_BCYX)), highest_BK[:, k]] for k in range(2))
-        ratio_B = factorvae.overlap(first, second).double().cpu()
-        rows.append(runs.row(OVERLAP, **_mean(ratio_B), method=layer, subset=PAIRS[1]))
+            first, second = (list(indices) for indices in zip(*pairs, strict=True))
+            cases[PAIRS[0]] = (map_BIHW[:, first], map_BIHW[:, second])
+        for subset, (one_BPHW, other_BPHW) in cases.items():
+            ratio_BP = factorvae.overlap(one_BPHW, other_BPHW).double()
+            rows.append(runs.row(OVERLAP, **_mean(ratio_BP.mean(1)), method=layer, subset=subset))
+            sums = [part.sum((2, 3), keepdim=True) for part in (one_BPHW, other_BPHW)]
+            both_BP = (sums[0] > 0).flatten(1) & (sums[1] > 0).flatten(1)
+            equal_BP = factorvae.overlap(one_BPHW / sums[0], other_BPHW / sums[1]).double()
+            any_B = both_BP.any(1)
+            if any_B.sum() > 1:
+                mean_B = torch.where(both_BP, equal_BP, 0.0)[any_B].sum(1) / both_BP[any_B].sum(1)
+                rows.append(runs.row(EQUALISED, **_mean(mean_B), method=layer, subset=subset))
     return rows
+
+
+def take(map_BIHW: Float[Tensor, "b i h w"], index_BK: Int64[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
+    """The maps of each image's own latents."""
+    return map_BIHW.gather(1, index_BK[..., None, None].expand(-1, -1, *map_BIHW.shape[2:]))
 
 
 def compared() -> dict[str, AttentionPenalty]:

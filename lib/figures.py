@@ -365,7 +365,9 @@ def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[flo
             axis.set_title(title)
         for axis in axes[len(panels) :]:
             axis.set_visible(False)
-        figure.supxlabel(x, fontsize=10)
+        for axis in axes[max(0, len(panels) - 2) : len(panels)]:
+            axis.set_xlabel(x)
+            axis.xaxis.set_tick_params(labelbottom=True)
         handles = {
             label: handle
             for axis in figure.axes

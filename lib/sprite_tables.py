@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from lib import disentanglement, reported
-from lib.disentanglement import COLLAPSED, METRIC, OVERLAP, PAIRS, PUBLISHED, REFERENCE, SPATIAL
+from lib.disentanglement import COLLAPSED, EQUALISED, METRIC, OVERLAP, PAIRS, PUBLISHED, REFERENCE, SPATIAL
 from lib.runs import Run
 
 RULES = list(COLLAPSED)
@@ -50,7 +50,8 @@ def differences(found: Sequence[Run]) -> pd.DataFrame:
         METRIC: (METRIC, REFERENCE, RULES[0]),
         "Reconstruction (nats)": (COST, "", ""),
         "Total correlation (nats)": ("total correlation", "", ""),
-        "Overlap at conv4": (OVERLAP, "conv4", PAIRS[0]),
+        "AD ratio at conv4": (OVERLAP, "conv4", PAIRS[0]),
+        "of maps of equal sum": (EQUALISED, "conv4", PAIRS[0]),
     }
     plain = {(run.parameters["gamma"], run.parameters["seed"]): run for run in found if not run.parameters["lambda"]}
     pairs: dict[tuple[Any, Any], list[tuple[Run, Run]]] = {}
@@ -153,11 +154,16 @@ def curves(found: Sequence[Run]) -> dict[str, dict[str, tuple[list[float], list[
     return panels
 
 
-def overlaps(found: Sequence[Run]) -> pd.DataFrame:
-    """The AD ratio of the maps of every model at every layer, by which pairs; 95 % intervals over images."""
+def overlaps(found: Sequence[Run], metric: str = OVERLAP) -> pd.DataFrame:
+    """How much the maps of every model overlap at every layer, by which pairs; 95 % intervals over images.
+
+    Args:
+        found: The models.
+        metric: OVERLAP, the AD ratio of the maps as they are, or EQUALISED, that of maps of equal sum.
+    """
     return pd.DataFrame(
         {"Model": title(run), "Pairs": pairs}
-        | {layer: run.text(OVERLAP, layer, pairs, lacking="fewer than two active") for layer in SPATIAL}
+        | {layer: run.text(metric, layer, pairs, lacking="none") for layer in SPATIAL}
         for pairs in PAIRS
         for run in found
     )
@@ -221,7 +227,7 @@ def every_run(chapter: str, stored: Sequence[Run]) -> pd.DataFrame:
                 METRIC: run.text(METRIC, REFERENCE, RULES[0]),
                 "Reconstruction (nats)": run.text(COST, form=".2f"),
                 "Total correlation (nats)": run.text("total correlation", form=".2f"),
-                "Overlap at conv4": run.text(OVERLAP, "conv4", PAIRS[0], lacking=""),
+                "AD ratio at conv4": run.text(OVERLAP, "conv4", PAIRS[0], lacking=""),
                 "Stale": ", ".join(run.stale),
             }
         )

@@ -197,7 +197,7 @@ def test_shape_must_be_known():
 
 def test_card_of_the_drawings(drawn):
     assert len(drawn) == COUNT
-    assert drawn.card.mark == "sample"
+    assert drawn.card.mark == "rendered"
     assert drawn.card.counts == drawn.card.official == {"all": COUNT}
     assert drawn.card.digest == hashlib.sha256(drawn.pixels.numpy().tobytes()).hexdigest()
     assert dsprites.load("sample").card == drawn.card

@@ -783,7 +783,7 @@ def seed_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
 
 
 def _at(
-    models: Models, gamma: float, weight: float, metric: str, method: str = "", subset: str = ""
+    models: Models, gamma: float | int, weight: float | int, metric: str, method: str = "", subset: str = ""
 ) -> dict[int, float]:
     """By seed, a number of the model with β = 1 and these weights."""
     return {

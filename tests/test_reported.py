@@ -717,7 +717,7 @@ def test_sprite_models_that_do_not_count_are_named_with_their_numbers(change, re
     ("scores", "costs", "outcome"),
     [
         ({0: 0.7, 1: 0.8}, {0: 40, 1: 40}, "held"),
-        ({0: 0.7, 1: 0.8}, {0: 40, 1: 50}, "did not hold"),
+        ({0: 0.7, 1: 0.8}, {0: 40, 1: 50}, "partly held"),  # the β-VAE is dominated
         ({0: 0.7, 1: 0.6}, {0: 40, 1: 40}, "did not hold"),
     ],
 )

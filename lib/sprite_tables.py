@@ -8,7 +8,7 @@ import pandas as pd
 
 from lib import disentanglement, reported
 from lib.disentanglement import COLLAPSED, EQUALISED, METRIC, OVERLAP, PAIRS, PUBLISHED, REFERENCE, SPATIAL
-from lib.runs import Run
+from lib.runs import Run, order
 
 RULES = list(COLLAPSED)
 COST = "reconstruction per image"
@@ -167,6 +167,22 @@ def overlaps(found: Sequence[Run], metric: str = OVERLAP) -> pd.DataFrame:
         for pairs in PAIRS
         for run in found
     )
+
+
+def compared(found: Sequence[Run], layers: Sequence[str], metric: str) -> tuple[int, int, int]:
+    """Overlaps of the two highest maps with the attention loss against those without, at the same γ and seed.
+
+    Returns:
+        In how many cases, a model at a layer, the interval over images lies below, above, and how many there are.
+    """
+    plain = {(run.parameters["gamma"], run.parameters["seed"]): run for run in found if not run.parameters["lambda"]}
+    told = []
+    for run in found:
+        other = plain.get((run.parameters["gamma"], run.parameters["seed"]))
+        if run.parameters["lambda"] and other is not None:
+            pairs = [(run.metric(metric, layer, PAIRS[1]), other.metric(metric, layer, PAIRS[1])) for layer in layers]
+            told += [order(one, without) for one, without in pairs]
+    return told.count("below"), told.count("above"), len(told)
 
 
 def ceilings(run: Run) -> pd.DataFrame:

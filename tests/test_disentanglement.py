@@ -210,6 +210,20 @@ def test_the_tables_say_what_the_runs_say(models):
     assert len(sprite_tables.every_run("disentanglement", models)) == 2
 
 
+def test_overlaps_with_and_without_the_loss_are_compared_by_their_intervals(models):
+    def with_overlap(run, low, high):
+        changed = [
+            row | {"low": low, "high": high} if row["metric"] == OVERLAP else row for row in run.record["metrics"]
+        ]
+        return runs.Run(run.chapter, run.parameters, run.record | {"metrics": changed}, run.folder)
+
+    plain = with_overlap(models[0], 0.4, 0.5)
+    for interval, expected in (((0.1, 0.3), (2, 0, 2)), ((0.6, 0.7), (0, 2, 2)), ((0.3, 0.6), (0, 0, 2))):
+        found = [plain, with_overlap(models[1], *interval)]
+        assert sprite_tables.compared(found, ["conv1", "conv4"], OVERLAP) == expected
+    assert sprite_tables.compared([plain], ["conv4"], OVERLAP) == (0, 0, 0)
+
+
 def test_differences_over_two_seeds_have_an_interval(models):
     def with_seed(run, seed, shift):
         metrics = [

@@ -332,7 +332,7 @@ def tradeoff(table: pd.DataFrame, *, x: str, y: str) -> Figure:
     return figure
 
 
-def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], *, x: str) -> Figure:
+def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float | int], Sequence[float]]]], *, x: str) -> Figure:
     """Lines over a common axis, a panel for each quantity.
 
     Args:

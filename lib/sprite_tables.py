@@ -14,6 +14,8 @@ RULES = list(COLLAPSED)
 COST = "reconstruction per image"
 CHOICES = ("attention", "layer", "alpha", "pairs")
 
+Line = tuple[list[int] | list[float], list[float]]  # where along x, and the values there
+
 
 def title(run: Run, seeds: bool = True) -> str:
     """A model in words, with its seed where seeds matter."""
@@ -132,9 +134,9 @@ def _weights(parameters: Mapping[str, Any]) -> str:
     return str(parameters["gamma"] or parameters["beta"])
 
 
-def curves(found: Sequence[Run]) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
+def curves(found: Sequence[Run]) -> dict[str, dict[str, Line]]:
     """The curves of training: panel -> model -> steps and values."""
-    panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    panels: dict[str, dict[str, Line]] = {}
     logged = {
         "reconstruction": "reconstruction (nats)",
         "kl": "KL (nats)",

@@ -172,7 +172,7 @@ def test_mark_of_data_that_were_encoded_again():
 
 
 def test_card_refuses_unknown_kind_and_entries():
-    with pytest.raises(ValueError, match="complete, partial, sample; got 'whole'"):
+    with pytest.raises(ValueError, match="complete, partial, rendered, sample; got 'whole'"):
         dataclasses.replace(CARD, kind="whole")
     with pytest.raises(ValueError, match="missing or unknown: colour"):
         DataCard.from_dict(CARD.to_dict() | {"colour": "red"})

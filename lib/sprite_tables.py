@@ -230,7 +230,7 @@ def gradients(run: Run) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def every_run(chapter: str, stored: Sequence[Run]) -> pd.DataFrame:
+def every_run(stored: Sequence[Run]) -> pd.DataFrame:
     """Every stored model: what it was trained with, and what it reached."""
     lines = []
     for run in stored:

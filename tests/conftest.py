@@ -3,6 +3,8 @@
 import os
 import tempfile
 
+import pytest
+import torch
 from jaxtyping import install_import_hook
 
 
@@ -10,3 +12,12 @@ def pytest_configure():
     # Data at hand would decide what a test sees: a run on other data is stale, for one.
     os.environ["EXPVAE_DATA"] = tempfile.mkdtemp(prefix="no-data-")
     install_import_hook("lib", "beartype.beartype")
+
+
+@pytest.fixture
+def one_thread():
+    """Sums in another order differ in the last bit: two trainings agree when both use one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -207,7 +207,7 @@ def test_the_tables_say_what_the_runs_say(models):
     assert len(sprite_tables.protocols(models)) == 2
     pulls = sprite_tables.gradients(models[0]).set_index("Variant")
     assert list(pulls.index) == list(disentanglement.compared())
-    assert len(sprite_tables.every_run("disentanglement", models)) == 2
+    assert len(sprite_tables.every_run(models)) == 2
 
 
 def test_overlaps_with_and_without_the_loss_are_compared_by_their_intervals(models):

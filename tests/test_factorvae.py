@@ -16,6 +16,8 @@ from lib.models.dsprites import LAYERS, DSpritesVAE
 from lib.recipes import StepRecipe
 from lib.training import TrainingDivergedError, build
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 LATENTS = 4
 RECIPE = StepRecipe(source="test", steps=0, batch_size=8, learning_rate=1e-4, latent_dim=LATENTS)
@@ -54,15 +56,6 @@ def narrow_critic(latent_dim):
 @pytest.fixture(scope="module")
 def sprites():
     return dsprites.sample()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums in another order differ in the last bit: two trainings agree when both use one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

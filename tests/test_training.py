@@ -16,6 +16,8 @@ from lib import training
 from lib.models.mnist import MNISTVAE
 from lib.recipes import MNIST, Recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RECIPE = Recipe(source="test", epochs=0, batch_size=8, learning_rate=1e-3, latent_dim=3)
 INITIAL = 7
 
@@ -76,15 +78,6 @@ def assert_same_training(ours, theirs):
     for (name, value), other_value in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(value, other_value), name
     assert vars(history) | {"seconds": 0} == vars(other_history) | {"seconds": 0}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums in another order differ in the last bit: two processes agree when both use one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- the two terms ---------------------------------------------------------------------------------------------------

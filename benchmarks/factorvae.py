@@ -134,7 +134,7 @@ def side_by_side(
     steps: int,
 ) -> Callable[[], None]:
     """So many steps of lib.factorvae, without its bar and its files; they go on at the next call."""
-    group = factorvae._Group.made(candidates, recipe, device)
+    group = factorvae.Group.made(candidates, recipe, device)
     draw = sprites.to(device).images
 
     def turn() -> None:

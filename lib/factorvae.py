@@ -270,8 +270,18 @@ def attention_loss(
 
 
 @dataclass
-class _Group:
-    """Models that stand side by side: they share a penalty, or have none, and a discriminator, or have none."""
+class Group:
+    """Models that stand side by side: all have the same penalty or none, and all have a discriminator or none.
+
+    Attributes:
+        candidates: What each of them is.
+        encoder: Their encoders as one network.
+        decoder: Their decoders.
+        critic: Their discriminators.
+        optimizers: Of encoder and decoder, and of the discriminators.
+        generators: The source of each model's randomness, on the CPU.
+        weights: β, γ and λ of each, by their names in Candidate.
+    """
 
     candidates: Sequence[Candidate]
     encoder: SideBySide
@@ -282,7 +292,8 @@ class _Group:
     weights: dict[str, Float[Tensor, " m"]]
 
     @classmethod
-    def made(cls, candidates: Sequence[Candidate], recipe: StepRecipe, device: torch.device) -> "_Group":
+    def made(cls, candidates: Sequence[Candidate], recipe: StepRecipe, device: torch.device) -> "Group":
+        """A group with the initial weights of its candidates' seeds."""
         vaes = [build(lambda: DSpritesVAE(recipe.latent_dim), one.seed) for one in candidates]
         critics = [build(lambda: discriminator(recipe.latent_dim), one.seed) for one in candidates]
         encoder = SideBySide([vae.encoder for vae in vaes]).to(device)
@@ -307,6 +318,7 @@ class _Group:
         )
 
     def networks(self) -> dict[str, SideBySide]:
+        """All of it that has weights, by name."""
         return {"encoder": self.encoder, "decoder": self.decoder, "critic": self.critic}
 
     def vae(self, index: int, latent_dim: int) -> DSpritesVAE:
@@ -318,7 +330,7 @@ class _Group:
 
 
 def _encoded(
-    group: _Group, x_BMYX: Tensor, noise_MBI: Tensor, layer: str | None
+    group: Group, x_BMYX: Tensor, noise_MBI: Tensor, layer: str | None
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """The output of the layer, or None, and the means, log-variances and samples of the latents."""
     count = len(group.candidates)
@@ -332,41 +344,86 @@ def _encoded(
 
 
 def losses(
-    group: _Group,
-    first_BMYX: Float[Tensor, "b m 64 64"],
-    second_BMYX: Float[Tensor, "b m 64 64"],
-    noise_2MBI: Float[Tensor, "2 m b i"],
-    order_MBI: Int64[Tensor, "m b i"],
+    group: Group,
+    x_BMYX: Float[Tensor, "b m 64 64"],
+    noise_MBI: Float[Tensor, "m b i"],
     random_M2: Int64[Tensor, "m 2"],
-) -> dict[str, Float[Tensor, " m"]]:
-    """The parts of the loss of each model of a group, for two batches of images.
+) -> tuple[dict[str, Float[Tensor, " m"]], Float[Tensor, "m b i"]]:
+    """The parts of the loss of each model of a group that come from its VAE, for one batch of images.
 
-    The first batch is reconstructed; the second only gives the discriminator its permuted latents.
+    Returns:
+        The parts, [M] each, and the samples of the latents, for the discriminator.
     """
     one = group.candidates[0]
     penalised = one.attention_weight > 0
-    A_BMCHW, mu_MBI, logvar_MBI, z_MBI = _encoded(
-        group, first_BMYX, noise_2MBI[0], one.penalty.layer if penalised else None
-    )
-    logits_BMYX = group.decoder(z_MBI.transpose(0, 1).reshape(len(first_BMYX), -1, 1, 1)).float()
-    m, b = len(mu_MBI), len(first_BMYX)
-    pixels = (logits_BMYX.transpose(0, 1).reshape(m * b, 1, SIDE, SIDE), first_BMYX.transpose(0, 1))
+    A_BMCHW, mu_MBI, logvar_MBI, z_MBI = _encoded(group, x_BMYX, noise_MBI, one.penalty.layer if penalised else None)
+    logits_BMYX = group.decoder(z_MBI.transpose(0, 1).reshape(len(x_BMYX), -1, 1, 1)).float()
+    m, b = len(mu_MBI), len(x_BMYX)
+    pixels = (logits_BMYX.transpose(0, 1).reshape(m * b, 1, SIDE, SIDE), x_BMYX.transpose(0, 1))
     parts = {
         "reconstruction": reconstruction_loss(pixels[0], pixels[1].reshape(m * b, 1, SIDE, SIDE)).view(m, b).mean(1),
         "kl": kl_divergence(mu_MBI.flatten(0, 1), logvar_MBI.flatten(0, 1)).sum(1).view(m, b).mean(1),
     }
-    if one.gamma > 0:
-        with torch.no_grad():
-            permuted_MBI = permute_latents(_encoded(group, second_BMYX, noise_2MBI[1], None)[3], order_MBI)
-        joint_MB2 = group.critic(z_MBI).float()
-        parts["total_correlation"] = total_correlation(joint_MB2)
-        parts["discriminator"] = discriminator_loss(joint_MB2, group.critic(permuted_MBI).float())
     if penalised:
         parts["attention"] = attention_loss(A_BMCHW, mu_MBI, z_MBI, one.penalty, random_M2)
-    return parts
+    return parts, z_MBI
 
 
-def step(group: _Group, draw: Draw, train_N: Int64[Tensor, " n"], batch_size: int, precision: str) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Criticism:
+    """The discriminator's part in a step.
+
+    Attributes:
+        total_correlation_M: Its estimate of TC.
+        toward_latents_MBI: Gradient of that for the draws from q(z).
+        loss_M: Its own loss.
+        gradients: Gradient of that for each of its parameters.
+        leaked_MBI: Gradient of that for the draws from q(z).
+    """
+
+    total_correlation_M: Float[Tensor, " m"]
+    toward_latents_MBI: Float[Tensor, "m b i"]
+    loss_M: Float[Tensor, " m"]
+    gradients: list[Tensor]
+    leaked_MBI: Float[Tensor, "m b i"]
+
+
+def criticise(critic: SideBySide, joint_MBI: Float[Tensor, "m b i"], permuted_MBI: Float[Tensor, "m b i"]) -> Criticism:
+    """Both losses that the discriminator gives, and their gradients, from one pass through it in each direction.
+
+    Of each draw both losses know the difference d of the two logits alone: TC is the mean of d over draws from q(z),
+    the other loss half the mean of softplus(-d) over these and half that of softplus(d) over the permuted ones. So the
+    gradients of both, at any layer, are that of d times one factor for each draw, and d goes back only once.
+    """
+    draws = joint_MBI.shape[1]
+    linear = [name for name, layer in critic.layers.items() if isinstance(layer, torch.nn.Linear)]
+    inputs, outputs, previous = [torch.cat([joint_MBI, permuted_MBI], 1).detach().requires_grad_()], [], None
+    for name in critic.layers:
+        value = critic(inputs[-1] if name in linear else outputs[-1], after=previous, until=name)
+        (outputs if name in linear else inputs).append(value)
+        previous = name
+    logits_MB2 = outputs[-1].float()
+    d_MB = logits_MB2[..., 0] - logits_MB2[..., 1]
+    toward_inputs_MBI, *toward_outputs = torch.autograd.grad(d_MB.sum(), [inputs[0], *outputs])
+
+    logits_MB2, d_MB = logits_MB2.detach(), d_MB.detach()
+    slope_MB = torch.cat([-torch.sigmoid(-d_MB[:, :draws]), torch.sigmoid(d_MB[:, draws:])], 1)
+    slope_MB1 = slope_MB[..., None] / (2 * draws)
+    gradients = {}
+    for name, value, toward in zip(linear, inputs, toward_outputs, strict=True):
+        scaled = toward * slope_MB1
+        gradients[f"{name}_weight"] = (value.detach().mT @ scaled.to(value.dtype)).float()
+        gradients[f"{name}_bias"] = scaled.sum(1)
+    return Criticism(
+        total_correlation(logits_MB2[:, :draws]),
+        toward_inputs_MBI[:, :draws] / draws,
+        discriminator_loss(logits_MB2[:, :draws], logits_MB2[:, draws:]),
+        [gradients[name] for name, _ in critic.weights.named_parameters()],
+        toward_inputs_MBI[:, :draws] * slope_MB1[:, :draws],
+    )
+
+
+def step(group: Group, draw: Draw, train_N: Int64[Tensor, " n"], batch_size: int, precision: str) -> dict[str, Tensor]:
     """One step of every model of a group: all losses by the same weights, then Adam on VAEs and discriminators.
 
     Returns:
@@ -385,26 +442,27 @@ def step(group: _Group, draw: Draw, train_N: Int64[Tensor, " n"], batch_size: in
     # [2·B, M] so that one image of each model lies in one row: the channels of a grouped convolution.
     chosen = train_N[torch.stack(indices, 1).flatten()]
     x = draw(chosen).to(device).float().view(2, batch_size, len(group.candidates), SIDE, SIDE)
-    drawn = (torch.stack(noises, 1).to(device), torch.stack(orders).to(device), torch.stack(randoms).to(device))
+    noise_2MBI, order_MBI = torch.stack(noises, 1).to(device), torch.stack(orders).to(device)
+    random_M2 = torch.stack(randoms).to(device)
     # The cache of cast weights lives as long as the context, that is one step.
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        parts = losses(group, x[0], x[1], *drawn)
-    total = parts["reconstruction"] + group.weights["beta"] * parts["kl"]
-    if "total_correlation" in parts:
-        total = total + group.weights["gamma"] * parts["total_correlation"]
+        parts, z_MBI = losses(group, x[0], noise_2MBI[0], random_M2)
+        if group.candidates[0].gamma > 0:
+            with torch.no_grad():
+                permuted_MBI = permute_latents(_encoded(group, x[1], noise_2MBI[1], None)[3], order_MBI)
+            criticism = criticise(group.critic, z_MBI, permuted_MBI)
+    total_M = parts["reconstruction"] + group.weights["beta"] * parts["kl"]
     if "attention" in parts:
-        total = total + group.weights["attention_weight"] * parts["attention"]
-    gradients = torch.autograd.grad(total.sum(), vae_parameters, retain_graph="discriminator" in parts)
-    if "discriminator" in parts:
-        inputs = critic_parameters if group.candidates[0].detached else [*critic_parameters, *vae_parameters]
-        # The decoder has no part in the discriminator's loss.
-        from_critic = torch.autograd.grad(parts["discriminator"].sum(), inputs, allow_unused=True)
-        leaked = from_critic[len(critic_parameters) :]
-        gradients = [
-            gradient if leak is None else gradient + leak
-            for gradient, leak in zip(gradients, leaked or [None] * len(gradients), strict=True)
-        ]
-        _apply(group.optimizers[1], critic_parameters, from_critic[: len(critic_parameters)])
+        total_M = total_M + group.weights["attention_weight"] * parts["attention"]
+    if group.candidates[0].gamma > 0:
+        parts["total_correlation"], parts["discriminator"] = criticism.total_correlation_M, criticism.loss_M
+        toward_latents_MBI = group.weights["gamma"][:, None, None] * criticism.toward_latents_MBI
+        if not group.candidates[0].detached:
+            toward_latents_MBI = toward_latents_MBI + criticism.leaked_MBI
+        gradients = torch.autograd.grad([total_M.sum(), z_MBI], vae_parameters, [None, toward_latents_MBI])
+        _apply(group.optimizers[1], critic_parameters, criticism.gradients)
+    else:
+        gradients = torch.autograd.grad(total_M.sum(), vae_parameters)
     _apply(group.optimizers[0], vae_parameters, gradients)
     return {name: part.detach() for name, part in parts.items()}
 
@@ -508,7 +566,10 @@ def _train_group(
     checkpoint = weights.folder() / f"FactorVAE-{_digest([keys[one] for one in members])[:20]}.checkpoint"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(checkpoint.with_suffix(".lock")):
-        group = _Group.made(members, recipe, device)
+        if all(_path(keys[one]).exists() for one in members):  # another process made them while this one waited
+            bar.update(steps * len(members))
+            return
+        group = Group.made(members, recipe, device)
         done, curves, totals = _resume(checkpoint, group, device)
         bar.update(done * len(members))
         per_point = max(1, steps // POINTS)
@@ -569,7 +630,10 @@ def _record(curves: Sequence[Curves], totals: Mapping[str, Tensor], done: int, o
             getattr(curve, name).append(values[index])
 
 
-def _save(path: Path, group: _Group, done: int, curves: Sequence[Curves], totals: Mapping[str, Tensor]) -> None:
+def _save(path: Path, group: Group, done: int, curves: Sequence[Curves], totals: Mapping[str, Tensor]) -> None:
+    for network in group.networks().values():
+        if not all(parameter.isfinite().all() for parameter in network.parameters()):
+            return  # the loss of the next step stops the training, and the last good checkpoint stays
     tensors = {f"totals/{name}": total for name, total in totals.items()}
     tensors |= {f"generator/{index}": generator.get_state() for index, generator in enumerate(group.generators)}
     for name, network in group.networks().items():
@@ -582,7 +646,7 @@ def _save(path: Path, group: _Group, done: int, curves: Sequence[Curves], totals
     write_tensors(path, tensors, described)
 
 
-def _resume(path: Path, group: _Group, device: torch.device) -> tuple[int, list[Curves], dict[str, Tensor]]:
+def _resume(path: Path, group: Group, device: torch.device) -> tuple[int, list[Curves], dict[str, Tensor]]:
     """Put a group where its checkpoint left it; where there is none, it stays at the start."""
     if not path.exists():
         return 0, [Curves() for _ in group.candidates], {}

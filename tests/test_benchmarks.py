@@ -106,7 +106,7 @@ def test_the_plain_loop_of_factorvae_takes_the_steps_of_ours(monkeypatch):
     benchmark = load("factorvae")
     recipe = replace(DSPRITES["report2"], batch_size=6)
     sprites, index_N = dsprites.load("sample"), torch.arange(0, dsprites.COUNT, 9001)
-    group = factorvae._Group.made([factorvae.Candidate(gamma=benchmark.GAMMA, seed=0)], recipe, CPU)
+    group = factorvae.Group.made([factorvae.Candidate(gamma=benchmark.GAMMA, seed=0)], recipe, CPU)
     drawn = torch.Generator().set_state(group.generators[0].get_state())
     noises, orders, losses = [], [], []
     monkeypatch.setattr(torch, "randn_like", lambda _mu: noises.pop(0))

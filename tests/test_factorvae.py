@@ -179,7 +179,7 @@ def test_permuted_latents_keep_their_values_and_lose_their_partners():
 
 
 def group_of(candidates, recipe=RECIPE):
-    return factorvae._Group.made(candidates, recipe, CPU)
+    return factorvae.Group.made(candidates, recipe, CPU)
 
 
 def pair_of_models(sprites, penalty, images=3):

@@ -99,7 +99,8 @@ class SideBySide(nn.Module):
         networks: Sequentials of Conv2d, ConvTranspose2d, Linear, ReLU and LeakyReLU, alike but for their weights.
 
     Raises:
-        TypeError: If a layer is of another kind.
+        TypeError: If a layer is of another kind, has no bias, or is a convolution with groups,
+            dilation, output padding or a padding other than zeros.
         ValueError: If the networks are not alike.
     """
 
@@ -113,6 +114,14 @@ class SideBySide(nn.Module):
         for name, layer in self.layers.items():
             if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear | nn.ReLU | nn.LeakyReLU):
                 raise TypeError(f"{name} is a {type(layer).__name__}, which cannot be put side by side")
+            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+                plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.output_padding == (0, 0)
+                if not plain or layer.padding_mode != "zeros":
+                    raise TypeError(
+                        f"{name} has groups, dilation or a padding which cannot be put side by side: {layer}"
+                    )
+            if not isinstance(layer, nn.ReLU | nn.LeakyReLU) and layer.bias is None:
+                raise TypeError(f"{name} has no bias, which cannot be put side by side")
             for part in dict(layer.named_parameters()):
                 values = [network.get_parameter(f"{name}.{part}").detach() for network in networks]
                 if isinstance(layer, nn.Linear):  # [M, in, out], as the product of matrices takes it
@@ -145,7 +154,7 @@ class SideBySide(nn.Module):
             elif isinstance(layer, nn.ConvTranspose2d):
                 x = F.conv_transpose2d(x, weight, bias, layer.stride, layer.padding, groups=self.count)
             else:
-                x = F.conv2d(x, weight, bias, layer.stride, layer.padding, groups=self.count)
+                x = F.conv2d(_channels_last(x), weight, bias, layer.stride, layer.padding, groups=self.count)
         return x
 
     def alone(self, index: int) -> dict[str, Tensor]:
@@ -159,3 +168,13 @@ class SideBySide(nn.Module):
                 piece = value.unflatten(0, (self.count, -1))[index]
             state[f"{name}.{part}"] = piece.detach().clone()
         return state
+
+
+def _channels_last(x_BCYX: Float[Tensor, "b c y x"]) -> Float[Tensor, "b c y x"]:
+    """The same values, channel by channel in memory; the layout of a convolution's output follows its input's.
+
+    Images of one channel have the same memory either way, and PyTorch goes by the strides.
+    """
+    x_BCYX = x_BCYX.contiguous(memory_format=torch.channels_last)
+    _, c, y, x = x_BCYX.shape
+    return x_BCYX.as_strided(x_BCYX.shape, (c * y * x, 1, c * x, c))

@@ -312,33 +312,19 @@ def metric_rows(
 ) -> list[dict[str, Any]]:
     """The metrics of disentanglement from one encoding of a lattice, by every protocol, and a perfect code's."""
     generator = torch.Generator().manual_seed(0)
-    by_kl = list(COLLAPSED)[1:]
-    cases = [(REFERENCE, next(iter(COLLAPSED))), *((PUBLISHED, rule) for rule in by_kl)]
+    by_deviation, *by_kl = COLLAPSED
+    cases = [(REFERENCE, by_deviation, metrics.active_by_variance(mu_NI, COLLAPSED[by_deviation]))]
+    cases += [(PUBLISHED, rule, metrics.active_by_kl(kl_NI.mean(0), COLLAPSED[rule])) for rule in by_kl]
     rows = []
-    for protocol, rule in cases:
-        threshold = COLLAPSED[rule]
-        active_I = (
-            metrics.active_by_kl(kl_NI.mean(0), threshold)
-            if rule in by_kl
-            else metrics.active_by_variance(mu_NI, threshold)
-        )
+    for protocol, rule, active_I in cases:
         found = metrics.factor_vae_metric(mu_NI, sizes, PROTOCOLS[protocol], active_I=active_I, generator=generator)
         within = {name: getattr(found.interval, name) for name in ("low", "high", "n")}
         rows.append(runs.row(METRIC, found.score, protocol, rule, **within))
         rows.append(runs.row("latents that count", found.active, protocol, rule))
-    for spare, (method, scores) in product(SPARE, [(name, name) for name in PROTOCOLS]):
-        drawn = perfect(sizes, spare, scores)
-        rows.append(
-            runs.row(
-                "perfect code",
-                float(np.mean(drawn)),
-                method,
-                f"{spare} spare latents",
-                low=min(drawn),
-                high=max(drawn),
-                n=len(drawn),
-            )
-        )
+    for spare, protocol in product(SPARE, PROTOCOLS):
+        drawn = perfect(sizes, spare, protocol)
+        within = {"low": min(drawn), "high": max(drawn), "n": len(drawn)}
+        rows.append(runs.row("perfect code", float(np.mean(drawn)), protocol, f"{spare} spare latents", **within))
     gap = metrics.mutual_information_gap(mu_NI, sizes, generator=generator)
     rows.append(runs.row("MIG", gap.score))
     # Its own default numbers of points, or two thirds and a third of a lattice that has fewer.

@@ -1,4 +1,5 @@
 import math
+import shutil
 from collections import OrderedDict
 from dataclasses import replace
 from itertools import combinations, pairwise
@@ -672,6 +673,25 @@ def test_nothing_is_trained_twice(sprites, cache):
             train(candidates[:1], refuse, **{"steps": 2} | changed)
 
 
+def test_what_another_process_trained_while_this_one_waited_is_not_trained_again(sprites, cache, monkeypatch, tmp_path):
+    candidates = [Candidate(gamma=2.0, seed=seed) for seed in range(2)]
+    first = train(candidates, sprites.images, steps=2)
+
+    class Waited(factorvae.FileLock):
+        def __enter__(self):
+            for path in cache.glob("*.safetensors"):
+                shutil.copy(path, tmp_path / "waited")
+            return super().__enter__()
+
+    def refuse(index_B):
+        raise AssertionError("a step was taken")
+
+    monkeypatch.setenv("EXPVAE_CACHE", str(tmp_path / "waited"))
+    monkeypatch.setattr(factorvae, "FileLock", Waited)
+    for ours, theirs in zip(train(candidates, refuse, steps=2), first, strict=True):
+        assert_same_model(ours, theirs)
+
+
 def test_the_source_and_the_own_steps_of_a_recipe_are_not_part_of_a_key(sprites):
     keys = [
         train([Candidate()], sprites.images, recipe, steps=1)[0].key
@@ -768,6 +788,16 @@ def test_a_loss_that_is_not_finite_ends_the_training(sprites, cache, monkeypatch
     monkeypatch.setattr(factorvae, "CHECKPOINT_SECONDS", 0.0)
     with pytest.raises(TrainingDivergedError, match=r"the last good checkpoint is .*FactorVAE-.*\.checkpoint"):
         train([Candidate(seed=1)], sprites.images, recipe)
+
+
+def test_weights_that_are_not_finite_replace_no_checkpoint(sprites, cache, monkeypatch):
+    """The loss of a step is taken before its update: it is finite once more than the weights."""
+    monkeypatch.setattr(factorvae, "CHECKPOINT_SECONDS", 0.0)
+    with pytest.raises(
+        TrainingDivergedError, match=r"no longer finite by step 2: try a smaller learning_rate or weight$"
+    ):
+        train([Candidate()], sprites.images, replace(RECIPE, learning_rate=float("inf")))
+    assert list(cache.glob("*.checkpoint")) == []
 
 
 def test_equal_candidates_and_unknown_precisions_are_refused(sprites, cache):

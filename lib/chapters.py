@@ -446,7 +446,8 @@ def _convert(given: object, kind: type) -> Value:
     whole = isinstance(given, Integral) and not isinstance(given, bool)
     if kind is bool and (isinstance(given, bool) or text in ("True", "true", "False", "false")):
         return given if isinstance(given, bool) else text in ("True", "true")
-    if kind is str and (whole or isinstance(given, str)):
+    # Papermill makes numbers of `-p gammas 10` and `-p lambdas 0.5`, whatever the parameter is.
+    if kind is str and (whole or isinstance(given, str) or (isinstance(given, float) and math.isfinite(given))):
         return str(given)
     if kind is int and (whole or (text is not None and re.fullmatch(r"[+-]?[0-9]+", text))):
         return int(given)

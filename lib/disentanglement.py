@@ -54,6 +54,7 @@ SCHEDULED_IMAGES = 2048  # held-out images whose reconstruction is measured duri
 MEASUREMENTS = 5  # during a training; fewer where that would be more often than every SPARING steps
 SPARING = 1000
 SAMPLES = 1000  # of the latents, for the total correlation
+RANDOM_PAIRS = 20  # of latents, over which a variant that draws them is averaged
 
 
 def lattice(stride: int) -> tuple[Int64[Tensor, " n"], tuple[int, ...]]:
@@ -180,6 +181,8 @@ def penalty(parameters: Mapping[str, Any]) -> AttentionPenalty:
     differing = {
         name: parameters[name] for name in ("layer", "alpha", "pairs") if parameters[name] not in (AS_VARIANT, NONE)
     }
+    if differing.get("pairs") == "all":  # of all latents; of a variant's two highest there is but one pair
+        differing["maps"] = recipes.DSPRITES[parameters["recipe"]].latent_dim
     return replace(VARIANTS[parameters["attention"]], **differing)
 
 
@@ -414,7 +417,7 @@ def gradient_rows(trained: Trained, x_BCYX: Float[Tensor, "b 1 64 64"]) -> list[
     """How strongly each variant of the loss pulls at the encoder of a trained model, beside the rest of its loss.
 
     The norm of the gradient at λ = 1 over the encoder's parameters, how many of them have one that is not zero, and
-    the loss itself; all on one batch. Random pairs are those of the first two latents.
+    the loss itself; all on one batch. For random pairs these are means over RANDOM_PAIRS draws.
     """
     generator = torch.Generator().manual_seed(0)
     vae, (b, *_) = trained.vae, x_BCYX.shape
@@ -427,22 +430,26 @@ def gradient_rows(trained: Trained, x_BCYX: Float[Tensor, "b 1 64 64"]) -> list[
     parts = torch.autograd.grad(rest, list(vae.encoder.parameters()))
     rows = [runs.row(GRADIENT, torch.cat([part.flatten() for part in parts]).norm().item(), "rest of the loss")]
     encoder = SideBySide([vae.encoder]).to(x_BCYX.device)
-    noise_BI = torch.randn(b, vae.decoder.conv.in_channels, generator=generator).to(x_BCYX.device)
+    latent_dim = vae.decoder.conv.in_channels
+    noise_BI = torch.randn(b, latent_dim, generator=generator).to(x_BCYX.device)
+    random_N2 = torch.randint(latent_dim, (RANDOM_PAIRS, 2), generator=generator).to(x_BCYX.device)
     for name, choice in compared().items():
         A_BMCHW = encoder(x_BCYX, until=choice.layer).unflatten(1, (1, -1))
         hidden_BI = encoder(A_BMCHW.flatten(1, 2), after=choice.layer).flatten(1)
         mu_BI, logvar_BI = hidden_BI.chunk(2, dim=1)
         z_BI = mu_BI + (0.5 * logvar_BI).exp() * noise_BI
-        pair = torch.tensor([[0, 1]], device=x_BCYX.device)
-        loss = factorvae.attention_loss(A_BMCHW, mu_BI[None], z_BI[None], choice, pair).sum()
         parameters = list(encoder.parameters())
-        found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        gradient = torch.cat([part.flatten() for part in found])
-        reached = sum(value.numel() for value, part in zip(parameters, found, strict=True) if part.any())
+        values, norms, reached = [], [], set()
+        for pair_2 in random_N2 if choice.pairs == "random" else random_N2[:1]:
+            loss = factorvae.attention_loss(A_BMCHW, mu_BI[None], z_BI[None], choice, pair_2[None]).sum()
+            found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True, retain_graph=True)
+            values.append(loss.item())
+            norms.append(torch.cat([part.flatten() for part in found]).norm().item())
+            reached |= {index for index, part in enumerate(found) if part.any()}
         rows += [
-            runs.row("L_AD", loss.item(), name),
-            runs.row(GRADIENT, gradient.norm().item(), name),
-            runs.row(REACHED, reached, name),
+            runs.row("L_AD", float(np.mean(values)), name),
+            runs.row(GRADIENT, float(np.mean(norms)), name),
+            runs.row(REACHED, sum(parameters[index].numel() for index in reached), name),
         ]
     return rows
 

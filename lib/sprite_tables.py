@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from lib import disentanglement, reported
-from lib.disentanglement import COLLAPSED, EQUALISED, METRIC, OVERLAP, PAIRS, PUBLISHED, REFERENCE, SPATIAL
+from lib.disentanglement import COLLAPSED, METRIC, OVERLAP, PAIRS, PUBLISHED, REFERENCE, SPATIAL
 from lib.runs import Run, order
 
 RULES = list(COLLAPSED)
@@ -52,8 +52,8 @@ def differences(found: Sequence[Run]) -> pd.DataFrame:
         METRIC: (METRIC, REFERENCE, RULES[0]),
         "Reconstruction (nats)": (COST, "", ""),
         "Total correlation (nats)": ("total correlation", "", ""),
-        "AD ratio at conv4": (OVERLAP, "conv4", PAIRS[0]),
-        "of maps of equal sum": (EQUALISED, "conv4", PAIRS[0]),
+        f"AD ratio at conv4, {PAIRS[0]}": (OVERLAP, "conv4", PAIRS[0]),
+        f"AD ratio at conv4, {PAIRS[1]}": (OVERLAP, "conv4", PAIRS[1]),
     }
     plain = {(run.parameters["gamma"], run.parameters["seed"]): run for run in found if not run.parameters["lambda"]}
     pairs: dict[tuple[Any, Any], list[tuple[Run, Run]]] = {}
@@ -143,7 +143,7 @@ def curves(found: Sequence[Run]) -> dict[str, dict[str, Line]]:
         "total_correlation": "TC, discriminator's estimate (nats)",
         "attention": "L_AD",
     }
-    measured = {METRIC: f"{METRIC}, coarse lattice", "total correlation": "TC, Monte Carlo (nats)"}
+    measured = {METRIC: f"{METRIC}, coarse lattice", "total correlation": "TC by samples, coarse lattice (nats)"}
     for run in found:
         for name, panel in logged.items():
             if run.record["losses"].get(name):
@@ -171,8 +171,14 @@ def overlaps(found: Sequence[Run], metric: str = OVERLAP) -> pd.DataFrame:
     )
 
 
-def compared(found: Sequence[Run], layers: Sequence[str], metric: str) -> tuple[int, int, int]:
-    """Overlaps of the two highest maps with the attention loss against those without, at the same γ and seed.
+def compared(found: Sequence[Run], layers: Sequence[str], metric: str, pairs: str) -> tuple[int, int, int]:
+    """Overlaps of maps with the attention loss against those without, at the same γ and seed.
+
+    Args:
+        found: The models.
+        layers: Where the maps are taken.
+        metric: OVERLAP or EQUALISED.
+        pairs: One of PAIRS; models without such a pair are left out.
 
     Returns:
         In how many cases, a model at a layer, the interval over images lies below, above, and how many there are.
@@ -182,8 +188,9 @@ def compared(found: Sequence[Run], layers: Sequence[str], metric: str) -> tuple[
     for run in found:
         other = plain.get((run.parameters["gamma"], run.parameters["seed"]))
         if run.parameters["lambda"] and other is not None:
-            pairs = [(run.metric(metric, layer, PAIRS[1]), other.metric(metric, layer, PAIRS[1])) for layer in layers]
-            told += [order(one, without) for one, without in pairs]
+            for layer in layers:
+                if all(model.text(metric, layer, pairs, lacking="") for model in (run, other)):
+                    told.append(order(run.metric(metric, layer, pairs), other.metric(metric, layer, pairs)))
     return told.count("below"), told.count("above"), len(told)
 
 
@@ -245,7 +252,7 @@ def every_run(stored: Sequence[Run]) -> pd.DataFrame:
                 METRIC: run.text(METRIC, REFERENCE, RULES[0]),
                 "Reconstruction (nats)": run.text(COST, form=".2f"),
                 "Total correlation (nats)": run.text("total correlation", form=".2f"),
-                "AD ratio at conv4": run.text(OVERLAP, "conv4", PAIRS[0], lacking=""),
+                f"AD ratio at conv4, {PAIRS[0]}": run.text(OVERLAP, "conv4", PAIRS[0], lacking=""),
                 "Stale": ", ".join(run.stale),
             }
         )

@@ -60,6 +60,9 @@ def test_parameters_choose_the_variant_and_what_differs_from_it():
     (one,) = grid("10", "2", layer="conv2", alpha="constant")
     expected = replace(VARIANTS["liu2020"], layer="conv2", alpha="constant")
     assert disentanglement.candidate(one) == Candidate(gamma=10.0, attention_weight=2.0, penalty=expected)
+    (one,) = grid("10", "2", pairs="all")
+    expected = replace(VARIANTS["liu2020"], pairs="all", maps=10)
+    assert disentanglement.candidate(one).penalty == expected
     (one,) = grid("10", "2", attention="brongers2021")
     assert disentanglement.candidate(one).penalty == VARIANTS["brongers2021"]
     assert not disentanglement.candidate(one).detached
@@ -220,8 +223,17 @@ def test_overlaps_with_and_without_the_loss_are_compared_by_their_intervals(mode
     plain = with_overlap(models[0], 0.4, 0.5)
     for interval, expected in (((0.1, 0.3), (2, 0, 2)), ((0.6, 0.7), (0, 2, 2)), ((0.3, 0.6), (0, 0, 2))):
         found = [plain, with_overlap(models[1], *interval)]
-        assert sprite_tables.compared(found, ["conv1", "conv4"], OVERLAP) == expected
-    assert sprite_tables.compared([plain], ["conv4"], OVERLAP) == (0, 0, 0)
+        for pairs in PAIRS:
+            assert sprite_tables.compared(found, ["conv1", "conv4"], OVERLAP, pairs) == expected
+    assert sprite_tables.compared([plain], ["conv4"], OVERLAP, PAIRS[1]) == (0, 0, 0)
+
+
+def test_models_without_a_pair_of_active_latents_are_not_compared(models):
+    alone = [row for row in models[0].record["metrics"] if row["subset"] != PAIRS[0]]
+    plain = runs.Run(models[0].chapter, models[0].parameters, models[0].record | {"metrics": alone}, models[0].folder)
+    found = [plain, models[1]]
+    assert sprite_tables.compared(found, ["conv4"], OVERLAP, PAIRS[0])[2] == 0
+    assert sprite_tables.compared(found, ["conv4"], OVERLAP, PAIRS[1])[2] == 1
 
 
 def test_differences_over_two_seeds_have_an_interval(models):

@@ -1,7 +1,7 @@
 import csv
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -328,9 +328,56 @@ def test_claims_are_unique_and_complete_and_untested_without_runs():
 
 
 def test_a_claim_without_a_judge_stays_untested():
-    verdict = decide(claim("stacked RBM"), [make_run(chapter="rbm")], read())
+    verdict = decide(replace(claim("stacked RBM"), judge=None), [make_run(chapter="rbm")], read())
     assert verdict.verdict == "not yet tested"
     assert verdict.evidence == "The stored runs of the chapter rbm do not measure this."
+
+
+def rbm_run(low, high, digit=1, **options):
+    method = "attention, stacked RBM"
+    moved = row("pixel AUROC, units renumbered", 0.5, method, "all outliers", low=0.45, high=0.55, n=20)
+    run = make_run(digit, chapter="rbm", metrics=[*pixel_rows(method, low, high), moved], **options)
+    run.parameters.update(units="spin", layer=1)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("intervals", "outcome", "tally"),
+    [
+        (((0.45, 0.5), (0.51, 0.53)), "held", "No better than random in 2 of 2 runs, better than a baseline in 0."),
+        (
+            ((0.45, 0.5), (0.52, 0.54)),
+            "partly held",
+            "No better than random in 1 of 2 runs, better than a baseline in 0.",
+        ),
+        (
+            ((0.45, 0.5), (0.54, 0.58)),
+            "did not hold",
+            "No better than random in 1 of 2 runs, better than a baseline in 1.",
+        ),
+    ],
+)
+def test_maps_of_a_stack_are_set_beside_random_ones_and_baselines(intervals, outcome, tally):
+    runs = [rbm_run(*interval, digit=digit) for interval, digit in zip(intervals, (1, 3), strict=True)]
+    verdict = decide(claim("stacked RBM"), runs, read())
+    assert verdict.verdict == outcome
+    assert tally in verdict.evidence
+    assert "digit 1, spin units, layer 1: 0.450 to 0.500, with the units renumbered 0.450 to 0.550" in verdict.evidence
+
+
+def test_runs_of_a_stack_that_do_not_count():
+    runs = [rbm_run(0.45, 0.5), rbm_run(0.6, 0.7, digit=3, used=3), rbm_run(0.6, 0.7, digit=5)]
+    verdict = decide(claim("stacked RBM"), runs, read())
+    assert verdict.verdict == "not yet tested"
+    assert verdict.evidence == ("No run that counts for digit 3. Not counted: 1 (3 of 100 epochs); 1 (digit 5).")
+
+
+def test_cells_that_name_pages_become_links():
+    table = pd.DataFrame({"Claim": ["rbm & more", "mnist"], "Chapter": ["rbm", "mnist"]})
+    body = to_html(table, "caption", pages="Chapter")
+    assert [f'<a href="{name}.html">{name}</a>' in body for name in ("rbm", "mnist")] == [True, True]
+    assert body.count("<a ") == 2  # and none for the page's name in another column
+    assert "rbm &amp; more" in body
 
 
 @pytest.mark.parametrize(("name", "method"), [("MNIST maps", PAPER), ("MNIST maps of the code", CODE)])
@@ -726,6 +773,22 @@ def test_whether_models_with_the_loss_dominate(scores, costs, outcome):
     assert decide(claim("dSprites trade-off"), runs, read()).verdict == "not yet tested"  # no β-VAE
     runs.append(sprite_run(0, 0, 0.5, beta=4, cost=60))
     assert decide(claim("dSprites trade-off"), runs, read()).verdict == outcome
+
+
+def test_one_seed_tells_no_tradeoff():
+    runs = [run for run in sprite_grid({0: 0.7, 1: 0.8}, cost={0: 40, 1: 40}) if run.parameters["seed"] == 0]
+    runs.append(sprite_run(0, 0, 0.5, beta=4, cost=60))
+    assert decide(claim("dSprites trade-off"), runs, read()).verdict == "not yet tested"
+
+
+def test_each_variant_of_the_loss_is_judged_by_itself():
+    """Two variants at the same weights and seeds: one with the claimed effect, one without."""
+    both = sprite_grid({0: 0.7, 1: 0.8})
+    for run in sprite_grid({0: 0.7, 1: 0.6}):
+        if run.parameters["lambda"]:
+            both.append(Run(run.chapter, run.parameters | {"attention": "report2"}, run.record, run.folder))
+    assert decide(claim("dSprites metric"), both, read()).verdict == "did not hold"
+    assert decide(claim("dSprites metric"), both[::-1], read()).verdict == "did not hold"
 
 
 def test_some_points_may_be_dominated():

@@ -819,6 +819,86 @@ def test_interval_over_seeds_is_students():
         reported.seed_interval([0.5])
 
 
+# Discrepancies
+
+HARDLY, LARGE, WIDE = (-0.004, 0.009), (0.002, 0.02), (-0.002, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("interval", "outcome"),
+    [
+        (HARDLY, "hardly any effect"),
+        ((0.002, 0.01), "hardly any effect"),  # not zero, but small
+        ((-0.01, -0.002), "hardly any effect"),
+        (LARGE, "effect"),
+        ((-0.02, -0.002), "effect"),
+        (WIDE, "undecided"),
+        ((-0.011, 0.0), "undecided"),
+        ((-0.5, 0.5), "undecided"),
+    ],
+)
+def test_hardly_any_effect_takes_an_interval_close_to_zero(interval, outcome):
+    low, high = interval
+    assert reported.effect(row("change", (low + high) / 2, low=low, high=high), 0.01) == outcome
+
+
+def ablation_run(dataset, relu, normaliser, *, in_code=None, kind="complete", used=100):
+    """A run with these intervals of the changes, in the rule of the code others than in the paper's if given."""
+    steps = {"ReLU": relu, "normalised gradients": normaliser}
+    metrics = []
+    for step, switches in reported.ABLATION_STEPS.items():
+        for (name, reference), ends in zip(switches, (steps[step], in_code or steps[step]), strict=True):
+            metrics.append(row("pixel AUROC, change", sum(ends) / 2, name, reference, low=ends[0], high=ends[1]))
+    run = make_run(metrics=metrics, kind=kind, used=used, chapter="ablations")
+    run.parameters.update({"dataset": dataset, "model": "one"})
+    return run
+
+
+@pytest.mark.parametrize(
+    ("relu", "normaliser", "in_code", "outcome"),
+    [
+        (HARDLY, HARDLY, None, "held"),
+        (HARDLY, LARGE, None, "partly held"),
+        (LARGE, HARDLY, None, "partly held"),
+        (LARGE, LARGE, None, "did not hold"),
+        (HARDLY, HARDLY, LARGE, "did not hold"),  # in one of the two rules is enough
+        (HARDLY, WIDE, None, "not yet tested"),
+        (LARGE, WIDE, None, "not yet tested"),
+    ],
+)
+def test_whether_discrepancies_hardly_matter(relu, normaliser, in_code, outcome):
+    models = [ablation_run(name, HARDLY, HARDLY) for name in ("mnist", "ucsd")]
+    models.append(ablation_run("mvtec", relu, normaliser, in_code=in_code))
+    verdict = decide(claim("discrepancies"), models, read())
+    assert verdict.verdict == outcome
+    assert len(verdict.runs) == 3
+    shown = reported.effect(models[-1].metric("pixel AUROC, change", "channels=abs_of_sum", "liu2020_paper"), 0.01)
+    low, high = relu
+    assert (
+        f"mvtec one: ReLU {(low + high) / 2:+.3f} ({low:+.3f} to {high:+.3f}; {shown}) in the paper's rule, "
+        in verdict.evidence
+    )
+
+
+def test_one_data_set_can_refute_but_not_confirm_that_discrepancies_hardly_matter():
+    assert decide(claim("discrepancies"), [ablation_run("mnist", LARGE, LARGE)], read()).verdict == "did not hold"
+    for relu in (HARDLY, LARGE):
+        found = decide(claim("discrepancies"), [ablation_run("mnist", relu, HARDLY)], read())
+        assert found.verdict == "not yet tested"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"), [({"kind": "partial"}, "partial data"), ({"used": 30}, "30 of 100 epochs")]
+)
+def test_ablations_that_do_not_count_are_named_with_their_numbers(change, reason):
+    models = [ablation_run(name, LARGE, LARGE, **change) for name in reported.ABLATION_DATA_SETS]
+    verdict = decide(claim("discrepancies"), models, read())
+    assert verdict.verdict == "not yet tested"
+    assert verdict.runs == ()
+    assert "no model of complete data, trained to its last epoch." in verdict.evidence
+    assert f"+0.011 (+0.002 to +0.020; effect) in the code's ({reason})" in verdict.evidence
+
+
 def test_rendered_sprites_stand_beside_published_numbers_with_their_mark():
     run = sprite_run(40, 0, 0.75, kind="rendered", used=30)
     lines = beside(read(), [run])

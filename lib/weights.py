@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,11 @@ from lib import provenance, training
 from lib.recipes import Recipe
 
 CHECKPOINT_SECONDS = 180.0  # what a kill may cost; a checkpoint of the largest network is a gigabyte to write
+_may_train = ContextVar("may_train", default=True)
+
+
+class NotCachedError(LookupError):
+    """The weights asked for are not in the cache, and nothing is to be trained."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,19 @@ class Trained:
 def folder() -> Path:
     """Where weights are kept: EXPVAE_CACHE, or ~/.cache/expvae."""
     return Path(os.environ.get("EXPVAE_CACHE") or Path.home() / ".cache" / "expvae")
+
+
+@contextmanager
+def cached_only() -> Iterator[None]:
+    """Within it, `trained` reads weights from the cache or raises a `NotCachedError`; it trains nothing.
+
+    A context and not an argument, so that what calls `trained` in turn need not pass it on.
+    """
+    before = _may_train.set(False)
+    try:
+        yield
+    finally:
+        _may_train.reset(before)
 
 
 def trained(
@@ -84,6 +103,7 @@ def trained(
 
     Raises:
         lib.training.TrainingDivergedError: If the loss stops being finite.
+        NotCachedError: Within `cached_only`, if the weights are not in the cache.
         ValueError: If the model's code is not in this repository, the precision is unknown, or a file of the cache is
             damaged.
     """
@@ -102,6 +122,8 @@ def trained(
     key = _key(model, train_NCYX, validation_NCYX, recipe, epochs, seed, options)
     path = folder() / f"{kind.__name__}-{key[:20]}.safetensors"
     checkpoint = path.with_suffix(".checkpoint")
+    if not (_may_train.get() or path.exists()):
+        raise NotCachedError(f"{path} is not there, and nothing is to be trained here")
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         for half_written in path.parent.glob(f"{path.stem}.*.tmp"):  # by a process that was killed

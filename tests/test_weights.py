@@ -233,6 +233,20 @@ def test_what_a_killed_process_left_is_swept_up(repository):
     assert stranger.exists()
 
 
+def test_cached_weights_can_be_asked_for_without_training(repository):
+    with weights.cached_only(), pytest.raises(weights.NotCachedError, match=r"TinyVAE-\w+\.safetensors is not there"):
+        trained()
+    assert not weights.folder().exists()
+    first = trained()  # outside it trains as ever
+    with weights.cached_only():
+        second = trained(lambda: TinyVAE(lambda step: pytest.fail("trained again")))
+        with pytest.raises(weights.NotCachedError):
+            trained(seed=1)
+    assert second.reused
+    assert_same_model(first, second)
+    assert len(stored()) == 1
+
+
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
 def test_damaged_weights_are_named(repository, kept):
     trained()

@@ -1,6 +1,6 @@
 """Speed of this library beside named peers, each pair in one run.
 
-    python -m benchmarks [training] [attention] [pixel] [factorvae] [--rounds 5] [--data auto] [--device auto]
+    python -m benchmarks [training] [attention] [pixel] [factorvae] [rbm] [--rounds 5] [--data auto] [--device auto]
 
 The contestants of a benchmark take turns, so that whatever else the machine does falls on all of them; what is printed
 and stored under runs/performance/ is the median of the rounds, with the fastest and the slowest.
@@ -22,7 +22,7 @@ from lib import provenance, runs
 from lib.data.card import DataCard
 from lib.recipes import MNIST
 
-NAMES = ("training", "attention", "pixel", "factorvae")
+NAMES = ("training", "attention", "pixel", "factorvae", "rbm")
 DATA = ("auto", "real", "sample")
 RECIPE = MNIST["liu2020"]
 

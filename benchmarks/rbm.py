@@ -1,8 +1,8 @@
 """Training speed of a restricted Boltzmann machine, ours beside scikit-learn's BernoulliRBM.
 
 Both train 500 hidden units on the same grey images in float32 by persistent contrastive divergence with one step of
-sampling, the same batch size and learning rate: what scikit-learn knows, so without momentum, weight decay and a falling
-rate. Scikit-learn works on the CPU whatever the device. How well both have learned is measured by one function.
+sampling, the same batch size and learning rate: what scikit-learn knows, so without momentum, weight decay and a
+falling rate. Scikit-learn works on the CPU whatever the device. How well both have learned is measured by one function.
 """
 
 import dataclasses
@@ -11,13 +11,13 @@ import torch
 from sklearn.neural_network import BernoulliRBM
 
 from benchmarks import timing
-from lib import contrastive, runs
-from lib.contrastive import RBMRecipe
+from lib import contrastive, recipes, runs
 from lib.models.rbm import RBM, visible_values
+from lib.recipes import RBMRecipe
 from lib.training import build
 
 PEERS = ("scikit-learn",)
-RECIPE = contrastive.MNIST
+RECIPE = recipes.RBM["ours"]
 IMAGES = 3000  # per turn, which is one epoch
 HELD_OUT = 200
 HIDDEN = 500

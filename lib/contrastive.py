@@ -30,62 +30,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lib import provenance, weights
-from lib.models.rbm import Machine, Stack, hard, in_units, one_bit_pseudo_log_likelihood, visible_values
+from lib.models.rbm import ConvRBM, Machine, Stack, hard, in_units, one_bit_pseudo_log_likelihood, visible_values
+from lib.recipes import RBMRecipe
 from lib.training import TrainingDivergedError, build, read_tensors, write_tensors
 
 VALIDATION_BATCH = 512
 STEPS_PER_REPORT = 20  # reading the loss waits for the device, so the bar and the check for NaN do it rarely
 MEAN_BOUND = 0.01  # means of units are kept so far from off and on where biases start from them
+# Log-odds at which the hidden biases of a convolutional machine start. Most windows see nothing but black; units whose
+# mean is zero there let what the machine above is given tell of ink alone. For binary units it is the start that Hinton
+# (2010, Section 8) names for sparsity, which a machine with so many hidden units needs (Lee et al. 2009).
+FILTER_LOG_ODDS = {"binary": -4.0, "spin": 0.0}
 CODE = ("lib.contrastive", "lib.models.rbm", "lib.training")  # what determines trained weights, beside the data
 Images = UInt8[Tensor, "..."] | Float[Tensor, "..."]
-
-
-@dataclass(frozen=True)
-class RBMRecipe:
-    """Hyper-parameters that, with the data, a machine and a seed, determine a training run.
-
-    Attributes:
-        source: Where the values were read.
-        epochs: Passes over the training images.
-        batch_size: Images per step, and number of persistent chains.
-        learning_rate: Step size of stochastic gradient ascent on the mean over a batch, in a fully connected machine
-            with binary units; `rates` of other machines make the same step of it.
-        steps: Steps k of Gibbs sampling.
-        persistent: Whether chains go on from step to step, or start at the data.
-        momentum: Share of the last change that is added to the next.
-        weight_decay: Times the weights and the learning rate, what is taken from the weights; biases do not decay.
-        decay: Whether the learning rate falls to zero, linearly over the training.
-
-    Raises:
-        ValueError: If there are no images in a batch, or no steps of sampling.
-    """
-
-    source: str
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    steps: int = 1
-    persistent: bool = False
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    decay: bool = False
-
-    def __post_init__(self):
-        for name in ("batch_size", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
-
-
-MNIST = RBMRecipe(
-    source="ours: the reports print none; chosen by held-out images of the digit 1",
-    epochs=30,
-    batch_size=100,
-    learning_rate=0.1,
-    persistent=True,
-    momentum=0.5,
-    weight_decay=1e-4,
-    decay=True,
-)
 
 
 @dataclass
@@ -150,15 +107,17 @@ def start_biases(model: Machine, images: Images) -> None:
     """Set the visible biases to the log-odds of the mean image, or of the mean pixel where pixels share a bias.
 
     A machine then begins with the right mean, and its hidden units with what is left to learn (Hinton 2010, Section 8).
+    The biases of filters are set to FILTER_LOG_ODDS, those of other hidden units to zero.
 
     Args:
-        model: The machine; its other parameters stay as they are.
+        model: The machine; its weights stay as they are.
         images: Training images, as for `train`.
     """
     sums = sum(_visible(model, part).sum(0, dtype=torch.float64) for part in images.split(VALIDATION_BATCH))
     mean = (sums / len(images)).reshape(len(model.visible_bias), -1).mean(1)
     p = mean if model.units == "binary" else (mean + 1) / 2
     model.visible_bias.copy_(p.clamp(MEAN_BOUND, 1 - MEAN_BOUND).logit() / model.step)
+    model.hidden_bias.fill_(FILTER_LOG_ODDS[model.units] / model.step if isinstance(model, ConvRBM) else 0.0)
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from lib import provenance, recipes
 from lib.data import root as data_root
 from lib.data.card import DataCard, survey
 from lib.data.catalogue import source
-from lib.recipes import Recipe, StepRecipe
+from lib.recipes import RBMRecipe, Recipe, StepRecipe
 
 T = TypeVar("T")
 FRAMES_PER_SECOND = 4
@@ -253,7 +253,7 @@ def save(
     arrays: Mapping[str, np.ndarray],
     figures: Mapping[str, Figure | Animation],
     card: DataCard,
-    recipe: Recipe | StepRecipe,
+    recipe: Recipe | StepRecipe | RBMRecipe,
     budget: Mapping[str, Any],
     seconds: Mapping[str, float],
     device: str,
@@ -334,7 +334,12 @@ def save(
 def _is_current(recipe: dict[str, Any]) -> bool:
     """Whether a recipe with these values, whatever its name and source, is still among the recipes."""
     tables = [table for table in vars(recipes).values() if isinstance(table, dict)]
-    known = [asdict(entry) for table in tables for entry in table.values() if isinstance(entry, Recipe | StepRecipe)]
+    known = [
+        asdict(entry)
+        for table in tables
+        for entry in table.values()
+        if isinstance(entry, Recipe | StepRecipe | RBMRecipe)
+    ]
     # As JSON has them: tuples are lists there.
     return any(json.loads(json.dumps(entry | {"source": ""})) == recipe | {"source": ""} for entry in known)
 

@@ -11,7 +11,7 @@ import torch
 
 from lib import factorvae, provenance, runs
 from lib.data import dsprites
-from lib.recipes import DSPRITES, MNIST
+from lib.recipes import DSPRITES, MNIST, RBM
 
 CPU = torch.device("cpu")
 # What `python -m benchmarks NAME` runs, with a measurement that takes no time.
@@ -191,6 +191,7 @@ def test_the_steps_of_models_side_by_side_are_added_up(monkeypatch):
     [
         ("training", {"lib.data.mnist", "lib.models.mnist"}),
         ("factorvae", {"lib.data.dsprites", "lib.models.dsprites", "lib.factorvae", "lib.attention", "lib.gradients"}),
+        ("rbm", {"lib.data.mnist", "lib.models.rbm", "lib.contrastive"}),
     ],
 )
 def test_a_timing_depends_on_the_code_of_its_own_benchmark_alone(name, modules):
@@ -204,7 +205,11 @@ def test_a_timing_depends_on_the_code_of_its_own_benchmark_alone(name, modules):
 
 @pytest.mark.parametrize(
     ("name", "data", "recipe"),
-    [("training", "mnist", MNIST["liu2020"]), ("factorvae", "dsprites", DSPRITES["report2"])],
+    [
+        ("training", "mnist", MNIST["liu2020"]),
+        ("factorvae", "dsprites", DSPRITES["report2"]),
+        ("rbm", "mnist", RBM["ours"]),
+    ],
 )
 def test_a_timing_names_the_data_and_the_recipe_that_it_was_fed_with(monkeypatch, name, data, recipe):
     given = []
@@ -224,6 +229,7 @@ def test_a_timing_names_its_own_peers_and_device(monkeypatch, capsys):
         "attention": ("meta", {"captum"}),
         "pixel": ("cpu", {"numpy", "scikit-learn", "torchmetrics"}),
         "factorvae": ("meta", set()),
+        "rbm": ("meta", {"scikit-learn"}),
     }
     for name, (device, peers) in expected.items():
         monkeypatch.setattr(load(name), "measure", lambda *_: [runs.row("ratio", 2.5, "theirs / ours")])
@@ -253,7 +259,7 @@ def test_several_benchmarks_run_in_processes_of_their_own(monkeypatch):
     monkeypatch.setattr(subprocess, "run", processes := Processes())
     main(monkeypatch, "--rounds", "2", "--data", "sample", "--device", "cpu")
     options = ["--rounds", "2", "--data", "sample", "--device", "cpu"]
-    names = ("training", "attention", "pixel", "factorvae")
+    names = ("training", "attention", "pixel", "factorvae", "rbm")
     assert processes.commands == [[sys.executable, "-m", "benchmarks", name, *options] for name in names]
 
 
@@ -268,7 +274,7 @@ def test_a_benchmark_that_fails_stops_those_after_it(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["memory"], "'memory' is no benchmark; choose from: training, attention, pixel, factorvae"),
+        (["memory"], "'memory' is no benchmark; choose from: training, attention, pixel, factorvae, rbm"),
         (["--rounds", "0"], "--rounds must be 1 or more"),
         (["--device", "tpu"], "device='tpu' is not there; this machine has: auto, .*cpu"),
     ],

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from lib import contrastive, training
 from lib.attention import Method, attention
-from lib.contrastive import RBMRecipe
 from lib.models import rbm
 from lib.models.rbm import RBM, ConvRBM, Stack
+from lib.recipes import RBMRecipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -503,6 +503,9 @@ def test_visible_biases_start_at_the_mean_image(units, monkeypatch):
         start = model.visible_logits(torch.zeros(1, *model.hidden_shape)).sigmoid().view(6, 6)
         expected = p if kind == "rbm" else p.mean().expand(6, 6)
         torch.testing.assert_close(start, expected.float())
+        hidden = model.hidden_logits(torch.zeros(1, *model.visible_shape))
+        sparse = kind == "conv" and units == "binary"
+        torch.testing.assert_close(hidden, torch.full_like(hidden, -4.0 if sparse else 0.0))
         contrastive.start_biases(model, 0 * images)  # never on
         assert model.visible_logits(torch.zeros(1, *model.hidden_shape)).sigmoid().view(-1)[0].item() == pytest.approx(
             0.01

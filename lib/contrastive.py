@@ -113,7 +113,7 @@ def start_biases(model: Machine, images: Images) -> None:
         model: The machine; its weights stay as they are.
         images: Training images, as for `train`.
     """
-    sums = sum(_visible(model, part).sum(0, dtype=torch.float64) for part in images.split(VALIDATION_BATCH))
+    sums = sum(_visible(model, part).sum(0).cpu().double() for part in images.split(VALIDATION_BATCH))
     mean = (sums / len(images)).reshape(len(model.visible_bias), -1).mean(1)
     p = mean if model.units == "binary" else (mean + 1) / 2
     model.visible_bias.copy_(p.clamp(MEAN_BOUND, 1 - MEAN_BOUND).logit() / model.step)

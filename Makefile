@@ -15,6 +15,7 @@ DISENTANGLEMENT ?= -p gammas 40 -p steps 60 -p stride 8
 # Where MVTec AD is absent, one drawn category for each chapter and a few steps, for the same reason.
 MVTEC_THERE := $(wildcard $(or $(EXPVAE_DATA),data)/mvtec/*/train)
 MVTEC15 ?= $(if $(MVTEC_THERE),,-p categories bottle -p augmented 32 -p epochs 1)
+ABLATIONS ?= $(if $(MVTEC_THERE),,-p frames 24 -p workpieces 6)
 MVTEC10 ?= $(if $(MVTEC_THERE),,-p categories carpet -p augmented 32 -p epochs 1)
 
 BIN := .venv/bin
@@ -43,7 +44,7 @@ reproduce: $(INSTALLED)
 	$(BIN)/papermill book/disentanglement.md $(EXECUTED)/disentanglement.ipynb $(DISENTANGLEMENT)
 	$(BIN)/papermill book/rbm.md $(EXECUTED)/rbm-1.ipynb -p digit 1
 	$(BIN)/papermill book/rbm.md $(EXECUTED)/rbm-3.ipynb -p digit 3
-	$(BIN)/papermill book/ablations.md $(EXECUTED)/ablations.ipynb
+	$(BIN)/papermill book/ablations.md $(EXECUTED)/ablations.ipynb $(ABLATIONS)
 	$(BIN)/papermill book/reuse.md $(EXECUTED)/reuse.ipynb
 	$(BIN)/papermill book/performance.md $(EXECUTED)/performance.ipynb
 	$(BIN)/papermill book/comparison.md $(EXECUTED)/comparison.ipynb

@@ -276,7 +276,27 @@ def made(seed=0, network=MNISTVAE):
 
 
 def parameters(**changes):
-    return {"dataset": "mnist", "model": "1", "images": 40, "resamples": 100, "seed": 0, "data": "sample"} | changes
+    return {
+        "dataset": "mnist",
+        "model": "1",
+        "images": 40,
+        "resamples": 100,
+        "seed": 0,
+        "data": "sample",
+        "trained": "briefly",
+    } | changes
+
+
+def test_models_can_be_those_trained_as_long_as_their_recipes_say():
+    real = replace(mnist.load("sample").card, kind="partial")
+    for dataset, table in (("mnist", recipes.MNIST), ("ucsd", recipes.UCSD), ("mvtec", recipes.MVTEC)):
+        asked = parameters(dataset=dataset, trained="fully")
+        chosen = ablation._training(asked, real)
+        assert chosen["epochs"] == table[chosen["recipe"]].epochs
+        # What a chapter takes for `-p epochs 0 -p augmented 0`.
+        assert chosen.get("augmented") == (10_000 if dataset == "mvtec" else None)
+        drawn = replace(real, kind="sample")
+        assert ablation._training(asked, drawn) == ablation._training(parameters(dataset=dataset), drawn)
 
 
 def test_weights_of_real_data_are_never_trained_here(cache, monkeypatch):

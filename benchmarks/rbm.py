@@ -44,7 +44,7 @@ def their_epoch(x_NYX: torch.Tensor, recipe: RBMRecipe) -> RBM:
 
 def measure(x_NYX: torch.Tensor, recipe: RBMRecipe, device: torch.device, rounds: int) -> list[dict]:
     """Images per second of both, their ratio, and the pseudo-log-likelihood of images that neither has seen."""
-    x_NYX, held_out_NYX = x_NYX[:IMAGES], x_NYX[-HELD_OUT:]
+    x_NYX, held_out_NYX = x_NYX[:-HELD_OUT][:IMAGES], x_NYX[-HELD_OUT:]
     recipe = dataclasses.replace(recipe, steps=1, persistent=True, momentum=0.0, weight_decay=0.0, decay=False)
     trained = {}
     seconds = timing.race(

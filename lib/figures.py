@@ -59,35 +59,37 @@ def image_rows(
     label: str,
     credit: str,
     grey: str = "gray_r",
+    signed: bool = False,
 ) -> Figure:
     """A grid of small images: one row for each kind, one column for each image.
 
     Args:
-        rows: Name of the row -> images [N, Y, X] in [0, 1]; NaN is drawn as nothing.
+        rows: Name of the row -> images [N, Y, X] in [0, 1], signed maps in [-1, 1]; NaN is drawn as nothing.
         maps: Names of the rows that are maps; they share one colour scale from 0 to 1. The others are drawn in grey.
         titles: One title per column.
         label: Label of the maps' colour bar.
         credit: Whose images these are; printed under the figure.
         grey: Colour map of the rows that are no maps: "gray_r" for ink on paper, "gray" for photographs.
+        signed: Whether the maps have both signs: their scale is from -1 to 1 then.
     """
     with mpl.rc_context(STYLE):
         columns = len(titles)
         figure = Figure(figsize=(1.0 * columns + 2.4, 1.02 * len(rows) + 0.6), layout="constrained")
         axes = figure.subplots(len(rows), columns, squeeze=False)
-        norm = Normalize(0, 1)
+        scale, colours = (Normalize(-1, 1), SIGNED) if signed else (Normalize(0, 1), MAPS)
         for axes_row, (name, image_NYX) in zip(axes, rows.items(), strict=True):
             axes_row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+            cmap, norm = (colours, scale) if name in maps else (grey, Normalize(0, 1))
             for axis, image_YX in zip(axes_row, image_NYX, strict=True):
-                axis.imshow(
-                    np.asarray(image_YX), cmap=MAPS if name in maps else grey, norm=norm, interpolation="nearest"
-                )
+                axis.imshow(np.asarray(image_YX), cmap=cmap, norm=norm, interpolation="nearest")
                 axis.set(xticks=[], yticks=[])
                 axis.spines[:].set_visible(True)
                 axis.grid(False)
         for axis, title in zip(axes[0], titles, strict=True):
             axis.set_title(title)
         if maps:
-            bar = figure.colorbar(ScalarMappable(norm, MAPS), ax=axes, fraction=0.03, pad=0.02, extend="max")
+            extend = "neither" if signed else "max"
+            bar = figure.colorbar(ScalarMappable(scale, colours), ax=axes, fraction=0.03, pad=0.02, extend=extend)
             bar.set_label(label)
             bar.outline.set_visible(False)
         figure.supxlabel(credit, fontsize=7, color="0.35")

@@ -9,10 +9,11 @@ from lib.attention import attention
 from lib.models.mnist import MNISTVAE
 
 
-def grid(scale=1.0):
+def grid(scale=1.0, **options):
     images = np.linspace(0, 1, 2 * 4 * 4).reshape(2, 4, 4)
     rows = {"image": images, "map a": scale * images, "map b": images**2}
-    return figures.image_rows(rows, maps=["map a", "map b"], titles=["7", "4"], label="map", credit="Somebody's digits")
+    options = {"titles": ["7", "4"], "label": "map", "credit": "Somebody's digits"} | options
+    return figures.image_rows(rows, maps=["map a", "map b"], **options)
 
 
 def drawn(figure):
@@ -23,6 +24,12 @@ def test_all_maps_of_a_grid_share_one_colour_scale():
     images = drawn(grid(scale=5.0))
     assert [image.get_cmap().name for image in images] == ["gray_r"] * 2 + [figures.MAPS] * 4
     assert {(image.norm.vmin, image.norm.vmax) for image in images} == {(0, 1)}
+
+
+def test_zero_is_in_the_middle_of_the_scale_of_signed_maps():
+    images = drawn(grid(scale=-1.0, signed=True))
+    scales = [(image.get_cmap().name, image.norm.vmin, image.norm.vmax) for image in images]
+    assert scales == [("gray_r", 0, 1)] * 2 + [(figures.SIGNED, -1, 1)] * 4
 
 
 def test_a_grid_names_its_rows_columns_scale_and_source():

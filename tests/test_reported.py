@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import scipy.stats
+from bs4 import BeautifulSoup
 from pybtex.database import parse_file
 
 from lib import reported
@@ -380,6 +381,15 @@ def test_cells_that_name_pages_become_links():
     assert [f'<a href="{name}.html">{name}</a>' in body for name in ("rbm", "mnist")] == [True, True]
     assert body.count("<a ") == 2  # and none for the page's name in another column
     assert "rbm &amp; more" in body
+
+
+def test_long_texts_stand_under_their_rows():
+    table = pd.DataFrame({"Claim": ["one", "two"], "Why": ["first & last", "second"], "Chapter": ["rbm", "mnist"]})
+    page = BeautifulSoup(to_html(table, "caption", pages="Chapter", below=["Why"]), "html.parser")
+    lines = [[cell.get_text() for cell in line.find_all(["th", "td"])] for line in page.find_all("tr")]
+    assert lines[0] == ["Claim", "Chapter"]
+    assert lines[1:] == [["one", "rbm"], ["Why. first & last"], ["two", "mnist"], ["Why. second"]]
+    assert [line.td["colspan"] for line in page.find_all("tr")[2::2]] == ["2", "2"]
 
 
 @pytest.mark.parametrize(("name", "method"), [("MNIST maps", PAPER), ("MNIST maps of the code", CODE)])

@@ -360,7 +360,8 @@ def to_html(table: pd.DataFrame, caption: str, *, pages: str | None = None, belo
         ]
         body = head + "".join(f"    </tr>\n{line}{rest}" for line, rest in zip(["", *lines], rows, strict=True))
     body = body.replace("\\n", "<br>").replace("<th>", '<th scope="col">').replace("<td", f'<td style="{CELL}"')
-    body = body.replace("<table", f'<table style="min-width: {7 * len(table.columns)}rem"', 1)
+    width = (5 if below else 7) * len(table.columns)  # long texts are read across a narrow screen, not scrolled
+    body = body.replace("<table", f'<table style="min-width: {width}rem"', 1)
     body = body.replace("<thead>", f'<caption style="text-align: left">{caption}</caption>\n  <thead>', 1)
     return f'<div style="overflow-x: auto" role="region" tabindex="0" aria-label="{caption}">\n{body}\n</div>'
 

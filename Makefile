@@ -69,8 +69,9 @@ test: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/pytest -n 2 --dist loadgroup
 
+# Pages read and draw; on threads of their own they would but wait for each other.
 book: $(INSTALLED)
-	$(BIN)/jupyter-book build book/ -W -n --keep-going
+	OMP_NUM_THREADS=1 $(BIN)/jupyter-book build book/ -W -n --keep-going
 	@echo "$(CURDIR)/_build/html/index.html"
 
 published: $(INSTALLED)

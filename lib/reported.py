@@ -956,8 +956,8 @@ def _judge_discrepancies(runs: Sequence[Run], reported: pd.DataFrame) -> Verdict
             others.append((run, ", ".join(filter(None, reasons))))
         else:
             counted.append(run)
-    counted, shown = _largest(counted), _largest([run for run, _ in others])
-    others = [(run, reason) for run, reason in others if run in shown]
+    counted, named = _largest(counted), _largest([run for run, _ in others])
+    others = [(run, reason) for run, reason in others if run in named]
     there = {run.parameters["dataset"] for run in counted}
     held, refuted = 0, 0
     for switches in ABLATION_STEPS.values():
@@ -1024,16 +1024,21 @@ def _missing_digits(runs: Sequence[Run]) -> str:
 
 
 def _per_digit(runs: Sequence[Run], metric: str, method: str, unit: str = "") -> str:
-    """Range of our values over the runs of each digit, as text."""
+    """Range of our values over the runs of each digit, and what their intervals cover together, as text."""
     scale = 100 if unit == "%" else 1
     parts = []
     for digit in MNIST_DIGITS:
         same = [run for run in runs if run.parameters["digit"] == digit]
-        found = [_measure(run, metric, method, OUTLIERS) for run in same]
-        values = [_shown(scale * measured[0], unit, False) for measured in found if measured is not None]
-        if values:
-            ends = dict.fromkeys((min(values, key=float), max(values, key=float)))
-            parts.append(f"{_with_unit('–'.join(ends), unit)} (digit {digit})")
+        found = [measured for run in same if (measured := _measure(run, metric, method, OUTLIERS)) is not None]
+        if not found:
+            continue
+        value, low, high = (
+            [_shown(scale * number, unit, False) for number in numbers if number is not None]
+            for numbers in zip(*found, strict=True)
+        )
+        ends = dict.fromkeys((min(value, key=float), max(value, key=float)))
+        covered = f"; intervals {min(low, key=float)} to {max(high, key=float)}" if low and high else ""
+        parts.append(f"{_with_unit('–'.join(ends), unit)} (digit {digit}{covered})")
     return f"{method}: {', '.join(parts)}"
 
 

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -334,12 +334,7 @@ def save(
 def _is_current(recipe: dict[str, Any]) -> bool:
     """Whether a recipe with these values, whatever its name and source, is still among the recipes."""
     tables = [table for table in vars(recipes).values() if isinstance(table, dict)]
-    known = [
-        asdict(entry)
-        for table in tables
-        for entry in table.values()
-        if isinstance(entry, Recipe | StepRecipe | RBMRecipe)
-    ]
+    known = [asdict(entry) for table in tables for entry in table.values() if is_dataclass(entry)]
     # As JSON has them: tuples are lists there.
     return any(json.loads(json.dumps(entry | {"source": ""})) == recipe | {"source": ""} for entry in known)
 

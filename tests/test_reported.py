@@ -425,9 +425,10 @@ def test_evidence_is_made_of_the_records():
     runs.append(make_run(3, metrics=pixel_rows(PAPER, 0.9, 0.92)))
     evidence = decide(claim("MNIST maps"), runs, read()).evidence
     assert evidence.startswith(
-        "Pixel AUROC — attention, paper: 0.810–0.860 (digit 1), 0.910 (digit 3); random: 0.500 (digit 1)"
+        "Pixel AUROC — attention, paper: 0.810–0.860 (digit 1; intervals 0.800 to 0.870), "
+        "0.910 (digit 3; intervals 0.900 to 0.920); random: 0.500 (digit 1;"
     )
-    assert "input intensity: 0.650 (digit 1), 0.650 (digit 3)" in evidence
+    assert "input intensity: 0.650 (digit 1; intervals 0." in evidence
 
 
 def test_evidence_names_stale_runs():

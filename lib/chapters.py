@@ -15,7 +15,6 @@ imports it too, so what is slow to import (papermill, jupytext, torch) is import
 import ast
 import io
 import math
-import os
 import re
 import shlex
 import tokenize
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from IPython.core.interactiveshell import ExecutionResult
     from nbformat import NotebookNode
     from papermill.models import Parameter as PapermillParameter
-    from sphinx.application import Sphinx
 
     from lib.runs import Run
 
@@ -317,17 +315,6 @@ def stop_page(markdown: str) -> None:
         raise RuntimeError("stop_page stops the cells of a notebook and has to be called in one")
     notice(markdown, "warning")
     shell.input_transformers_cleanup.append(lambda lines: [])
-
-
-def setup(app: "Sphinx") -> dict[str, bool]:
-    """Sphinx extension: chapters that run while the book is built only read stored runs.
-
-    Kernels inherit the environment variable. Every page is read again in every build, because Sphinx looks only at
-    the text of a page and would go on to show the runs of the build before.
-    """
-    os.environ["EXPVAE_MODE"] = "read"
-    app.connect("env-get-outdated", lambda app, env, added, changed, removed: env.found_docs)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import jupytext
@@ -32,6 +33,7 @@ def code_hashes(names: Iterable[str]) -> dict[str, str | None]:
     return {name: source_hash(source) if (source := _source(name)) is not None else None for name in sorted(names)}
 
 
+@cache
 def source_hash(source: str) -> str:
     """SHA-256 of the syntax tree of Python source, without comments, docstrings and layout.
 
@@ -128,10 +130,14 @@ def _source(name: str) -> str | None:
         path = path.with_suffix("") / "__init__.py"
     if not path.exists():
         return None
-    if path.suffix == ".py":
-        return path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    return text if path.suffix == ".py" else _chapter_source(text)
+
+
+@cache
+def _chapter_source(text: str) -> str | None:
     sources = []
-    for cell in jupytext.read(path).cells:
+    for cell in jupytext.reads(text, fmt="md:myst").cells:
         if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", []):
             sources.append(cell.source)
             if any(call in cell.source for call in RUN_CELLS):

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -16,7 +15,9 @@ import jupytext
 import pytest
 import yaml
 from bs4 import BeautifulSoup
+from pages import notices, outputs, page_text, printed
 
+from lib import render
 from lib.data.card import DataCard
 from lib.provenance import RUN_CELLS
 from lib.recipes import MNIST
@@ -30,16 +31,13 @@ PAGES += [yaml.safe_load((BOOK / "_toc.yml").read_text())["root"]]
 LACKING = "The stored run lacks what this page shows from here on."
 MISSING = "No stored run of this chapter with"
 
-# Pages of one build are built once per worker.
-pytestmark = pytest.mark.xdist_group("book")
 
-
-def build(book: Path, output: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Build a book as the README says, but elsewhere."""
+def build(book: Path, output: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
+    """Build a book as the README says, but elsewhere; by default with warnings as errors."""
     program = Path(sys.executable).with_name("jupyter-book")
     return subprocess.run(
-        [program, "build", book, "--path-output", output, "-W", "-n", "--keep-going"],
-        env=os.environ | {"JUPYTER_PREFER_ENV_PATH": "1"} | environment,
+        [program, "build", book, "--path-output", output, *(options or ("-W", "-n", "--keep-going"))],
+        env=os.environ | environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -54,7 +52,7 @@ def notebooks() -> dict[str, object]:
     return {page: notebook for page, notebook in pages.items() if "kernelspec" in notebook.metadata}
 
 
-def notices(page: BeautifulSoup) -> str:
+def warnings_on(page: BeautifulSoup) -> str:
     """The text of all warnings of a page."""
     return " ".join(notice.get_text() for notice in page.select("article .admonition.warning"))
 
@@ -96,7 +94,7 @@ def test_every_figure_of_a_page_is_there(soups):
     # IPython shows only the last top-level expression of a cell: a figure in an if is made and not shown.
     count = 0
     for page, notebook in notebooks().items():
-        if MISSING in notices(soups[page]):
+        if MISSING in warnings_on(soups[page]):
             continue
         shown = {" ".join(image["alt"].split()) for image in soups[page].select("article img")}
         for cell in notebook.cells:
@@ -109,7 +107,7 @@ def test_every_figure_of_a_page_is_there(soups):
 
 def test_no_stored_run_lacks_what_its_page_shows(soups):
     for page, soup in soups.items():
-        assert LACKING not in notices(soup), page
+        assert LACKING not in warnings_on(soup), page
 
 
 def test_no_page_shows_an_error(soups):
@@ -167,20 +165,6 @@ def test_make_reproduce_runs_every_chapter():
     assert steps.stdout.rstrip().splitlines()[-1].endswith('_build/html/index.html"')
 
 
-HEADER = """\
----
-jupytext:
-  text_representation:
-    extension: .md
-    format_name: myst
-kernelspec:
-  display_name: Python 3
-  name: python3
----
-
-"""
-
-
 def store_run(store: Path, code: dict[str, str]) -> None:
     """Store a run of mnist for digit 4 that holds no result; `code` has the digests of the code that made it."""
     card = DataCard("mnist", "sample", {"train": 1}, {"train": 1}, "digest", "licence", "credit")
@@ -191,37 +175,26 @@ def store_run(store: Path, code: dict[str, str]) -> None:
     path.write_text(json.dumps(record))
 
 
-def small_book(folder: Path, text: str) -> Path:
-    """A book of one page with the real book's settings."""
-    book = folder / "book"
-    book.mkdir()
-    shutil.copy(REPOSITORY / "_config.yml", folder)
-    shutil.copy(BOOK / "references.bib", book)
-    (book / "_toc.yml").write_text("format: jb-book\nroot: index\n")
-    (book / "index.md").write_text(HEADER + textwrap.dedent(text))
-    return book
+@pytest.fixture
+def book(tmp_path):
+    """A book without pages that has the real book's settings."""
+    shutil.copy(REPOSITORY / "_config.yml", tmp_path)
+    (tmp_path / "book").mkdir()
+    shutil.copy(BOOK / "references.bib", tmp_path / "book")
+    (tmp_path / "book" / "_toc.yml").write_text("format: jb-book\nroot: index\n")
+    return tmp_path / "book"
 
 
-def test_a_missing_run_is_named_and_shown_once_it_is_there(tmp_path):
-    book = small_book(
-        tmp_path,
+def test_every_build_looks_at_the_store_again(book, tmp_path):
+    cells = [
         """\
-        # A page without its run
-
-        ```{code-cell} ipython3
         from lib import chapters
         def compute():
             raise AssertionError("computed while the book is built")
-        run = chapters.run("mnist", {"digit": 4}, compute)
-        ```
-
-        ```{code-cell} ipython3
-        print("folder:", run.folder.name)
-        ```
-
-        Text behind the run.
-        """,
-    )
+        run = chapters.run("mnist", {"digit": 4}, compute)""",
+        """print("folder:", run.folder.name)""",
+    ]
+    (book / "index.md").write_text(page_text(*cells) + "\nText behind the run.\n")
     store = tmp_path / "runs"
     done = build(book, tmp_path, EXPVAE_RUNS=str(store))
     assert done.returncode == 0, done.stdout[-5000:]
@@ -232,7 +205,7 @@ def test_a_missing_run_is_named_and_shown_once_it_is_there(tmp_path):
     assert "folder:" not in "".join(output.get_text() for output in article.select(".cell_output"))
     assert "Text behind the run." in article.get_text()
 
-    # The page's text is as it was: the second build has to look at the store again all the same.
+    # The page's text is as it was.
     store_run(store, code={})
     done = build(book, tmp_path, EXPVAE_RUNS=str(store))
     assert done.returncode == 0, done.stdout[-5000:]
@@ -241,51 +214,41 @@ def test_a_missing_run_is_named_and_shown_once_it_is_there(tmp_path):
     assert "folder: digit=4" in article.get_text()
 
 
-def test_what_a_run_lacks_stops_its_page_if_it_is_stale_and_else_fails_the_build(tmp_path):
-    book = small_book(
-        tmp_path,
-        """\
-        # A page that shows more than its run has
+def test_what_a_run_lacks_stops_its_page_if_it_is_stale_and_is_an_error_else(tmp_path, monkeypatch):
+    cells = [
+        "from lib import chapters\nrun = chapters.run('mnist', {'digit': 4}, lambda: None)",
+        "print('before')\nrun.rows('pixel AUROC')\nprint('the rest of the cell')",
+        "print('a later cell')",
+    ]
+    monkeypatch.setenv("EXPVAE_RUNS", str(tmp_path))
+    store_run(tmp_path, code={"lib.models.mnist": "another digest"})
+    shown = outputs(tmp_path / "page.md", *cells)
+    said = notices(shown)
+    assert "This run is stale: lib.models.mnist changed" in said
+    assert LACKING in said
+    assert said.count("papermill book/mnist.md out.ipynb -p digit 4") == 2
+    assert printed(shown) == "before\n"
+    assert not any(output.output_type == "error" for cell in shown for output in cell)
 
-        ```{code-cell} ipython3
-        from lib import chapters
-        run = chapters.run("mnist", {"digit": 4}, lambda: None)
-        ```
+    store_run(tmp_path, code={})
+    with pytest.raises(render.PageError, match="has no metric 'pixel AUROC'"):
+        outputs(tmp_path / "page.md", *cells)
 
-        ```{code-cell} ipython3
-        print("before")
-        run.rows("pixel AUROC")
-        print("the rest of the cell")
-        ```
 
-        ```{code-cell} ipython3
-        print("a later cell")
-        ```
-
-        Text behind the run.
-        """,
-    )
-    store = tmp_path / "runs"
-    store_run(store, code={"lib.models.mnist": "another digest"})
-    done = build(book, tmp_path, EXPVAE_RUNS=str(store))
-    assert done.returncode == 0, done.stdout[-5000:]
-    article = BeautifulSoup((tmp_path / "_build/html/index.html").read_text(), "html.parser").article
-    stale, lacking = (notice.get_text() for notice in article.select(".admonition.warning"))
-    assert "This run is stale: lib.models.mnist changed" in stale
-    assert LACKING in lacking
-    assert "papermill book/mnist.md out.ipynb -p digit 4" in lacking
-    printed = [output.get_text().strip() for output in article.select(".output.stream")]
-    assert printed == ["before"]
-    assert not article.select(".output.traceback")
-    assert "Text behind the run." in article.get_text()
-
-    store_run(store, code={})
-    done = build(book, tmp_path, EXPVAE_RUNS=str(store))
+def test_a_failing_cell_fails_the_build_and_names_its_place(book, tmp_path):
+    (book / "index.md").write_text(page_text("x = 1", "raise ValueError('broken cell')"))
+    done = build(book, tmp_path, "-q")
     assert done.returncode != 0
-    assert "has no metric 'pixel AUROC'" in done.stdout
+    assert f"{book}/index.md:18: code cell 2 failed." in done.stdout
+    assert "ValueError: broken cell" in done.stdout
 
 
-@pytest.mark.parametrize("code", ["raise ValueError('broken cell')", "import sys; print('a warning', file=sys.stderr)"])
-def test_an_error_or_a_warning_of_a_cell_fails_the_build(tmp_path, code):
-    book = small_book(tmp_path, f"# A page\n\n```{{code-cell}} ipython3\n{code}\n```\n")
-    assert build(book, tmp_path).returncode != 0
+def test_warnings_name_the_line(book, tmp_path):
+    (book / "_toc.yml").write_text("format: jb-book\nroot: index\nchapters:\n  - file: text\n")
+    (book / "index.md").write_text(page_text("import warnings\nwarnings.warn('take care')") + "\n{role}`x`\n")
+    (book / "text.md").write_text("---\nkey: value\n---\n\n# Only text\n\n{role}`x`\n")
+    done = build(book, tmp_path)
+    assert done.returncode != 0
+    assert "index.md:14: WARNING: stderr was found in the cell outputs" in done.stdout
+    assert 'index.md:18: WARNING: Unknown interpreted text role "role"' in done.stdout
+    assert 'text.md:7: WARNING: Unknown interpreted text role "role"' in done.stdout

@@ -14,11 +14,13 @@ import numpy as np
 import papermill
 import pytest
 from click.testing import CliRunner
+from pages import notices, outputs, printed
 from papermill.cli import papermill as command
 
 from lib import chapters, runs
 from lib.data.card import DataCard
 from lib.recipes import MNIST
+from lib.render import PageError
 
 PARAMETERS = """\
 digit: int = 1  # 0 | 1 | 2 | 3; the inlier class
@@ -76,12 +78,6 @@ def run_papermill(*words: str, **environment: str) -> subprocess.CompletedProces
     )
 
 
-def printed(path: Path) -> str:
-    """What the cells of an executed notebook printed."""
-    cells = nbformat.read(path, as_version=4).cells
-    return "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
-
-
 def injected(notebook) -> str:
     (cell,) = [cell for cell in notebook.cells if "injected-parameters" in cell.metadata.get("tags", [])]
     return cell.source
@@ -91,7 +87,8 @@ def test_command_as_typed(folder):
     words = "-p digit 3 -p categories 10 -r seed 7 -p rate 1 -p quick True"
     done = run_papermill("book/small.md", "out.ipynb", *words.split())
     assert done.returncode == 0, done.stderr
-    assert printed(folder / "out.ipynb") == "[3, 'conv3', 7, 1.0, '10', True]\n"
+    cells = nbformat.read(folder / "out.ipynb", as_version=4).cells
+    assert printed([cell.get("outputs", []) for cell in cells]) == "[3, 'conv3', 7, 1.0, '10', True]\n"
     metadata = nbformat.read("out.ipynb", as_version=4).metadata
     assert metadata.papermill.input_path == "book/small.md"
     assert metadata.language_info.name == "python"
@@ -274,25 +271,18 @@ def test_a_chapter_without_parameters_takes_none():
         chapters.check({"digit": 1}, {}, "x.md")
 
 
-def test_stop_page_blanks_the_later_cells(folder):
-    code = textwrap.dedent("""\
+def test_stop_page_blanks_the_later_cells(tmp_path):
+    cells = [
+        """\
         from lib import chapters
         chapters.stop_page("Nothing stored.")
-        print("the rest of the cell")
-        ```
-
-        ```{code-cell} ipython3
-        print("a later cell")
-        raise RuntimeError
-        ```
-
-        ```{code-cell} ipython3
-        %matplotlib no_such_backend""")
-    Path("book/small.md").write_text(chapter(code=code))
-    done = run_papermill("book/small.md", "out.ipynb", EXPVAE_MODE="read")
-    assert done.returncode == 0, done.stderr
-    assert printed(folder / "out.ipynb") == "the rest of the cell\n"
-    assert "Nothing stored." in json.dumps(nbformat.read("out.ipynb", as_version=4))
+        print("the rest of the cell")""",
+        "print('a later cell')\nraise RuntimeError",
+        "%matplotlib no_such_backend",
+    ]
+    shown = outputs(tmp_path / "page.md", *cells)
+    assert printed(shown) == "the rest of the cell\n"
+    assert "Nothing stored." in notices(shown)
 
 
 def test_stop_page_outside_a_notebook_is_an_error():
@@ -342,38 +332,28 @@ def test_stale_run_is_shown_with_the_command(stored, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("line", "stops"), [("run.arrays['curve']", True), ("run.figure('maps')", True), ("1 / 0", False)]
 )
-def test_only_what_a_stale_run_lacks_stops_the_page(folder, monkeypatch, line, stops):
+def test_only_what_a_stale_run_lacks_stops_the_page(tmp_path, monkeypatch, line, stops):
     card = DataCard("mnist", "sample", {"train": 1}, {"train": 1}, "digest", "licence", "credit")
     record = {"chapter": "mnist", "parameters": {"digit": 2}, "metrics": [], "data": card.to_dict()}
     record |= {"code": {"lib.models.mnist": "another digest"}, "recipe": asdict(MNIST["liu2020"])}
     record |= {"git": {"commit": None, "dirty": None}}
-    path = folder / "runs" / "mnist" / "digit=2"
+    path = tmp_path / "runs" / "mnist" / "digit=2"
     path.mkdir(parents=True)
     (path / "record.json").write_text(json.dumps(record))
     np.savez(path / "arrays.npz")
-    code = textwrap.dedent("""\
-        from lib import chapters
-        run = chapters.run("mnist", {"digit": 2}, lambda: None)
-        ```
-
-        ```{code-cell} ipython3
-        LINE
-        print("the rest of the cell")
-        ```
-
-        ```{code-cell} ipython3
-        print("a later cell")
-        raise KeyError""").replace("LINE", line)
-    Path("book/small.md").write_text(chapter(code=code))
-    monkeypatch.setenv("EXPVAE_MODE", "read")
-    monkeypatch.setenv("EXPVAE_RUNS", str(folder / "runs"))
+    cells = [
+        "from lib import chapters\nrun = chapters.run('mnist', {'digit': 2}, lambda: None)",
+        f"{line}\nprint('the rest of the cell')",
+        "print('a later cell')\nraise KeyError",
+    ]
+    monkeypatch.setenv("EXPVAE_RUNS", str(tmp_path / "runs"))
     if stops:
-        papermill.execute_notebook("book/small.md", "out.ipynb", progress_bar=False)
+        shown = outputs(tmp_path / "page.md", *cells)
+        assert printed(shown) == ""
+        assert "The stored run lacks what this page shows" in notices(shown)
     else:
-        with pytest.raises(papermill.PapermillExecutionError):
-            papermill.execute_notebook("book/small.md", "out.ipynb", progress_bar=False)
-    assert printed(folder / "out.ipynb") == ""
-    assert ("The stored run lacks what this page shows" in Path("out.ipynb").read_text()) is stops
+        with pytest.raises(PageError, match="code cell 2 failed"):
+            outputs(tmp_path / "page.md", *cells)
 
 
 def test_command_names_what_differs_from_the_defaults(stored):
@@ -473,20 +453,14 @@ def test_run_each_names_all_stale_runs_in_one_warning(several, monkeypatch, caps
 
 
 @pytest.mark.parametrize(("digits", "stops"), [("[0, 1]", True), ("[0, 2]", False)])
-def test_run_each_stops_the_page_only_if_all_runs_are_missing(several, monkeypatch, digits, stops):
-    code = textwrap.dedent("""\
-        from lib import chapters
-        found = chapters.run_each("small", {"seed": 5}, "digit", DIGITS, None)
-        ```
-
-        ```{code-cell} ipython3
-        print(*[digit for digit, run in found.items() if run])""").replace("DIGITS", digits)
-    Path("book/small.md").write_text(chapter(code=code))
-    monkeypatch.setenv("EXPVAE_MODE", "read")
-    papermill.execute_notebook("book/small.md", "out.ipynb", progress_bar=False)
-    assert printed(Path("out.ipynb")) == ("" if stops else "2\n")
-    notice = "No stored run of this chapter for any digit of 0; 1."
-    assert (notice in Path("out.ipynb").read_text()) is stops
+def test_run_each_stops_the_page_only_if_all_runs_are_missing(several, tmp_path, digits, stops):
+    shown = outputs(
+        tmp_path / "page.md",
+        f"from lib import chapters\nfound = chapters.run_each('small', {{'seed': 5}}, 'digit', {digits}, None)",
+        "print(*[digit for digit, run in found.items() if run])",
+    )
+    assert printed(shown) == ("" if stops else "2\n")
+    assert ("No stored run of this chapter for any digit of 0; 1." in notices(shown)) is stops
 
 
 def test_run_all_computes_the_missing_ones_in_one_call_and_keeps_their_places(several, monkeypatch):

@@ -1,0 +1,259 @@
+"""The reader of Jupyter Book: runs the code cells of every page in the process that builds the book.
+
+MyST-NB asks the readers that ``nb_custom_formats`` names before it reads Markdown itself, so that a build needs no
+kernel and imports pandas and matplotlib once instead of once a page. Pages are kept apart: each has a new IPython
+shell, and what it does to the state of the process is undone when it ends (see `execute`). What a page writes past
+Python, to the file descriptors themselves, goes to the log of the build and onto no page.
+"""
+
+import atexit
+import io
+import os
+import random
+import sys
+import tempfile
+import warnings
+from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from IPython.core.displayhook import DisplayHook
+from IPython.core.displaypub import DisplayPublisher
+from IPython.core.interactiveshell import InteractiveShell
+from matplotlib_inline import backend_inline
+from matplotlib_inline.config import InlineBackend
+from myst_nb.core.read import MystMetadataParsingError, is_myst_markdown_notebook, read_myst_markdown_notebook
+from myst_parser.config.main import MdParserConfig
+from nbformat import NotebookNode
+from nbformat.v4 import new_output
+from sphinx.application import Sphinx
+from sphinx.errors import SphinxError
+from traitlets import Type
+from traitlets.config import Config
+
+# What the notebooks of a kernel say of their language; without it MyST-NB warns for each cell.
+LANGUAGE = {"name": "python", "pygments_lexer": "ipython3"}
+SKIPPED, MAY_FAIL = "skip-execution", "raises-exception"  # tags that MyST-NB and Jupyter know
+
+
+class PageError(SphinxError):
+    """A page that cannot be read or a cell of it that failed; ends the build with or without -W."""
+
+    category = "A page cannot be rendered"
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Sphinx extension: tells the reader which page it is given.
+
+    Every page is read again in every build, because Sphinx looks only at the text of a page and would go on to show
+    the runs of the build before.
+    """
+    app.connect("source-read", _remember)
+    app.connect("env-get-outdated", lambda app, env, added, changed, removed: env.found_docs)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def read(text: str) -> NotebookNode:
+    """The page that Sphinx is reading as an executed notebook; what ``nb_custom_formats`` names.
+
+    Raises:
+        PageError: If the page is not valid or a cell fails; the message names page, cell and line.
+    """
+    path, config = _reading
+    notebook = parse(text, path, config)
+    execute(notebook, path)
+    return notebook
+
+
+def parse(text: str, path: Path, config: MdParserConfig | None = None) -> NotebookNode:
+    """A page as a notebook that has not been run, with the line at which the source of each cell begins.
+
+    A page whose top does not say that it is a notebook is one of text.
+
+    Raises:
+        PageError: If the top or the options of a cell are not valid, or a page of text holds code cells.
+    """
+    try:
+        notebook = read_myst_markdown_notebook(text, config, add_source_map=True, path=path)
+    except MystMetadataParsingError as error:
+        raise PageError(f"{path}: {error}") from error
+    if not is_myst_markdown_notebook(text) and any(cell.cell_type == "code" for cell in notebook.cells):
+        raise PageError(f"{path} has code cells, and its top does not say that it is a notebook (jupytext, myst).")
+    notebook.metadata["language_info"] = NotebookNode(LANGUAGE)
+    lines = text.splitlines()
+    for place, cell in enumerate(notebook.cells):
+        # MyST-NB leaves out a cell's options and the blank lines before a text, and adds two to these numbers, from 0.
+        start, source = notebook.metadata["source_map"][place], cell.source.splitlines()
+        found = (line for line in range(start, len(lines)) if lines[line : line + len(source)] == source)
+        notebook.metadata["source_map"][place] = next(found, start) - 1
+    return notebook
+
+
+def execute(notebook: NotebookNode, path: Path) -> None:
+    """Run the code cells of a page in its own folder and put their outputs into the notebook.
+
+    The page has a shell and a namespace of its own. Undone after it are changes to the environment, the working
+    directory, the import path, the filters of warnings, sys.stdout and sys.stderr, the rcParams and open figures of
+    matplotlib, and the global random states of Python, NumPy and PyTorch. Modules that it imports stay imported.
+
+    Args:
+        notebook: As `parse` gives it; changed in place.
+        path: The page's file.
+
+    Raises:
+        PageError: If a cell fails; the message names page, cell and line and ends with the traceback.
+    """
+    with _isolated(path.parent) as shell:
+        for place, cell in enumerate(notebook.cells):
+            tags = cell.metadata.get("tags", [])
+            if cell.cell_type != "code" or SKIPPED in tags:
+                continue
+            shell.outputs = cell.outputs
+            result = shell.run_cell(cell.source, store_history=True)
+            cell.execution_count = shell.execution_count - 1
+            error = result.error_before_exec or result.error_in_exec
+            if error is not None and MAY_FAIL not in tags:
+                number = sum(other.cell_type == "code" for other in notebook.cells[: place + 1])
+                line = notebook.metadata["source_map"][place] + 1 + _line(error, shell)
+                said = "\n".join(line for output in cell.outputs for line in output.get("traceback", []))
+                raise PageError(f"{path}:{line}: code cell {number} failed.\n{said}")
+
+
+class _Stream(io.TextIOBase):
+    """Takes what is written to sys.stdout or sys.stderr to the outputs of the cell that is running.
+
+    One for the whole process: a logger that a page makes keeps the stream for the pages after it.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        if not InteractiveShell.initialized():
+            return getattr(sys, f"__{self.name}__").write(text)
+        outputs = InteractiveShell.instance().outputs
+        if not text:
+            return 0
+        if outputs and outputs[-1].get("name") == self.name:
+            outputs[-1].text += text
+        else:
+            outputs.append(new_output("stream", name=self.name, text=text))
+        return len(text)
+
+
+_STREAMS = _Stream("stdout"), _Stream("stderr")
+
+
+class _Publisher(DisplayPublisher):
+    def publish(self, data: dict, metadata: dict | None = None, **_options: object) -> None:
+        self.shell.outputs.append(new_output("display_data", data=_as_text(data), metadata=metadata or {}))
+
+    def clear_output(self, wait: bool = False) -> None:
+        self.shell.outputs.clear()
+
+
+class _Hook(DisplayHook):
+    def write_output_prompt(self) -> None:
+        """A page has no prompts."""
+
+    def write_format_data(self, format_dict: dict, md_dict: dict | None = None) -> None:
+        said = {"data": _as_text(format_dict), "metadata": md_dict or {}}
+        self.shell.outputs.append(new_output("execute_result", execution_count=self.shell.execution_count, **said))
+
+
+class _Shell(InteractiveShell):
+    """IPython without a terminal, a history or the settings of the user's home; outputs go to a list in their order."""
+
+    display_pub_class = Type(_Publisher)
+    displayhook_class = Type(_Hook)
+
+    def __init__(self, **options: Any):
+        self.outputs: list[NotebookNode] = []
+        super().__init__(**options)
+
+    def enable_gui(self, gui: str | None = None) -> None:
+        """A page has no windows."""
+
+    def _showtraceback(self, etype: type, evalue: BaseException, stb: list[str]) -> None:
+        self.outputs.append(new_output("error", ename=etype.__name__, evalue=str(evalue), traceback=stb))
+
+
+_reading: tuple[Path, MdParserConfig]
+
+
+def _remember(app: Sphinx, docname: str, _source: list[str]) -> None:
+    global _reading
+    _reading = Path(app.env.doc2path(docname)), app.env.myst_config
+
+
+@contextmanager
+def _isolated(folder: Path) -> Iterator[_Shell]:
+    environment, path = dict(os.environ), sys.path[:]
+    python, numpy, torch = random.getstate(), np.random.get_state(), sys.modules.get("torch")
+    drawn = torch.get_rng_state() if torch else None
+    with ExitStack() as stack:
+        home = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(chdir(folder))
+        stack.enter_context(mpl.rc_context())
+        stack.enter_context(warnings.catch_warnings())
+        _warn_as_at_the_start()
+        os.environ["EXPVAE_MODE"] = "read"
+        quiet = Config(HistoryManager={"enabled": False}, InteractiveShell={"colors": "NoColor"})
+        shell = _Shell.instance(ipython_dir=home, config=quiet)
+        try:
+            shell.enable_matplotlib("inline")
+            with redirect_stdout(_STREAMS[0]), redirect_stderr(_STREAMS[1]):
+                yield shell
+        finally:
+            pyplot = sys.modules["matplotlib.pyplot"]
+            pyplot.close("all")
+            pyplot.uninstall_repl_displayhook()
+            backend_inline.configure_inline_support(shell, "none")
+            InlineBackend.clear_instance()
+            shell.restore_sys_module_state()
+            atexit.unregister(shell.atexit_operations)  # it keeps a history that is not kept here
+            _Shell.clear_instance()
+            sys.path[:] = path
+            os.environ.clear()
+            os.environ.update(environment)
+            random.setstate(python)
+            np.random.set_state(numpy)
+            if drawn is not None:
+                torch.set_rng_state(drawn)
+            elif "torch" in sys.modules:
+                sys.modules["torch"].seed()
+
+
+def _warn_as_at_the_start() -> None:
+    """Set the filters that Python starts with, and print warnings where the page can catch them."""
+
+    def show(message: Warning, category: type, filename: str, line: int, _file: object = None, text: str | None = None):
+        sys.stderr.write(warnings.formatwarning(message, category, filename, line, text))
+
+    warnings.resetwarnings()
+    for category in (ResourceWarning, ImportWarning, PendingDeprecationWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", category)
+    warnings.filterwarnings("default", category=DeprecationWarning, module="__main__")
+    warnings.showwarning = show
+
+
+def _line(error: BaseException, shell: _Shell) -> int:
+    """The line of the cell, from 1, at which an error left it."""
+    step = error.__traceback__
+    while step is not None and step.tb_frame.f_globals is not shell.user_ns:
+        step = step.tb_next
+    if step is not None:
+        return step.tb_lineno
+    return getattr(error, "lineno", None) or 1  # of a cell that is not valid Python
+
+
+def _as_text(data: dict[str, Any]) -> dict[str, Any]:
+    """Outputs as notebooks hold them: bytes in base64."""
+    return {kind: b64encode(shown).decode() if isinstance(shown, bytes) else shown for kind, shown in data.items()}

@@ -1,0 +1,46 @@
+"""Small pages with code cells, and what the reader of the book makes of them."""
+
+import textwrap
+from pathlib import Path
+
+from lib import render
+
+HEADER = """\
+---
+jupytext:
+  text_representation:
+    extension: .md
+    format_name: myst
+kernelspec:
+  display_name: Python 3
+  name: python3
+---
+
+# A page
+
+"""
+
+
+def page_text(*cells: str, options: str = "") -> str:
+    """The text of a page with these code cells, which all have the same options."""
+    fences = [f"```{{code-cell}} ipython3\n{options}{textwrap.dedent(cell)}\n```\n" for cell in cells]
+    return HEADER + "\n".join(fences)
+
+
+def outputs(path: Path, *cells: str, **options: str) -> list[list]:
+    """The outputs of each code cell of such a page at a path that need not exist."""
+    notebook = render.parse(page_text(*cells, **options), path)
+    render.execute(notebook, path)
+    return [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def printed(cells: list[list]) -> str:
+    """What the cells printed."""
+    return "".join(output.get("text", "") for outputs in cells for output in outputs)
+
+
+def notices(cells: list[list]) -> str:
+    """The Markdown that the cells show."""
+    return "\n".join(
+        output.data.get("text/markdown", "") for outputs in cells for output in outputs if "data" in output
+    )

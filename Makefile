@@ -26,6 +26,8 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 EXECUTED := _build/executed
 
+# Torch takes seconds to compile: let every process after the first find what was compiled, whatever the shell says.
+export PYTHONDONTWRITEBYTECODE :=
 # Chapters ask for the kernel "python3": take that of .venv, not one that lies in the user's home.
 export JUPYTER_PREFER_ENV_PATH := 1
 # Training on a CPU allocates and frees the same large tensors at every step: let glibc keep them.
@@ -67,7 +69,7 @@ ablations: mnist-1 mnist-3 ucsd mvtec15
 test: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 # Pages read and draw; on threads of their own they would but wait for each other.
 book: $(INSTALLED)
@@ -104,5 +106,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  echo ".venv was made with $$($(BIN)/python -V), and $(PYTHON) is $$($(PYTHON) -V): remove it with rm -r .venv" >&2; exit 1; fi
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.5,<1"
-	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable ".[test]"
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable ".[test]"
 	@touch $@

@@ -19,6 +19,7 @@ from importlib.metadata import version
 import torch
 
 from lib import provenance, runs
+from lib.data import mnist
 from lib.data.card import DataCard
 from lib.recipes import MNIST
 
@@ -50,15 +51,13 @@ def main() -> None:
         return
     options = ["--rounds", str(arguments.rounds), "--data", arguments.data, "--device", arguments.device]
     for name in names:
-        # Each in a process of its own: a run becomes stale with every module that its process has loaded.
+        # Each in a process of its own, so that what one leaves in memory slows no other.
         done = subprocess.run([sys.executable, "-m", "benchmarks", name, *options])
         if done.returncode != 0:
             sys.exit(done.returncode)
 
 
 def load_mnist(data: str) -> tuple[torch.Tensor, DataCard]:
-    from lib.data import mnist  # not loaded for a benchmark that is fed with other data: its run would depend on it
-
     images = mnist.load(data)
     return images.train_NYX, images.card
 

@@ -187,8 +187,8 @@ def run(chapter: str, parameters: Mapping[str, Value], compute: Callable[[], "Ru
     """The run of a chapter: computed under papermill or Jupyter, only looked up while Jupyter Book renders.
 
     While Jupyter Book renders, a missing run stops the page (see `stop_page`): the call has to be the last statement
-    of its cell. A stale run is shown under a warning, and the first later cell that asks it for something that it
-    lacks stops the page. Every other error, and that of a run that is not stale, fails the build.
+    of its cell. An outdated run is shown under a warning, and the first later cell that asks it for something that it
+    lacks stops the page. Every other error, and that of a run that is not outdated, fails the build.
 
     Args:
         chapter: The chapter's name, such as "mnist".
@@ -207,9 +207,9 @@ def run(chapter: str, parameters: Mapping[str, Value], compute: Callable[[], "Ru
     if found is None:
         wanted = ", ".join(f"{name} = {value}" for name, value in parameters.items())
         stop_page(f"No stored run of this chapter with {wanted}. Make it with\n\n{again}")
-    elif found.stale:
-        changed = ", ".join(found.stale)
-        notice(f"This run is stale: {changed} changed since it was made. Make it again with\n\n{again}", "warning")
+    elif found.outdated:
+        changed = "; ".join(found.outdated)
+        notice(f"This run is outdated: it was made by {changed}. Make it again with\n\n{again}", "warning")
         _stop_where_lacking(f"The stored run lacks what this page shows from here on. Make it again with\n\n{again}")
     return found
 
@@ -243,9 +243,10 @@ def run_all(
 ) -> "list[Run | None]":
     """The runs with each of several sets of parameters.
 
-    Under papermill or Jupyter a run that is stored already and not stale is taken as it is, so that a chapter that was
-    killed goes on where it was; the others are computed. While Jupyter Book renders they are only looked up. A run that
-    is missing is None and stops the page only if all are; stale ones are named in a warning.
+    Under papermill or Jupyter a run that is stored already is taken as it is, unless it is outdated or was made from
+    other data than those at hand, so that a chapter that was killed goes on where it was; the others are computed.
+    While Jupyter Book renders they are only looked up. A run that is missing is None and stops the page only if all
+    are; outdated ones are named in a warning.
 
     Args:
         chapter: The chapter's name.
@@ -257,19 +258,19 @@ def run_all(
     from lib import runs
 
     found = [runs.load(chapter, one) for one in wanted]
-    missing = [place for place, run in enumerate(found) if run is None or run.stale]
-    if missing and not runs.reading():
-        made = compute([dict(wanted[place]) for place in missing])
+    if not runs.reading():
+        missing = [i for i, run in enumerate(found) if run is None or run.outdated or not run.of_data_at_hand]
+        made = compute([dict(wanted[place]) for place in missing]) if missing else []
         for place, run in zip(missing, made, strict=True):
-            found[place] = run or found[place]  # a stale run rather than none
+            found[place] = run or found[place]  # an outdated run rather than none
     told_by = told_by or [name for name, value in wanted[0].items() if any(one[name] != value for one in wanted)]
     names = [", ".join(str(one[name]) for name in told_by) for one in wanted]
     if runs.reading() and all(run is None for run in found):
         stop_page(f"No stored run of this chapter for any {', '.join(told_by)} of {'; '.join(dict.fromkeys(names))}.")
-    stale = {name: run.stale for name, run in zip(names, found, strict=True) if run is not None and run.stale}
-    if stale:
-        listed = "; ".join(f"{name} ({', '.join(changed)})" for name, changed in stale.items())
-        notice(f"These runs are stale, because what made them has changed since: {listed}.", "warning")
+    old = {name: run.outdated for name, run in zip(names, found, strict=True) if run is not None and run.outdated}
+    if old:
+        listed = "; ".join(f"{name} ({', '.join(changed)})" for name, changed in old.items())
+        notice(f"These runs are outdated, because they were made by earlier protocols: {listed}.", "warning")
         _stop_where_lacking("A stored run lacks what this page shows from here on. Run the chapter again.")
     return found
 

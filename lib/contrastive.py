@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from lib import provenance, weights
+from lib import protocols, provenance, weights
 from lib.models.rbm import ConvRBM, Machine, Stack, hard, in_units, one_bit_pseudo_log_likelihood, visible_values
 from lib.recipes import RBMRecipe
 from lib.training import TrainingDivergedError, build, read_tensors, write_tensors
@@ -41,7 +41,6 @@ MEAN_BOUND = 0.01  # means of units are kept so far from off and on where biases
 # mean is zero there let what the machine above is given tell of ink alone. For binary units it is the start that Hinton
 # (2010, Section 8) names for sparsity, which a machine with so many hidden units needs (Lee et al. 2009).
 FILTER_LOG_ODDS = {"binary": -4.0, "spin": 0.0}
-CODE = ("lib.contrastive", "lib.models.rbm", "lib.training")  # what determines trained weights, beside the data
 Images = UInt8[Tensor, "..."] | Float[Tensor, "..."]
 
 
@@ -350,7 +349,7 @@ def trained(
         "seed": seed,
         "train": provenance.tensor_digest(train_NCYX),
         "validation": provenance.tensor_digest(validation_NCYX),
-        "code": provenance.code_hashes(CODE),
+        "protocols": protocols.versions(protocols.RBM),
     }
     key = hashlib.sha256(json.dumps(determinants, sort_keys=True).encode()).hexdigest()
     folder = weights.folder() / f"Stack-{key[:20]}"

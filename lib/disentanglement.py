@@ -252,6 +252,7 @@ def compute(chapter: str, wanted: Sequence[Mapping[str, Any]], device: torch.dev
             budget={"unit": "steps", "asked": recipe.steps, "used": one["steps"]},
             seconds={"training, all side by side": curves.seconds, "measuring": time.monotonic() - started},
             device=provenance.describe_device(device),
+            resolved={"precision": precision},
             extra={
                 "training": {"precision": precision, "side by side": curves.beside, "device": trained.device},
                 "scheduled": curves.measured,

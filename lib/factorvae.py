@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from lib import provenance, weights
+from lib import protocols, provenance, weights
 from lib.attention import PRESETS as MAPS
 from lib.attention import Method, upsample
 from lib.models.dsprites import LAYERS, DSpritesVAE, SideBySide, discriminator
@@ -38,7 +38,6 @@ Draw = Callable[[Int64[Tensor, " b"]], UInt8[Tensor, "b 1 64 64"]]
 SIDE = 64  # of the images
 POINTS = 100  # of each curve of losses
 CHECKPOINT_SECONDS = 60.0
-CODE = ("lib.factorvae", "lib.models.dsprites", "lib.training")  # what determines trained weights, beside the data
 
 
 @dataclass(frozen=True)
@@ -535,7 +534,7 @@ def train(
         "precision": precision,
         "data": data_digest,
         "train": provenance.tensor_digest(train_N),
-        "code": provenance.code_hashes(CODE),
+        "protocols": protocols.versions(protocols.FACTORVAE),
         "measurements": measurements,
     }
     keys = {one: _digest(shared | {"candidate": dataclasses.asdict(one)}) for one in candidates}

@@ -493,5 +493,6 @@ def compute(chapter: str, parameters: Mapping[str, Any], device: torch.device) -
         budget={"unit": "images", "asked": asked, "used": trained.history.images},
         seconds={"training": trained.history.seconds, "evaluation": time.monotonic() - started},
         device=provenance.describe_device(device),
+        resolved={"precision": facts["precision"], "initial": facts["encoder"].partition(",")[0]},
         extra={"training": facts, "weights": {"key": trained.key, "device": trained.device}},
     )

@@ -162,7 +162,7 @@ def beside(reported: pd.DataFrame, runs: Iterable[Run]) -> pd.DataFrame:
         The rows of `reported`, one line per row and configuration of ours, with `ours` (text: one run with its
         interval; several with their mean, number and range; then the marks), `our_value` (mean over runs), `our_low`
         and `our_high` (the interval of one run, the range of several), `count`, `configuration`, `budget`, `data`,
-        `stale` and `runs` (labels). A row without a run of ours says so in `ours`.
+        `outdated` and `runs` (labels). A row without a run of ours says so in `ours`.
     """
     real = [run for run in runs if _kind(run) != "sample"]
     lines = []
@@ -174,9 +174,20 @@ def beside(reported: pd.DataFrame, runs: Iterable[Run]) -> pd.DataFrame:
             ours["ours"] = f"{name}: {ours['ours']}" if name else ours["ours"]
             lines.append(row | ours | {"configuration": ", ".join(configuration[0])})
         if not groups:
-            blank = dict.fromkeys(("configuration", "budget", "data", "stale", "runs"), "")
+            blank = dict.fromkeys(("configuration", "budget", "data", "outdated", "runs"), "")
             lines.append(row | blank | {"ours": _absent(row), "count": 0})
-    columns = ["ours", "our_value", "our_low", "our_high", "count", "configuration", "budget", "data", "stale", "runs"]
+    columns = [
+        "ours",
+        "our_value",
+        "our_low",
+        "our_high",
+        "count",
+        "configuration",
+        "budget",
+        "data",
+        "outdated",
+        "runs",
+    ]
     return pd.DataFrame(lines, columns=[*reported.columns, *columns])
 
 
@@ -246,7 +257,7 @@ def _summary(found: Sequence[Measured], unit: str, exact: bool) -> dict[str, Any
         low, high = scale * low, scale * high
         spread = f" ({_shown(low, unit, exact)}–{_shown(high, unit, exact)})"
     runs = [run for run, _, _, _ in found]
-    stale = sum(bool(run.stale) for run in runs)
+    outdated = sum(bool(run.outdated) for run in runs)
     summary = {
         "our_value": mean,
         "our_low": low,
@@ -254,7 +265,11 @@ def _summary(found: Sequence[Measured], unit: str, exact: bool) -> dict[str, Any
         "count": len(found),
         "budget": _budget(runs[0]),
         "data": _kind(runs[0]),
-        "stale": "" if not stale else "stale" if stale == len(runs) else f"{stale} of {len(runs)} stale",
+        "outdated": ""
+        if not outdated
+        else "outdated"
+        if outdated == len(runs)
+        else f"{outdated} of {len(runs)} outdated",
         "runs": ", ".join(run.label for run in runs),
     }
     short = summary["budget"] if _cut_short(runs[0]) else ""
@@ -262,7 +277,7 @@ def _summary(found: Sequence[Measured], unit: str, exact: bool) -> dict[str, Any
     trained_on = [run.record.get("weights", {}).get("device", run.record["device"]) for run in runs]
     device = "; ".join(dict.fromkeys(trained_on)) if unit == "s" else ""
     mark = runs[0].card.mark
-    marks = [f"{mark} data" if mark else "", short, summary["stale"], device]
+    marks = [f"{mark} data" if mark else "", short, summary["outdated"], device]
     text = _with_unit(_shown(mean, unit, exact), unit) + spread
     return summary | {"ours": " · ".join([text, *filter(None, marks)])}
 
@@ -548,7 +563,7 @@ def _judge_parameters(dataset: str) -> Callable[[Sequence[Run], pd.DataFrame], V
 
 
 def _full_mnist_runs(runs: Sequence[Run], measures: Callable[[Run], bool]) -> tuple[list[Run], str]:
-    """The runs that a verdict on MNIST may rest on, and a note on those that are stale or left out."""
+    """The runs that a verdict on MNIST may rest on, and a note on those that are outdated or left out."""
     counted: list[Run] = []
     reasons: list[str] = []
     for run in runs:
@@ -565,8 +580,8 @@ def _full_mnist_runs(runs: Sequence[Run], measures: Callable[[Run], bool]) -> tu
             reasons.append("without this measure")
         else:
             counted.append(run)
-    stale = sum(bool(run.stale) for run in counted)
-    note = f" Stale: {stale} of {len(counted)} runs." if stale else ""
+    outdated = sum(bool(run.outdated) for run in counted)
+    note = f" Outdated: {outdated} of {len(counted)} runs." if outdated else ""
     if reasons:
         note += f" Not counted: {'; '.join(f'{n} ({reason})' for reason, n in Counter(reasons).items())}."
     return counted, note
@@ -613,8 +628,8 @@ def _full_ucsd_models(runs: Sequence[Run]) -> tuple[list[dict[str, Run]], str]:
             others.append(f"{_ucsd_scores(layers)} ({', '.join(filter(None, reasons))})")
         else:
             counted.append(layers)
-    stale = sum(bool(run.stale) for layers in counted for run in layers.values())
-    note = f" Stale: {stale} of {sum(map(len, counted))} runs." if stale else ""
+    outdated = sum(bool(run.outdated) for layers in counted for run in layers.values())
+    note = f" Outdated: {outdated} of {sum(map(len, counted))} runs." if outdated else ""
     return counted, note + (f" Not counted: {'; '.join(others)}." if others else "")
 
 
@@ -706,8 +721,8 @@ def _full_mvtec_runs(runs: Sequence[Run]) -> tuple[list[Run], str]:
             others.append(f"{_mvtec_scores(run)} ({', '.join(filter(None, reasons))})")
         else:
             counted.append(run)
-    stale = sum(bool(run.stale) for run in counted)
-    note = f" Stale: {stale} of {len(counted)} runs." if stale else ""
+    outdated = sum(bool(run.outdated) for run in counted)
+    note = f" Outdated: {outdated} of {len(counted)} runs." if outdated else ""
     return counted, note + (f" Not counted: {'; '.join(others)}." if others else "")
 
 
@@ -804,9 +819,9 @@ def _judge_dsprites(
         grades = [found for models in configurations.values() if (found := grade(models)) is not None]
         if not grades:
             return Verdict("not yet tested", f"Too few whole runs on the complete release to tell.{note}")
-        stale = sum(bool(run.stale) for run in counted)
+        outdated = sum(bool(run.outdated) for run in counted)
         evidence = "; ".join(_sprite_score(run, metric, method, subset) for run in counted)
-        note = (f" Stale: {stale} of {len(counted)} runs." if stale else "") + note
+        note = (f" Outdated: {outdated} of {len(counted)} runs." if outdated else "") + note
         outcome = ("did not hold", "partly held", "held")[min(grades)]
         return Verdict(outcome, f"{evidence}.{note}", _labels(counted))
 
@@ -919,8 +934,8 @@ def _judge_stacked_rbm(runs: Sequence[Run], reported: pd.DataFrame) -> Verdict:
             reasons.append(reason)
         else:
             counted.append(run)
-    stale = sum(bool(run.stale) for run in counted)
-    note = f" Stale: {stale} of {len(counted)} runs." if stale else ""
+    outdated = sum(bool(run.outdated) for run in counted)
+    note = f" Outdated: {outdated} of {len(counted)} runs." if outdated else ""
     if reasons:
         note += f" Not counted: {'; '.join(f'{n} ({reason})' for reason, n in Counter(reasons).items())}."
     if not _both_digits(counted):
@@ -964,8 +979,8 @@ def _judge_discrepancies(runs: Sequence[Run], reported: pd.DataFrame) -> Verdict
         found = [effect(_change(run, *switch), ABLATION_MARGIN) for run in counted for switch in switches]
         refuted += "effect" in found
         held += there >= set(ABLATION_DATA_SETS) and set(found) == {"hardly any effect"}
-    stale = sum(bool(run.stale) for run in counted)
-    note = f" Stale: {stale} of {len(counted)} runs." if stale else ""
+    outdated = sum(bool(run.outdated) for run in counted)
+    note = f" Outdated: {outdated} of {len(counted)} runs." if outdated else ""
     if others:
         note += f" Not counted: {'; '.join(f'{_changes_shown(run)} ({reason})' for run, reason in others)}."
     outcomes = {(2, 0): "held", (1, 1): "partly held", (0, 2): "did not hold"}

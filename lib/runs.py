@@ -2,7 +2,8 @@
 
 A run is a folder runs/<chapter>/<name=value,...>/ that holds
 
-    record.json   parameters, metrics, losses, budget, recipe, seconds, device, versions, commit, code, data card
+    record.json   parameters, what "auto" became, metrics, losses, budget, recipe, seconds, device, data card, commit,
+                  versions of libraries, and versions of the protocols that it rests on (lib.protocols)
     arrays.npz    the few maps and curves that the figures show (compressed; float16, float32 or integers)
     figures/      panels that show inputs, drawn when the run was computed
 
@@ -16,8 +17,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +29,7 @@ from filelock import FileLock
 from matplotlib.animation import Animation, PillowWriter
 from matplotlib.figure import Figure
 
-from lib import provenance, recipes
+from lib import protocols, provenance
 from lib.data import root as data_root
 from lib.data.card import DataCard, survey
 from lib.data.catalogue import source
@@ -37,10 +39,10 @@ T = TypeVar("T")
 FRAMES_PER_SECOND = 4
 METRIC_COLUMNS = ["metric", "method", "subset", "value", "low", "high", "n"]
 
-# Modules that a run loads but that cannot change its numbers.
-GLUE = {"lib", "lib.chapters", "lib.data", "lib.figures", "lib.models", "lib.metrics", "lib.provenance", "lib.recipes"}
-GLUE |= {"lib.data.card", "lib.data.catalogue", "lib.reported", "lib.runs", "lib.tables", "lib.weights"}
-GLUE |= {"lib.sprite_tables"}
+# What "auto" may become and then stands in the record and its folder's name; the first is taken before the second.
+ALTERNATIVES = {"data": ("real", "sample"), "initial": ("imagenet", "random")}
+# Tell runs apart only where they were given, so that a run that left them to "auto" answers on any machine.
+WHERE_GIVEN = ("precision", "device")
 
 
 @dataclass(frozen=True)
@@ -101,19 +103,19 @@ class Run:
         )
 
     @cached_property
-    def stale(self) -> list[str]:
-        """What has changed since the run: modules of the library, the chapter's own computation, recipe, data at hand.
+    def outdated(self) -> list[str]:
+        """The protocols that have another version now than when the run was made, such as "PIXEL 1, now 2"."""
+        then = self.record["protocols"]
+        return [
+            f"{name} {version}, now {protocols.VERSIONS.get(name, 'gone')}"
+            for name, version in sorted(then.items())
+            if protocols.VERSIONS.get(name) != version
+        ]
 
-        Data count as changed where there are some and they are others; where there are none there is no telling.
-        """
-        then = self.record["code"]
-        now = provenance.code_hashes(then)
-        changed = sorted(name for name in then if now[name] != then[name])
-        if not _is_current(self.record["recipe"]):
-            changed.append("recipe")
-        if not self.card.generated and _data_digest(self.card.name) not in (None, self.card.digest):
-            changed.append(f"data {self.card.name}")
-        return changed
+    @cached_property
+    def of_data_at_hand(self) -> bool:
+        """Whether it was made from the data that are at hand; true where there are none, or it needed none."""
+        return self.card.generated or _data_digest(self.card.name) in (None, self.card.digest)
 
     def figure(self, name: str) -> Path:
         """Path of a stored figure, a PNG, or of a stored animation, a GIF.
@@ -233,12 +235,14 @@ def find(chapter: str | None = None, **parameters: Any) -> list[Run]:
 def load(chapter: str, parameters: Mapping[str, Any]) -> Run | None:
     """The stored run of a chapter with these parameters, or None.
 
-    With data="auto" that is the run on real data where there is one, otherwise the run on the embedded sample;
-    device is not looked at.
+    With data="auto" that is the run on real data where there is one, otherwise the run on the embedded sample, and
+    with initial="auto" the one from ImageNet's weights before the one from random ones. A precision or device is looked
+    at unless it is "auto".
     """
     wanted = _determining(parameters)
-    for data in ({"data": "real"}, {"data": "sample"}) if wanted.get("data") == "auto" else ({},):
-        run = _read(root() / chapter / _folder_name(wanted | data))
+    left = [name for name in ALTERNATIVES if wanted.get(name) == "auto"]
+    for choice in product(*(ALTERNATIVES[name] for name in left)):
+        run = _read(root() / chapter / _folder_name(wanted | dict(zip(left, choice, strict=True))))
         if run is not None:
             return run
     return None
@@ -257,14 +261,14 @@ def save(
     budget: Mapping[str, Any],
     seconds: Mapping[str, float],
     device: str,
+    resolved: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Run:
     """Store a run in place of any earlier one with the same chapter and parameters; whole, or not at all.
 
     Args:
         chapter: Name of the chapter.
-        parameters: What determines the result. data="auto" is stored as "real" or "sample", whichever was used;
-            device is no part of them.
+        parameters: What determines the result. data="auto" is stored as "real" or "sample", whichever was used.
         metrics: Rows made by `row`.
         losses: Curves per epoch, or at the steps that a curve of steps names.
         arrays: Maps and curves for figures; never the images of a data set.
@@ -273,19 +277,24 @@ def save(
         recipe: The recipe used.
         budget: unit, asked and used, such as epochs, 100 and 20.
         seconds: Wall-clock time by part.
-        device: Which device computed it.
+        device: Which device computed it, as `provenance.describe_device` says it.
+        resolved: What other parameters that were "auto" have become, such as initial and precision.
         extra: More facts for the record.
 
     Raises:
         ValueError: If a number is not finite, an array holds Python objects, or a parameter cannot be part of a
-            folder's name.
+            folder's name or is still "auto".
     """
+    became = {"data": "sample" if card.generated else "real", "device": device.partition(":")[0], **(resolved or {})}
     stored = _determining(parameters)
-    if "data" in stored:
-        stored["data"] = "sample" if card.generated else "real"
+    stored |= {name: became[name] for name in ALTERNATIVES if name in stored and name in became}
+    if unknown := [name for name, value in stored.items() if value == "auto"]:
+        raise ValueError(f"{unknown[0]}='auto' cannot be stored: say in `resolved` what it has become")
     record = {
         "chapter": chapter,
         "parameters": stored,
+        "resolved": became,
+        "protocols": protocols.used(chapter, stored),
         "metrics": metrics,
         "losses": dict(losses),
         "budget": dict(budget),
@@ -294,7 +303,6 @@ def save(
         "device": device,
         "versions": provenance.versions(),
         "git": provenance.commit(),
-        "code": _code(chapter),
         "data": card.to_dict(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **(extra or {}),
@@ -331,14 +339,6 @@ def save(
     return _read(folder)
 
 
-def _is_current(recipe: dict[str, Any]) -> bool:
-    """Whether a recipe with these values, whatever its name and source, is still among the recipes."""
-    tables = [table for table in vars(recipes).values() if isinstance(table, dict)]
-    known = [asdict(entry) for table in tables for entry in table.values() if is_dataclass(entry)]
-    # As JSON has them: tuples are lists there.
-    return any(json.loads(json.dumps(entry | {"source": ""})) == recipe | {"source": ""} for entry in known)
-
-
 @cache
 def _data_digest(name: str) -> str | None:
     """Digest of the data set at hand, once per process: hashing thousands of images takes a while."""
@@ -347,11 +347,6 @@ def _data_digest(name: str) -> str | None:
     except ValueError:
         return "damaged"
     return card.digest if card else None
-
-
-def _code(chapter: str) -> dict[str, str]:
-    hashes = provenance.code_hashes([f"book/{chapter}.md", *(set(provenance.library_modules()) - GLUE)])
-    return {name: digest for name, digest in hashes.items() if digest is not None}  # a benchmark has no chapter
 
 
 def _replace(new: Path, folder: Path) -> None:
@@ -388,7 +383,7 @@ def _whole(folder: Path, read: Callable[[], T]) -> T:
 
 
 def _determining(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in parameters.items() if name != "device"}
+    return {name: value for name, value in parameters.items() if name not in WHERE_GIVEN or value != "auto"}
 
 
 def _folder_name(parameters: Mapping[str, Any]) -> str:

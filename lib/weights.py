@@ -1,7 +1,7 @@
-"""The cache of trained weights: nothing is trained twice, and nothing stale is reused.
+"""The cache of trained weights: nothing is trained twice, and nothing outdated is reused.
 
 A file is named by a digest of what determines its content: the model's class and shapes, the recipe, the number of
-epochs, the seed, the images, and the code of the model and of the training loop. It lies outside the repository, in
+epochs, the seed, the images, and the version of the protocol of training. It lies outside the repository, in
 the folder that the environment variable EXPVAE_CACHE names (default: ~/.cache/expvae), as safetensors.
 """
 
@@ -21,7 +21,7 @@ from jaxtyping import UInt8
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lib import provenance, training
+from lib import models, protocols, provenance, training
 from lib.recipes import Recipe
 
 CHECKPOINT_SECONDS = 180.0  # what a kill may cost; a checkpoint of the largest network is a gigabyte to write
@@ -104,17 +104,17 @@ def trained(
     Raises:
         lib.training.TrainingDivergedError: If the loss stops being finite.
         NotCachedError: Within `cached_only`, if the weights are not in the cache.
-        ValueError: If the model's code is not in this repository, the precision is unknown, or a file of the cache is
-            damaged.
+        ValueError: If the model is none of this library's, the precision is unknown, or a file of the cache is damaged.
     """
     if precision not in provenance.PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(provenance.PRECISIONS)}; got {precision!r}")
     model = training.build(make, seed).to(device)
     kind = type(model)
-    if provenance.code_hashes([kind.__module__])[kind.__module__] is None:
+    if not kind.__module__.startswith(f"{models.__name__}."):
         raise ValueError(
-            f"make builds a {kind.__module__}.{kind.__qualname__}, whose code is not in this repository, so that the "
-            "cache could not tell when it changes; define it in lib/models, or call lib.training.train"
+            f"make builds a {kind.__module__}.{kind.__qualname__}, which is none of {models.__name__}: the cache knows "
+            "models by their names and the version of the protocol, and could not tell when yours changes; call "
+            f"{training.__name__}.train"
         )
     # Only where they are used, so that other trainings keep the keys that they had before there was a choice.
     options = {"variant": variant} if variant else {}
@@ -178,18 +178,17 @@ def _key(
     seed: int,
     options: dict[str, str],
 ) -> str:
-    kind = type(model)
     hyper_parameters = dataclasses.asdict(recipe)
     del hyper_parameters["source"], hyper_parameters["epochs"]
     determinants = {
-        "model": f"{kind.__module__}.{kind.__qualname__}",
+        "model": type(model).__name__,
         "shapes": {name: list(value.shape) for name, value in model.state_dict().items()},
         "recipe": hyper_parameters,
         "epochs": epochs,
         "seed": seed,
         "train": provenance.tensor_digest(train_NCYX),
         "validation": provenance.tensor_digest(validation_NCYX),
-        "code": provenance.code_hashes([kind.__module__, "lib.training"]),
+        "protocols": protocols.versions(protocols.TRAINING),
         **options,
     }
     return hashlib.sha256(json.dumps(determinants, sort_keys=True).encode()).hexdigest()

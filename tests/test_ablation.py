@@ -11,7 +11,7 @@ import torch
 from sklearn.metrics import jaccard_score, roc_auc_score
 from torch import nn
 
-from lib import ablation, chapters, localisation, recipes, reported, runs, training, weights
+from lib import ablation, chapters, localisation, models, recipes, reported, runs, training, weights
 from lib.ablation import AUROC, IOU, REFERENCES
 from lib.attention import PRESETS, Method, attention
 from lib.data import mnist, mvtec, ucsd
@@ -28,7 +28,7 @@ NOISE = 3
 class Small(nn.Module):
     """A VAE for images of 12x12, with an activation in place behind its convolution."""
 
-    __module__ = "tests.test_ablation"  # by which the cache of weights finds this file
+    __module__ = f"{models.__name__}.small"  # as one of the library's
 
     def __init__(self, latent_dim=3, channels=1):
         super().__init__()

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -19,15 +18,15 @@ from pages import notices, outputs, page_text, printed
 
 from lib import render
 from lib.data.card import DataCard
-from lib.provenance import RUN_CELLS
-from lib.recipes import MNIST
+from lib.protocols import VERSIONS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BOOK = REPOSITORY / "book"
 PAGES = [entry["file"] for entry in yaml.safe_load((BOOK / "_toc.yml").read_text())["chapters"]]
 PAGES += [yaml.safe_load((BOOK / "_toc.yml").read_text())["root"]]
 
-# How the notice begins that a stale run lacks something which its page shows, see lib.chapters.run.
+RUN_CELLS = ("chapters.run(", "chapters.run_each(", "chapters.run_all(")
+# How the notice begins that an outdated run lacks something which its page shows, see lib.chapters.run.
 LACKING = "The stored run lacks what this page shows from here on."
 MISSING = "No stored run of this chapter with"
 
@@ -165,11 +164,11 @@ def test_make_reproduce_runs_every_chapter():
     assert steps.stdout.rstrip().splitlines()[-1].endswith('_build/html/index.html"')
 
 
-def store_run(store: Path, code: dict[str, str]) -> None:
-    """Store a run of mnist for digit 4 that holds no result; `code` has the digests of the code that made it."""
+def store_run(store: Path, version: int) -> None:
+    """Store a run of mnist for digit 4 that holds no result, made by this version of its protocol."""
     card = DataCard("mnist", "sample", {"train": 1}, {"train": 1}, "digest", "licence", "credit")
-    record = {"chapter": "mnist", "parameters": {"digit": 4}, "code": code, "data": card.to_dict(), "metrics": []}
-    record |= {"recipe": asdict(MNIST["liu2020"]), "git": {"commit": None, "dirty": None}}
+    record = {"chapter": "mnist", "parameters": {"digit": 4}, "protocols": {"mnist": version}, "metrics": []}
+    record |= {"data": card.to_dict(), "git": {"commit": None, "dirty": None}}
     path = store / "mnist" / "digit=4" / "record.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record))
@@ -206,7 +205,7 @@ def test_every_build_looks_at_the_store_again(book, tmp_path):
     assert "Text behind the run." in article.get_text()
 
     # The page's text is as it was.
-    store_run(store, code={})
+    store_run(store, version=VERSIONS["mnist"])
     done = build(book, tmp_path, EXPVAE_RUNS=str(store))
     assert done.returncode == 0, done.stdout[-5000:]
     article = BeautifulSoup((tmp_path / "_build/html/index.html").read_text(), "html.parser").article
@@ -214,23 +213,23 @@ def test_every_build_looks_at_the_store_again(book, tmp_path):
     assert "folder: digit=4" in article.get_text()
 
 
-def test_what_a_run_lacks_stops_its_page_if_it_is_stale_and_is_an_error_else(tmp_path, monkeypatch):
+def test_what_a_run_lacks_stops_its_page_if_it_is_outdated_and_is_an_error_else(tmp_path, monkeypatch):
     cells = [
         "from lib import chapters\nrun = chapters.run('mnist', {'digit': 4}, lambda: None)",
         "print('before')\nrun.rows('pixel AUROC')\nprint('the rest of the cell')",
         "print('a later cell')",
     ]
     monkeypatch.setenv("EXPVAE_RUNS", str(tmp_path))
-    store_run(tmp_path, code={"lib.models.mnist": "another digest"})
+    store_run(tmp_path, version=0)
     shown = outputs(tmp_path / "page.md", *cells)
     said = notices(shown)
-    assert "This run is stale: lib.models.mnist changed" in said
+    assert "This run is outdated: it was made by mnist 0, now" in said
     assert LACKING in said
     assert said.count("papermill book/mnist.md out.ipynb -p digit 4") == 2
     assert printed(shown) == "before\n"
     assert not any(output.output_type == "error" for cell in shown for output in cell)
 
-    store_run(tmp_path, code={})
+    store_run(tmp_path, version=VERSIONS["mnist"])
     with pytest.raises(render.PageError, match="has no metric 'pixel AUROC'"):
         outputs(tmp_path / "page.md", *cells)
 

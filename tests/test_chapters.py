@@ -296,7 +296,7 @@ def stored(folder, monkeypatch):
     monkeypatch.setenv("EXPVAE_RUNS", str(folder / "runs"))
     monkeypatch.setattr(chapters, "BOOK", folder / "book")
     card = DataCard("mnist", "sample", {"train": 1}, {"train": 1}, "digest", "licence", "credit")
-    record = {"chapter": "small", "parameters": {"digit": 2}, "code": {}, "data": card.to_dict()}
+    record = {"chapter": "small", "parameters": {"digit": 2}, "protocols": {}, "data": card.to_dict()}
     record["recipe"] = asdict(MNIST["liu2020"])
     path = folder / "runs" / "small" / "digit=2" / "record.json"
     path.parent.mkdir(parents=True)
@@ -320,22 +320,22 @@ def test_run_only_reads_while_the_book_is_rendered(stored, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_stale_run_is_shown_with_the_command(stored, monkeypatch, capsys):
+def test_an_outdated_run_is_shown_with_the_command(stored, monkeypatch, capsys):
     monkeypatch.setenv("EXPVAE_MODE", "read")
-    stored.write_text(json.dumps(json.loads(stored.read_text()) | {"code": {"lib.chapters": "another hash"}}))
+    stored.write_text(json.dumps(json.loads(stored.read_text()) | {"protocols": {"PIXEL": 0}}))
     assert chapters.run("small", {"digit": 2}, must_not_compute) is not None
     shown = capsys.readouterr().out
-    assert "stale: lib.chapters changed" in shown
+    assert "outdated: it was made by PIXEL 0, now" in shown
     assert "papermill book/small.md out.ipynb -p digit 2" in shown
 
 
 @pytest.mark.parametrize(
     ("line", "stops"), [("run.arrays['curve']", True), ("run.figure('maps')", True), ("1 / 0", False)]
 )
-def test_only_what_a_stale_run_lacks_stops_the_page(tmp_path, monkeypatch, line, stops):
+def test_only_what_an_outdated_run_lacks_stops_the_page(tmp_path, monkeypatch, line, stops):
     card = DataCard("mnist", "sample", {"train": 1}, {"train": 1}, "digest", "licence", "credit")
     record = {"chapter": "mnist", "parameters": {"digit": 2}, "metrics": [], "data": card.to_dict()}
-    record |= {"code": {"lib.models.mnist": "another digest"}, "recipe": asdict(MNIST["liu2020"])}
+    record |= {"protocols": {"PIXEL": 0}, "recipe": asdict(MNIST["liu2020"])}
     record |= {"git": {"commit": None, "dirty": None}}
     path = tmp_path / "runs" / "mnist" / "digit=2"
     path.mkdir(parents=True)
@@ -366,8 +366,8 @@ def test_command_names_what_differs_from_the_defaults(stored):
 # --- one run for each value ------------------------------------------------------------------------------------------
 
 
-def make_stale(path):
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"code": {"lib.chapters": "another hash"}}))
+def make_outdated(path):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"protocols": {"PIXEL": 0}}))
 
 
 @pytest.fixture
@@ -382,16 +382,16 @@ def several(stored):
     return paths
 
 
-def test_run_each_computes_what_is_missing_or_stale(several, monkeypatch, capsys):
+def test_run_each_computes_what_is_missing_or_outdated(several, monkeypatch, capsys):
     monkeypatch.delenv("EXPVAE_MODE", raising=False)
-    make_stale(several[3])
-    stale, asked = json.loads(several[3].read_text()), []
+    make_outdated(several[3])
+    outdated, asked = json.loads(several[3].read_text()), []
 
     def compute(parameters):
         asked.append(parameters)
         if parameters["digit"] == 1:
             return None  # its data are not at hand
-        several[3].write_text(json.dumps(stale | {"code": {}}))
+        several[3].write_text(json.dumps(outdated | {"protocols": {}}))
         return runs.load("small", parameters)
 
     found = chapters.run_each("small", {"seed": 5}, "digit", [1, 2, 3], compute)
@@ -399,12 +399,25 @@ def test_run_each_computes_what_is_missing_or_stale(several, monkeypatch, capsys
     assert list(found) == [1, 2, 3]
     assert found[1] is None
     assert [found[digit].parameters for digit in (2, 3)] == [{"digit": 2, "seed": 5}, {"digit": 3, "seed": 5}]
-    assert found[3].stale == []
+    assert found[3].outdated == []
     assert capsys.readouterr().out == ""
 
     asked.clear()
     chapters.run_each("small", {"seed": 5}, "digit", [3, 2], compute)
     assert asked == []
+
+
+def test_run_each_computes_again_from_other_data(several, monkeypatch):
+    monkeypatch.delenv("EXPVAE_MODE", raising=False)
+    for path in several.values():
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"data": record["data"] | {"kind": "partial"}}))
+    monkeypatch.setattr(runs, "_data_digest", lambda name: "other files")
+    asked = []
+    chapters.run_each("small", {"seed": 5}, "digit", [2, 3], lambda parameters: asked.append(parameters["digit"]))
+    assert asked == [2, 3]
+    monkeypatch.setenv("EXPVAE_MODE", "read")  # pages show what is stored
+    assert all(chapters.run_each("small", {"seed": 5}, "digit", [2, 3], must_not_compute_each).values())
 
 
 def test_run_each_goes_on_where_it_was_killed(several, monkeypatch):
@@ -440,16 +453,15 @@ def must_not_compute_each(parameters):
     raise AssertionError(f"computed {parameters} while reading")
 
 
-def test_run_each_names_all_stale_runs_in_one_warning(several, monkeypatch, capsys):
+def test_run_each_names_all_outdated_runs_in_one_warning(several, monkeypatch, capsys):
     monkeypatch.setenv("EXPVAE_MODE", "read")
-    make_stale(several[2])
-    record = json.loads(several[3].read_text())
-    several[3].write_text(json.dumps(record | {"recipe": record["recipe"] | {"epochs": 7}}))
+    make_outdated(several[2])
+    make_outdated(several[3])
     found = chapters.run_each("small", {"seed": 5}, "digit", [1, 2, 3], must_not_compute_each)
     assert [value for value, run in found.items() if run is not None] == [2, 3]
     shown = capsys.readouterr().out
     assert shown.count("{warning}") == 1
-    assert "2 (lib.chapters); 3 (recipe)." in shown
+    assert "2 (PIXEL 0, now 1); 3 (PIXEL 0, now 1)." in shown
 
 
 @pytest.mark.parametrize(("digits", "stops"), [("[0, 1]", True), ("[0, 2]", False)])
@@ -465,14 +477,14 @@ def test_run_each_stops_the_page_only_if_all_runs_are_missing(several, tmp_path,
 
 def test_run_all_computes_the_missing_ones_in_one_call_and_keeps_their_places(several, monkeypatch):
     monkeypatch.delenv("EXPVAE_MODE", raising=False)
-    make_stale(several[3])
+    make_outdated(several[3])
     calls = []
 
     def compute(missing):
         calls.append(missing)
         yield None
         record = json.loads(several[3].read_text())
-        several[3].write_text(json.dumps(record | {"code": {}}))
+        several[3].write_text(json.dumps(record | {"protocols": {}}))
         yield runs.load("small", missing[1])
 
     wanted = [{"digit": digit, "seed": 5} for digit in (1, 2, 3)]
@@ -484,10 +496,10 @@ def test_run_all_computes_the_missing_ones_in_one_call_and_keeps_their_places(se
 
 def test_run_all_names_runs_by_what_they_differ_in(several, monkeypatch, capsys):
     monkeypatch.setenv("EXPVAE_MODE", "read")
-    make_stale(several[2])
+    make_outdated(several[2])
     wanted = [{"digit": digit, "seed": 5} for digit in (2, 3)]
     assert len(chapters.run_all("small", wanted, must_not_compute_each)) == 2
-    assert "since: 2 (lib.chapters)." in capsys.readouterr().out
+    assert "earlier protocols: 2 (PIXEL 0, now" in capsys.readouterr().out
 
 
 def test_run_all_refuses_a_computation_that_gives_another_number_of_runs(several, monkeypatch):

@@ -114,7 +114,7 @@ def test_a_run_holds_its_budget_curves_and_card(models):
         assert run.card.kind == "rendered"
         assert run.parameters["data"] == "sample"
         assert sorted(run.record["scheduled"]) == ["1", "2"]
-        assert run.stale == []
+        assert run.outdated == []
     assert "attention" not in plain.record["losses"]
     assert len(with_loss.record["losses"]["attention"]) == 2
 

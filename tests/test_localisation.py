@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_score
 from torch import nn
 
-from lib import baselines, localisation, recipes, runs, training
+from lib import baselines, localisation, models, recipes, runs, training
 from lib.data import mvtec
 from lib.data.card import DataCard
 from lib.localisation import ATTENTION, BASELINES, COMMON, FIELDS, LAYERS, METHODS, SSIM
@@ -61,7 +61,7 @@ PIXEL_METRICS = {
 class Small(nn.Module):
     """A VAE whose encoder has the layers of LAYERS, for images of SIDE; 16 latents, so that noise comes in blocks."""
 
-    __module__ = "tests.test_localisation"  # by which the cache of weights finds this file
+    __module__ = f"{models.__name__}.small"  # as one of the library's
 
     def __init__(self):
         super().__init__()

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from sklearn.neural_network import BernoulliRBM
 from torch.nn import functional as F
 
-from lib import contrastive, training
+from lib import contrastive, protocols, training
 from lib.attention import Method, attention
 from lib.models import rbm
 from lib.models.rbm import RBM, ConvRBM, Stack
@@ -868,9 +868,9 @@ def test_the_source_and_the_epochs_of_a_recipe_do_not_determine_a_stack(cache):
     assert trained(recipe=replace(STACK_RECIPE, source="another", epochs=7)).key == trained().key
 
 
-def test_the_code_determines_a_stack(cache, monkeypatch):
+def test_the_version_of_the_protocol_determines_a_stack(cache, monkeypatch):
     before = trained().key
-    monkeypatch.setattr(contrastive.provenance, "code_hashes", lambda names: dict.fromkeys(names, "changed"))
+    monkeypatch.setitem(protocols.VERSIONS, "RBM", 7)
     assert trained().key != before
 
 

@@ -24,7 +24,9 @@ PAPER, CODE = "attention, paper", "attention, authors' code"
 COUNTS = {"train": 60000, "test": 10000}
 
 
-def make_run(digit=1, seed=0, *, metrics=(), kind="complete", used=100, stale=False, recipe="liu2020", chapter="mnist"):
+def make_run(
+    digit=1, seed=0, *, metrics=(), kind="complete", used=100, outdated=False, recipe="liu2020", chapter="mnist"
+):
     parameters = {"digit": digit, "recipe": recipe, "seed": seed, "epochs": used, "data": "real"}
     record = {
         "metrics": list(metrics),
@@ -35,7 +37,7 @@ def make_run(digit=1, seed=0, *, metrics=(), kind="complete", used=100, stale=Fa
         "weights": {"key": "abc", "device": "cpu: 2 threads"},
         "data": DataCard("mnist", kind, COUNTS, COUNTS, "digest", "licence", "credit").to_dict(),
         "git": {"commit": "0123456789abcdef", "dirty": False},
-        "code": {"lib.reported": "another hash"} if stale else {},
+        "protocols": {"PIXEL": 0} if outdated else {},
     }
     return Run(chapter, parameters, record, Path("nowhere"))
 
@@ -244,7 +246,7 @@ def test_several_seeds_share_a_line_with_mean_range_and_count():
 def test_one_run_has_its_interval():
     (line,) = beside(published_share(), [make_run(metrics=[share(0.1234, 0.101, 0.145)])]).to_dict("records")
     assert line["ours"] == "12.3 % (10.1–14.5)"
-    assert (line["data"], line["budget"], line["stale"]) == ("complete", "100 epochs", "")
+    assert (line["data"], line["budget"], line["outdated"]) == ("complete", "100 epochs", "")
 
 
 def test_configurations_are_not_averaged_and_are_told_apart():
@@ -272,11 +274,11 @@ def test_other_methods_subsets_and_missing_values_do_not_match():
 def test_samples_are_left_out_and_weak_runs_are_marked():
     metrics = [share(0.2, 0.1, 0.3)]
     assert beside(published_share(), [make_run(kind="sample", metrics=metrics)])["ours"].tolist() == [NO_RUN]
-    weak = [make_run(seed=seed, kind="partial", used=20, stale=seed == 1, metrics=metrics) for seed in (0, 1)]
+    weak = [make_run(seed=seed, kind="partial", used=20, outdated=seed == 1, metrics=metrics) for seed in (0, 1)]
     (line,) = beside(published_share(), weak).to_dict("records")
-    assert line["ours"] == "20.0 % (2 runs) · partial data · 20 of 100 epochs · 1 of 2 stale"
+    assert line["ours"] == "20.0 % (2 runs) · partial data · 20 of 100 epochs · 1 of 2 outdated"
     (line,) = beside(published_share(), weak[1:]).to_dict("records")
-    assert line["ours"] == "20.0 % (10.0–30.0) · partial data · 20 of 100 epochs · stale"
+    assert line["ours"] == "20.0 % (10.0–30.0) · partial data · 20 of 100 epochs · outdated"
 
 
 def test_entries_of_the_record_stand_beside_hyper_parameters():
@@ -431,9 +433,9 @@ def test_evidence_is_made_of_the_records():
     assert "input intensity: 0.650 (digit 1; intervals 0." in evidence
 
 
-def test_evidence_names_stale_runs():
-    runs = [make_run(digit, stale=digit == 3, metrics=pixel_rows(PAPER, 0.8, 0.9)) for digit in (1, 3)]
-    assert decide(claim("MNIST maps"), runs, read()).evidence.endswith(" Stale: 1 of 2 runs.")
+def test_evidence_names_outdated_runs():
+    runs = [make_run(digit, outdated=digit == 3, metrics=pixel_rows(PAPER, 0.8, 0.9)) for digit in (1, 3)]
+    assert decide(claim("MNIST maps"), runs, read()).evidence.endswith(" Outdated: 1 of 2 runs.")
 
 
 def test_only_whole_runs_on_complete_data_count():

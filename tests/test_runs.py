@@ -13,29 +13,13 @@ from filelock import FileLock
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lib import provenance, runs
+from lib import protocols, provenance, runs
 from lib.data import mvtec
 from lib.data.card import DataCard
 from lib.recipes import MNIST
 
 HERE = Path(__file__)
 PARAMETERS = {"digit": 1, "seed": 0}
-CHAPTER = """\
-# Mini
-
-```{code-cell} ipython3
-def compute():
-    return digit + 1
-```
-
-```{code-cell} ipython3
-run = chapters.run("mini", {"digit": digit}, compute)
-```
-
-```{code-cell} ipython3
-print(run.metrics)
-```
-"""
 
 
 def card(kind="complete"):
@@ -49,7 +33,7 @@ def panel():
     return figure
 
 
-def save(parameters=PARAMETERS, chapter="mini", value=0.5, **changes):
+def save(parameters=PARAMETERS, chapter="reuse", value=0.5, **changes):
     arguments = {
         "metrics": [runs.row("AUROC", value, "ours", "digit 7", low=0.25, high=0.75, n=9), runs.row("units", None)],
         "losses": {"kl": [2.0, value]},
@@ -70,19 +54,6 @@ def store(tmp_path, monkeypatch):
     return tmp_path / "store"
 
 
-@pytest.fixture
-def repository(tmp_path, monkeypatch):
-    """A repository in which a run uses one module, lib.training."""
-    folder = tmp_path / "repository"
-    modules = {name: "x = 1" for name in ("lib/__init__.py", "lib/training.py", "lib/runs.py", "lib/unused.py")}
-    for name, text in {**modules, "book/mini.md": CHAPTER}.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    monkeypatch.setattr(provenance, "REPOSITORY", folder)
-    monkeypatch.setattr(provenance, "library_modules", lambda: ["lib", "lib.runs", "lib.training"])
-    return folder
-
-
 def files(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
@@ -92,10 +63,10 @@ def files(folder):
 
 def test_what_is_saved_is_found_again(store):
     save()
-    run = runs.load("mini", {"seed": 0, "digit": 1})
-    assert run.chapter == "mini"
+    run = runs.load("reuse", {"seed": 0, "digit": 1})
+    assert run.chapter == "reuse"
     assert run.parameters == PARAMETERS
-    assert run.folder == store / "mini" / "digit=1,seed=0"
+    assert run.folder == store / "reuse" / "digit=1,seed=0"
     assert run.arrays.keys() == {"curve", "count"}
     assert run.arrays["curve"].dtype == np.float32
     assert run.arrays["curve"].tolist() == [0.5] * 500
@@ -103,15 +74,15 @@ def test_what_is_saved_is_found_again(store):
     assert run.card == card()
     assert run.figure("panel").read_bytes().startswith(b"\x89PNG")
     assert files(store) == [
-        "mini/.lock",
-        "mini/digit=1,seed=0/arrays.npz",
-        "mini/digit=1,seed=0/figures/panel.png",
-        "mini/digit=1,seed=0/record.json",
+        "reuse/.lock",
+        "reuse/digit=1,seed=0/arrays.npz",
+        "reuse/digit=1,seed=0/figures/panel.png",
+        "reuse/digit=1,seed=0/record.json",
     ]
     assert run.folder.stat().st_mode & 0o777 == 0o755
 
 
-def test_the_record_says_where_the_run_comes_from(repository):
+def test_the_record_says_where_the_run_comes_from():
     record = save(extra={"weights": {"key": "abc"}}).record
     assert record["recipe"]["epochs"] == 200
     assert record["recipe"]["source"] == MNIST["report2"].source
@@ -123,8 +94,9 @@ def test_the_record_says_where_the_run_comes_from(repository):
     assert record["git"] == provenance.commit()
     assert record["data"] == card().to_dict()
     assert record["weights"] == {"key": "abc"}
-    assert record["code"] == provenance.code_hashes(["book/mini.md", "lib.training"])
-    assert save(chapter="benchmark").record["code"] == provenance.code_hashes(["lib.training"])  # has no chapter
+    assert record["protocols"] == protocols.versions("TRAINING", "ATTENTION", "reuse")
+    assert save(PARAMETERS, "ucsd").record["protocols"] == protocols.versions("TRAINING", "ATTENTION", "PIXEL", "ucsd")
+    assert save({"benchmark": "rbm"}, "performance").record["protocols"] == protocols.versions("benchmark rbm")
     assert abs(time.time() - pd.Timestamp(record["created"]).timestamp()) < 300
 
 
@@ -156,7 +128,7 @@ def test_all_rows_of_a_metric():
     run = save()
     assert run.rows("AUROC")["value"].tolist() == [0.5]
     assert len(run.rows("units")) == 1
-    with pytest.raises(KeyError, match=r"the run mini: .* has no metric 'IoU'"):
+    with pytest.raises(KeyError, match=r"the run reuse: .* has no metric 'IoU'"):
         run.rows("IoU")
 
 
@@ -174,7 +146,7 @@ def test_a_number_as_text():
     for absent in ("IoU", "units"):
         assert run.text(absent, lacking="") == ""
         assert run.text(absent, lacking="not measured") == "not measured"
-        with pytest.raises(KeyError, match=rf"the run mini: .* has no (metric|value for) '{absent}'"):
+        with pytest.raises(KeyError, match=rf"the run reuse: .* has no (metric|value for) '{absent}'"):
             run.text(absent)
 
 
@@ -237,7 +209,7 @@ def test_a_missing_figure_names_those_that_are_there():
 )
 def test_label(monkeypatch, commit, dirty, end):
     monkeypatch.setattr(provenance, "commit", lambda: {"commit": commit, "dirty": dirty})
-    assert save().label == f"mini: digit=1, seed=0 {end}"
+    assert save().label == f"reuse: digit=1, seed=0 {end}"
 
 
 def test_a_second_run_takes_the_place_of_the_first(store):
@@ -252,56 +224,78 @@ def test_find_selects_by_chapter_and_parameters(store):
     for seed in (2, 0, 1):
         save({"digit": 3, "seed": seed})
     save({"digit": 1, "seed": 0})
-    save({"layer": "conv1"}, chapter="other")
-    assert [run.folder.name for run in runs.find("mini")] == [
+    save({"layer": "conv1"}, chapter="method")
+    assert [run.folder.name for run in runs.find("reuse")] == [
         "digit=1,seed=0",
         "digit=3,seed=0",
         "digit=3,seed=1",
         "digit=3,seed=2",
     ]
     assert len(runs.find()) == 5
-    assert [run.parameters["seed"] for run in runs.find("mini", digit=3)] == [0, 1, 2]
-    assert [run.chapter for run in runs.find(layer="conv1")] == ["other"]
-    assert runs.find("mini", digit=9) == runs.find("nothing") == []
+    assert [run.parameters["seed"] for run in runs.find("reuse", digit=3)] == [0, 1, 2]
+    assert [run.chapter for run in runs.find(layer="conv1")] == ["method"]
+    assert runs.find("reuse", digit=9) == runs.find("nothing") == []
 
 
 def test_half_written_runs_are_not_found(store):
-    hidden = store / "mini" / ".writing-abc"
+    hidden = store / "reuse" / ".writing-abc"
     save().folder.rename(hidden)
     assert (hidden / "record.json").exists()
     assert runs.find() == []
 
 
 def test_looking_for_a_run_creates_nothing(store):
-    assert runs.load("mini", PARAMETERS) is None
+    assert runs.load("reuse", PARAMETERS) is None
     assert runs.find() == []
     assert not store.exists()
 
 
-def test_the_device_is_no_part_of_a_run():
-    run = save(PARAMETERS | {"device": "cuda"})
-    assert run.parameters == PARAMETERS
-    assert runs.load("mini", PARAMETERS | {"device": "auto"}).folder == run.folder
+@pytest.mark.parametrize(("name", "given"), [("device", "cuda"), ("precision", "bfloat16")])
+def test_device_and_precision_tell_runs_apart_where_they_are_given(name, given):
+    left = save(PARAMETERS | {name: "auto"}, resolved={name: given})
+    assert left.parameters == PARAMETERS
+    assert left.record["resolved"][name] == given
+    assert (
+        runs.load("reuse", PARAMETERS).folder == runs.load("reuse", PARAMETERS | {name: "auto"}).folder == left.folder
+    )
+    assert runs.load("reuse", PARAMETERS | {name: given}) is None
+    asked = save(PARAMETERS | {name: given})
+    assert asked.parameters == PARAMETERS | {name: given}
+    assert runs.load("reuse", PARAMETERS | {name: given}).folder == asked.folder != left.folder
+
+
+def test_what_auto_became_is_stored():
+    run = save(PARAMETERS | {"data": "auto", "initial": "auto"}, resolved={"initial": "random", "precision": "float32"})
+    assert run.parameters == PARAMETERS | {"data": "real", "initial": "random"}
+    expected = {"data": "real", "device": "cpu", "initial": "random", "precision": "float32"}
+    assert run.record["resolved"] == expected
+    with pytest.raises(ValueError, match="initial='auto' cannot be stored: say in `resolved` what it has become"):
+        save(PARAMETERS | {"initial": "auto"})
+    auto = PARAMETERS | {"data": "auto", "initial": "auto"}
+    assert runs.load("reuse", auto).folder == run.folder
+    imagenet = save(auto, resolved={"initial": "imagenet"})
+    assert runs.load("reuse", auto).folder == imagenet.folder
+    assert runs.load("reuse", auto | {"initial": "random"}).folder == run.folder
 
 
 def test_a_chapter_without_parameters_keeps_its_other_runs():
     save()
     save({})
-    assert runs.load("mini", {}).parameters == {}
-    assert len(runs.find("mini")) == 2
+    assert runs.load("reuse", {}).parameters == {}
+    assert len(runs.find("reuse")) == 2
 
 
 def test_auto_prefers_real_data(store):
     auto = {"digit": 1, "data": "auto"}
-    assert runs.load("mini", auto) is None
+    assert runs.load("reuse", auto) is None
     sample = save(auto, card=card("sample"))
     assert sample.parameters == {"digit": 1, "data": "sample"}
-    assert runs.load("mini", auto).parameters["data"] == "sample"
-    assert runs.load("mini", {"digit": 1, "data": "real"}) is None
+    assert runs.load("reuse", auto).parameters["data"] == "sample"
+    assert runs.load("reuse", {"digit": 1, "data": "real"}) is None
     real = save(auto, card=card("partial"))
     assert real.parameters == {"digit": 1, "data": "real"}
-    assert runs.load("mini", auto).card.kind == "partial"
-    assert runs.load("mini", {"digit": 1, "data": "sample"}).card.kind == "sample"
+    assert runs.load("reuse", auto).card.kind == "partial"
+    assert runs.load("reuse", {"digit": 1, "data": "sample"}).card.kind == "sample"
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("read", True), ("", False), ("compute", False), (None, False)])
@@ -355,7 +349,7 @@ def test_pickles_are_not_read():
 
 @pytest.mark.parametrize("value", ["a/b", "../..", "a,seed=1", "a b", "a\\b", "a\0", "ä", "a:b", "*"])
 def test_values_that_are_no_part_of_a_name_are_refused(store, value):
-    for act in (save, lambda parameters: runs.load("mini", parameters)):
+    for act in (save, lambda parameters: runs.load("reuse", parameters)):
         with pytest.raises(ValueError, match=r"^digit='.*' cannot be part of a folder's name; use letters, digits"):
             act({"digit": value})
     assert not store.exists()
@@ -375,11 +369,11 @@ def test_a_failed_save_leaves_the_earlier_run_alone(store):
     assert sorted(path.name for path in before.folder.parent.iterdir()) == [".lock", "digit=1,seed=0"]
 
 
-@pytest.mark.parametrize("content", [b"", b'{"chapter": "mini", "para', b"{}", b"[]", b"null", b'"a"', b"\xff\xfe{}"])
+@pytest.mark.parametrize("content", [b"", b'{"chapter": "reuse", "para', b"{}", b"[]", b"null", b'"a"', b"\xff\xfe{}"])
 def test_a_damaged_record_is_named(content):
     path = save().folder / "record.json"
     path.write_bytes(content)
-    for act in (runs.find, lambda: runs.load("mini", PARAMETERS)):
+    for act in (runs.find, lambda: runs.load("reuse", PARAMETERS)):
         with pytest.raises(
             ValueError, match=r"is damaged \(.*\); delete its folder and run the chapter again"
         ) as caught:
@@ -387,45 +381,23 @@ def test_a_damaged_record_is_named(content):
         assert str(caught.value).startswith(str(path))
 
 
-# --- stale marks -----------------------------------------------------------------------------------------------------
+# --- validity --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("file", "old", "new", "stale"),
-    [
-        ("lib/training.py", "x = 1", "x = 2", ["lib.training"]),
-        ("lib/training.py", "x = 1", '"""What x is."""\n\nx = 1  # one', []),
-        ("lib/unused.py", "x = 1", "x = 2", []),
-        ("lib/runs.py", "x = 1", "x = 2", []),
-        ("book/mini.md", "digit + 1", "digit + 2", ["book/mini.md"]),
-        ("book/mini.md", "# Mini", "# The mini chapter", []),
-        ("book/mini.md", "print(run.metrics)", "print(run.losses)", []),
-    ],
-)
-def test_stale_mark(repository, file, old, new, stale):
-    save()
-    assert runs.load("mini", PARAMETERS).stale == []
-    text = (repository / file).read_text()
-    assert old in text
-    (repository / file).write_text(text.replace(old, new))
-    assert runs.load("mini", PARAMETERS).stale == stale
-    (repository / file).write_text(text)
-    assert runs.load("mini", PARAMETERS).stale == []
+def test_a_run_is_outdated_by_the_version_of_a_protocol_and_by_nothing_else(monkeypatch):
+    save(PARAMETERS, "mnist")
+    monkeypatch.setitem(MNIST, "report2", dataclasses.replace(MNIST["report2"], learning_rate=5e-4))
+    monkeypatch.setitem(protocols.VERSIONS, "RBM", 7)  # a run of this chapter rests on no such machine
+    assert runs.load("mnist", PARAMETERS).outdated == []
+    monkeypatch.setitem(protocols.VERSIONS, "PIXEL", 8)
+    assert runs.load("mnist", PARAMETERS).outdated == ["PIXEL 1, now 8"]
+    monkeypatch.delitem(protocols.VERSIONS, "ATTENTION")
+    assert runs.load("mnist", PARAMETERS).outdated == ["ATTENTION 1, now gone", "PIXEL 1, now 8"]
 
 
-def test_a_run_by_a_recipe_that_has_changed_is_stale(monkeypatch):
-    save()
-    changed = dataclasses.replace(MNIST["report2"], learning_rate=5e-4)
-    monkeypatch.setitem(MNIST, "report2", dataclasses.replace(MNIST["report2"], source="another page"))
-    assert runs.load("mini", PARAMETERS).stale == []
-    monkeypatch.setitem(MNIST, "report2", changed)
-    assert runs.load("mini", PARAMETERS).stale == ["recipe"]
-
-
-def test_a_run_of_a_removed_module_is_stale(repository):
-    save()
-    (repository / "lib" / "training.py").unlink()
-    assert runs.load("mini", PARAMETERS).stale == ["lib.training"]
+def test_a_run_of_an_experiment_without_a_version_is_refused():
+    with pytest.raises(ValueError, match="there is no protocol 'nowhere'; there are TRAINING, "):
+        save(chapter="nowhere")
 
 
 @pytest.fixture
@@ -445,37 +417,37 @@ def bottles(tmp_path, monkeypatch):
 
 def seen_by_a_new_process():
     runs._data_digest.cache_clear()
-    return runs.load("mini", PARAMETERS).stale
+    return runs.load("reuse", PARAMETERS).of_data_at_hand
 
 
-def test_a_run_on_another_state_of_a_category_is_stale(repository, bottles):
+def test_a_run_answers_for_its_own_state_of_a_category_alone(bottles):
     category = mvtec.load("bottle", "real", size=32)
     assert category.card.name == "mvtec/bottle"
     save(card=category.card)
-    assert seen_by_a_new_process() == []
+    assert seen_by_a_new_process()
     Image.new("RGB", (40, 40), (0, 9, 0)).save(bottles / "cable" / "train/good/000.png")
     (bottles / "cable" / "test/broken/000.png").unlink()
-    assert seen_by_a_new_process() == []
+    assert seen_by_a_new_process()
 
     image = bottles / "bottle" / "train/good/000.png"
     before = image.read_bytes()
     Image.new("RGB", (40, 40), (0, 9, 0)).save(image)
-    assert seen_by_a_new_process() == ["data mvtec/bottle"]
+    assert not seen_by_a_new_process()
     image.write_bytes(before)
-    assert seen_by_a_new_process() == []
+    assert seen_by_a_new_process()
     image.with_name("002.png").write_bytes(before)
-    assert seen_by_a_new_process() == ["data mvtec/bottle"]
+    assert not seen_by_a_new_process()
 
 
-def test_where_a_category_is_not_at_hand_there_is_no_telling(repository, bottles):
+def test_where_a_category_is_not_at_hand_there_is_no_telling(bottles):
     save(card=mvtec.load("bottle", "real", size=32).card)
     (bottles / "bottle").rename(bottles / "elsewhere")
-    assert seen_by_a_new_process() == []
+    assert seen_by_a_new_process()
 
 
-def test_a_run_on_the_drawn_sample_of_a_category_is_not_stale(repository, bottles):
+def test_a_run_on_the_drawn_sample_of_a_category_answers_anywhere(bottles):
     save(card=mvtec.load("bottle", "sample", size=32).card)
-    assert seen_by_a_new_process() == []
+    assert seen_by_a_new_process()
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
@@ -498,7 +470,7 @@ def test_a_reader_waits_for_a_writer_between_its_two_renames(part):
     missing.wait()
     assert not run.folder.exists()
     if part == "record":
-        assert runs.load("mini", PARAMETERS).parameters == PARAMETERS
+        assert runs.load("reuse", PARAMETERS).parameters == PARAMETERS
     else:
         assert run.arrays.keys() == {"curve", "count"}
     writer.join()
@@ -532,7 +504,7 @@ def test_two_writers_and_a_reader(store):
         (store / "go").touch()
         seen = set()
         while any(writer.poll() is None for writer in writers):
-            run = runs.load("mini", PARAMETERS)
+            run = runs.load("reuse", PARAMETERS)
             seen.add(run.metric("AUROC", "ours", "digit 7")["value"])
             assert np.unique(run.arrays["curve"]).item() in {0.0, *values}
     finally:
@@ -543,7 +515,7 @@ def test_two_writers_and_a_reader(store):
     assert seen & set(values)
     assert seen <= {0.0, *values}
 
-    (run,) = runs.find("mini")
+    (run,) = runs.find("reuse")
     value = run.metric("AUROC", "ours", "digit 7")["value"]
     assert value in values
     assert np.unique(run.arrays["curve"]).tolist() == [value]

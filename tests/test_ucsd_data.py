@@ -1,6 +1,4 @@
 import dataclasses
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,7 +8,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torch.nn.functional import interpolate
 
-from lib.data import REPOSITORY, catalogue, ucsd, walkway
+from lib.data import catalogue, ucsd, walkway
 from lib.data.card import survey
 
 SHAPE = (158, 238)
@@ -408,23 +406,3 @@ def test_sample_is_a_scene_and_not_noise(generated):
     score_NYX = (generated.test_NYX[:96].float() - generated.train_NYX.float().mean(0)).abs()
     auroc = roc_auc_score(torch.stack(generated.test_mask[:96]).flatten(), score_NYX.flatten())
     assert 0.85 < auroc < 0.999
-
-
-LOAD_BOTH = """
-import sys
-from pathlib import Path
-from lib import provenance
-from lib.data import ucsd
-for data in ("real", "sample"):
-    ucsd.load(data, Path(sys.argv[1]))
-    print(*provenance.library_modules())
-"""
-
-
-def test_real_data_do_not_depend_on_the_drawings(ped1):
-    """A record names the code of all that is loaded: changed drawings make runs on the sample stale, and only those."""
-    command = [sys.executable, "-c", LOAD_BOTH, str(ped1.parents[1])]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    real, sample = (line.split() for line in done.stdout.splitlines())
-    assert "lib.data.ucsd" in real
-    assert set(sample) - set(real) == {"lib.data.walkway"}

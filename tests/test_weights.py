@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib import provenance, training, weights
+from lib import models, protocols, provenance, training, weights
 from lib.recipes import Recipe
 
 RECIPE = Recipe(source="test", epochs=100, batch_size=4, learning_rate=1e-2, latent_dim=2)
@@ -20,6 +20,8 @@ HERE = Path(__file__)
 
 class TinyVAE(nn.Module):
     """Calls `event` with the number of the training step, from 1, before the step."""
+
+    __module__ = f"{models.__name__}.tiny"  # as one of the library's
 
     def __init__(self, event=lambda step: None):
         super().__init__()
@@ -37,7 +39,7 @@ class TinyVAE(nn.Module):
 
 
 class OtherVAE(TinyVAE):
-    pass
+    __module__ = f"{models.__name__}.tiny"
 
 
 def images(count=20, first=0):
@@ -51,20 +53,10 @@ def trained(make=TinyVAE, train_NCYX=None, validation_NCYX=None, recipe=RECIPE, 
     return weights.trained(make, train_NCYX, validation_NCYX, recipe, **options)
 
 
-def use(repository, cache, patch):
-    patch.setattr(provenance, "REPOSITORY", repository)
-    patch.setenv("EXPVAE_CACHE", str(cache))
-
-
-@pytest.fixture
-def repository(tmp_path, monkeypatch):
-    """A repository of two files: the training loop, and this file as the module of the model."""
-    folder = tmp_path / "repository"
-    (folder / "lib").mkdir(parents=True)
-    (folder / "lib" / "training.py").write_text("x = 1")
-    (folder / f"{__name__}.py").write_text("x = 1")
-    use(folder, tmp_path / "cache", monkeypatch)
-    return folder
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("EXPVAE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -88,7 +80,7 @@ def test_folder_of_the_cache(monkeypatch, tmp_path):
     assert weights.folder() == Path.home() / ".cache" / "expvae"
 
 
-def test_nothing_is_trained_twice(repository):
+def test_nothing_is_trained_twice():
     first = trained()
     second = trained(lambda: TinyVAE(lambda step: pytest.fail("trained again")))
     assert (first.reused, second.reused) == (False, True)
@@ -101,7 +93,7 @@ def test_nothing_is_trained_twice(repository):
     assert [path.suffix for path in sorted(weights.folder().iterdir())] == [".lock", ".safetensors"]
 
 
-def test_the_model_is_the_one_that_the_loop_trains(repository):
+def test_the_model_is_the_one_that_the_loop_trains():
     expected = training.build(TinyVAE, 0)
     history = training.train(expected, images(), images(4, 1000), RECIPE, epochs=2, seed=0, progress=False)
     result = trained()
@@ -131,7 +123,7 @@ def test_the_model_is_the_one_that_the_loop_trains(repository):
     ],
     ids=lambda change: " ".join(map(str, change)),
 )
-def test_another_training_is_not_taken_for_this_one(repository, change):
+def test_another_training_is_not_taken_for_this_one(change):
     first = trained()
     other = trained(**change)
     assert not other.reused
@@ -148,11 +140,11 @@ def test_another_training_is_not_taken_for_this_one(repository, change):
         ({"variant": "imagenet", "precision": "bfloat16"}, {"variant": "imagenet", "precision": "bfloat16"}),
     ],
 )
-def test_the_key_is_the_one_that_stored_weights_have(repository, options, in_key):
+def test_the_key_is_the_one_that_stored_weights_have(options, in_key):
     """A choice that is not made is no part of it: weights from before there was the choice are still found."""
     recipe = {name: value for name, value in asdict(RECIPE).items() if name not in ("source", "epochs")}
     determinants = {
-        "model": f"{__name__}.TinyVAE",
+        "model": "TinyVAE",
         "shapes": {
             "encoder.weight": [4, 1, 4, 4],
             "encoder.bias": [4],
@@ -164,7 +156,7 @@ def test_the_key_is_the_one_that_stored_weights_have(repository, options, in_key
         "seed": 0,
         "train": provenance.tensor_digest(images()),
         "validation": provenance.tensor_digest(images(4, 1000)),
-        "code": dict.fromkeys([__name__, "lib.training"], provenance.source_hash("x = 1")),
+        "protocols": {"TRAINING": protocols.VERSIONS["TRAINING"]},
     }
     text = json.dumps(determinants | in_key, sort_keys=True)
     result = trained(**options)
@@ -172,29 +164,29 @@ def test_the_key_is_the_one_that_stored_weights_have(repository, options, in_key
     assert [path.name for path in stored()] == [f"TinyVAE-{result.key[:20]}.safetensors"]
 
 
-@pytest.mark.parametrize("name", ["lib/training.py", f"{__name__}.py"])
-def test_weights_of_other_code_are_not_reused(repository, name):
+def test_weights_of_an_earlier_protocol_are_not_reused(monkeypatch):
     trained()
-    (repository / name).write_text('"""What x is."""\n\nx = 1  # one')
+    monkeypatch.setitem(protocols.VERSIONS, "PIXEL", 7)
     assert trained().reused
-    (repository / name).write_text("x = 2")
+    monkeypatch.setitem(protocols.VERSIONS, "TRAINING", 7)
     assert not trained().reused
 
 
-def test_what_cannot_change_the_weights_does_not_count(repository):
+def test_what_cannot_change_the_weights_does_not_count():
     trained()
-    (repository / "lib" / "figures.py").write_text("x = 1")
     assert trained(recipe=replace(RECIPE, source="elsewhere", epochs=7)).reused
 
 
-def test_a_model_whose_code_cannot_be_seen_is_refused(repository):
-    (repository / f"{__name__}.py").unlink()
-    with pytest.raises(ValueError, match=rf"make builds a {__name__}\.TinyVAE, whose code is not in this repository"):
-        trained()
+def test_a_model_that_is_not_the_librarys_is_refused():
+    class Mine(TinyVAE):
+        pass
+
+    with pytest.raises(ValueError, match=rf"make builds a {__name__}\.\S*Mine, which is none of {models.__name__}: "):
+        trained(Mine)
     assert not weights.folder().exists()
 
 
-def test_a_training_that_was_cut_off_goes_on(repository, frequent_checkpoints, monkeypatch, tmp_path):
+def test_a_training_that_was_cut_off_goes_on(frequent_checkpoints, monkeypatch, tmp_path):
     def interrupt(step):
         if step == 7:
             raise KeyboardInterrupt
@@ -214,13 +206,13 @@ def test_a_training_that_was_cut_off_goes_on(repository, frequent_checkpoints, m
     assert resumed.history.kl == uninterrupted.history.kl
 
 
-def test_a_training_that_diverges_stores_no_weights(repository):
+def test_a_training_that_diverges_stores_no_weights():
     with pytest.raises(training.TrainingDivergedError, match="no longer finite"):
         trained(recipe=replace(RECIPE, learning_rate=1e39))
     assert stored() == []
 
 
-def test_what_a_killed_process_left_is_swept_up(repository):
+def test_what_a_killed_process_left_is_swept_up():
     trained()
     (path,) = stored()
     checkpoint = path.with_suffix(".checkpoint")
@@ -233,7 +225,7 @@ def test_what_a_killed_process_left_is_swept_up(repository):
     assert stranger.exists()
 
 
-def test_cached_weights_can_be_asked_for_without_training(repository):
+def test_cached_weights_can_be_asked_for_without_training():
     with weights.cached_only(), pytest.raises(weights.NotCachedError, match=r"TinyVAE-\w+\.safetensors is not there"):
         trained()
     assert not weights.folder().exists()
@@ -248,7 +240,7 @@ def test_cached_weights_can_be_asked_for_without_training(repository):
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
-def test_damaged_weights_are_named(repository, kept):
+def test_damaged_weights_are_named(kept):
     trained()
     (path,) = stored()
     content = path.read_bytes()
@@ -260,7 +252,7 @@ def test_damaged_weights_are_named(repository, kept):
     assert not trained().reused
 
 
-def test_a_damaged_checkpoint_is_named(repository):
+def test_a_damaged_checkpoint_is_named():
     trained()
     (path,) = stored()
     path.rename(path.with_suffix(".checkpoint"))
@@ -274,10 +266,12 @@ def test_a_damaged_checkpoint_is_named(repository):
 # --- bfloat16 --------------------------------------------------------------------------------------------------------
 
 
-def test_bfloat16_trains_nearly_as_float32_does(repository):
+def test_bfloat16_trains_nearly_as_float32_does():
     kinds = []
 
     class Watched(TinyVAE):
+        __module__ = TinyVAE.__module__
+
         def encode(self, x_BCYX):
             mu_BI, logvar_BI = super().encode(x_BCYX)
             kinds.append(mu_BI.dtype)
@@ -295,7 +289,7 @@ def test_bfloat16_trains_nearly_as_float32_does(repository):
     assert exact.history.reconstruction[-1] < 0.99 * exact.history.reconstruction[0]  # more than they differ
 
 
-def test_bfloat16_gives_the_same_bits_again_and_after_a_kill(repository, frequent_checkpoints, monkeypatch, tmp_path):
+def test_bfloat16_gives_the_same_bits_again_and_after_a_kill(frequent_checkpoints, monkeypatch, tmp_path):
     def interrupt(step):
         if step == 7:
             raise KeyboardInterrupt
@@ -316,7 +310,7 @@ def test_bfloat16_gives_the_same_bits_again_and_after_a_kill(repository, frequen
 
 
 @pytest.mark.parametrize("precision", ["auto", "float16", ""])
-def test_an_unknown_precision_is_refused(repository, precision):
+def test_an_unknown_precision_is_refused(precision):
     with pytest.raises(ValueError, match=rf"^precision must be one of float32, bfloat16; got '{precision}'$"):
         trained(precision=precision)
     assert not weights.folder().exists()
@@ -325,7 +319,7 @@ def test_an_unknown_precision_is_refused(repository, precision):
 # --- two processes ---------------------------------------------------------------------------------------------------
 
 
-def child(repository, cache, started):
+def child(cache, started):
     """Train, slowly from the moment that the file `started` is there."""
 
     def event(step):
@@ -334,14 +328,14 @@ def child(repository, cache, started):
             time.sleep(1)
 
     with pytest.MonkeyPatch.context() as patch:
-        use(repository, cache, patch)
+        patch.setenv("EXPVAE_CACHE", str(cache))
         result = trained(lambda: TinyVAE(event))
     print(json.dumps({"reused": result.reused, "kl": result.history.kl}))
 
 
-def test_two_processes_train_once(repository, tmp_path):
+def test_two_processes_train_once(tmp_path):
     started = tmp_path / "started"
-    call = f"child(Path({str(repository)!r}), Path({str(weights.folder())!r}), Path({str(started)!r}))"
+    call = f"child(Path({str(weights.folder())!r}), Path({str(started)!r}))"
     command = [sys.executable, "-c", f"from pathlib import Path; import {HERE.stem}; {HERE.stem}.{call}"]
     process = subprocess.Popen(command, cwd=HERE.parent, stdout=subprocess.PIPE, text=True)
     try:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 import lib.data
-from lib.data import catalogue
+from lib.data import catalogue, workpieces
 from lib.data.card import IMAGES, DataCard, survey
 
 DATA = ("auto", "real", "sample")
@@ -109,9 +109,6 @@ def sample(category: str, seed: int = 0, size: int = 256) -> Category:
     Raises:
         ValueError: If category is unknown or size too small.
     """
-    # Only here: a record names the code of every loaded module, and runs on real data do not depend on the drawings.
-    from lib.data import workpieces
-
     _check(category, size)
     drawn = workpieces.draw(category, seed)
     digest = hashlib.sha256()

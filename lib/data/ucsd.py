@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 import lib.data
-from lib.data import catalogue
+from lib.data import catalogue, walkway
 from lib.data.card import IMAGES, DataCard, survey
 
 DATA = ("auto", "real", "sample")
@@ -113,9 +113,6 @@ def sample(seed: int = 0, mask_resize: str = "nearest", size: int = 100) -> UCSD
     Raises:
         ValueError: If mask_resize is unknown or size too small.
     """
-    # Only here: a record names the code of every loaded module, and runs on real data do not depend on the drawings.
-    from lib.data import walkway
-
     _check(mask_resize, size)
     digest = hashlib.sha256()
     frames, clips = {"train": [], "test": []}, {"train": [], "test": []}

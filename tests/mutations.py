@@ -152,8 +152,8 @@ FAULTS = r"""
 +allow_nan=True
 # store-auto-prefers-sample lib/runs.py
 >tests/test_runs.py::test_auto_prefers_real_data
--({"data": "real"}, {"data": "sample"})
-+({"data": "sample"}, {"data": "real"})
+-"data": ("real", "sample")
++"data": ("sample", "real")
 # store-metric-of-any-subset lib/runs.py
 >tests/test_reported.py::test_other_methods_subsets_and_missing_values_do_not_match
 -(row["metric"], row["method"], row["subset"]) == (metric, method, subset)

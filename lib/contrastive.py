@@ -303,11 +303,13 @@ class Trained:
         model: The stack, on the device asked for.
         histories: What the training of each machine measured, from the bottom up.
         key: Digest of everything that determines the weights.
+        file: Name of their folder in the cache.
     """
 
     model: Stack
     histories: list[History]
     key: str
+    file: str
 
 
 def trained(
@@ -360,7 +362,7 @@ def trained(
         histories = train_stack(
             stack, train_NCYX, validation_NCYX, recipe, epochs=epochs, seed=seed, folder=folder, progress=progress
         )
-    return Trained(stack.eval(), histories, key)
+    return Trained(stack.eval(), histories, key, folder.name)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from tqdm import tqdm
 
-from lib import factorvae, provenance, recipes, runs
+from lib import factorvae, probes, provenance, recipes, runs
 from lib.attention import attention
 from lib.data import dsprites
 from lib.factorvae import VARIANTS, AttentionPenalty, Candidate, Trained
@@ -240,7 +240,9 @@ def compute(chapter: str, wanted: Sequence[Mapping[str, Any]], device: torch.dev
             for name, values in vars(curves).items()
             if isinstance(values, list) and values  # a model without a loss has no curve of it
         }
-        yield runs.save(
+        draw = probes.grey(sprites)
+        probe = probes.take(trained.vae, trained.file, draw, "encoder.conv4", parameters["seed"], len(sprites))
+        run = runs.save(
             chapter,
             parameters,
             metrics=rows,
@@ -253,12 +255,14 @@ def compute(chapter: str, wanted: Sequence[Mapping[str, Any]], device: torch.dev
             seconds={"training, all side by side": curves.seconds, "measuring": time.monotonic() - started},
             device=provenance.describe_device(device),
             resolved={"precision": precision},
+            probe=probe,
             extra={
                 "training": {"precision": precision, "side by side": curves.beside, "device": trained.device},
                 "scheduled": curves.measured,
                 "weights": {"key": trained.key},
             },
         )
+        yield probes.verify(run, draw)
 
 
 # --- measures ---------------------------------------------------------------------------------------------------

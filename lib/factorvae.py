@@ -157,13 +157,14 @@ class Curves:
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained VAE in evaluation mode, its discriminator, and how they came about."""
+    """A trained VAE in evaluation mode, its discriminator, and how they came about; `file` is theirs in the cache."""
 
     candidate: Candidate
     vae: DSpritesVAE
     critic: torch.nn.Sequential
     curves: Curves
     key: str
+    file: str
     device: str
 
 
@@ -681,7 +682,9 @@ def _load_trained(one: Candidate, key: str, recipe: StepRecipe, device: torch.de
     vae.decoder.load_state_dict(parts["decoder"])
     critic.load_state_dict(parts["critic"])
     curves = Curves(**json.loads(metadata["curves"]))
-    return Trained(one, vae.to(device).eval(), critic.to(device).eval(), curves, key, metadata["device"])
+    return Trained(
+        one, vae.to(device).eval(), critic.to(device).eval(), curves, key, _path(key).name, metadata["device"]
+    )
 
 
 def _path(key: str) -> Path:

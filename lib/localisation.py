@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lib import augmentation, baselines, figures, provenance, recipes, runs, training, weights
+from lib import augmentation, baselines, figures, probes, provenance, recipes, runs, training, weights
 from lib.attention import PRESETS, Method, attention
 from lib.data import mvtec
 from lib.metrics import iou, latent, pixel
@@ -481,7 +481,11 @@ def compute(chapter: str, parameters: Mapping[str, Any], device: torch.device) -
             drawn["defects"] = panel(category, maps, held_out, restored_NCYX, seed)
     losses = {name: value for name, value in vars(trained.history).items() if isinstance(value, list)}
     asked = settings.epochs * augmentation.PAPER_COUNT
-    return runs.save(
+    probe = None
+    if tested:
+        layer = f"encoder.{parameters['layer']}"
+        probe = probes.take(trained.model, trained.file, category.test_NCYX, layer, seed)
+    run = runs.save(
         chapter,
         parameters,
         metrics=rows,
@@ -494,5 +498,7 @@ def compute(chapter: str, parameters: Mapping[str, Any], device: torch.device) -
         seconds={"training": trained.history.seconds, "evaluation": time.monotonic() - started},
         device=provenance.describe_device(device),
         resolved={"precision": facts["precision"], "initial": facts["encoder"].partition(",")[0]},
+        probe=probe,
         extra={"training": facts, "weights": {"key": trained.key, "device": trained.device}},
     )
+    return probes.verify(run, probe.draw) if probe else run

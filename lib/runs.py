@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -35,8 +35,12 @@ from lib.data.card import DataCard, survey
 from lib.data.catalogue import source
 from lib.recipes import RBMRecipe, Recipe, StepRecipe
 
+if TYPE_CHECKING:
+    from lib.probes import Probe
+
 T = TypeVar("T")
 FRAMES_PER_SECOND = 4
+TOLERANCE = 1e-3  # of the greatest number of a probe: what another processor or device may change
 METRIC_COLUMNS = ["metric", "method", "subset", "value", "low", "high", "n"]
 
 # What "auto" may become and then stands in the record and its folder's name; the first is taken before the second.
@@ -92,14 +96,14 @@ class Run:
 
     @property
     def caption(self) -> str:
-        """What a figure or a table says of the run that made it: label, data, budget and device."""
+        """What a figure or a table says of the run that made it: label, data, budget, device and state."""
         card, budget = self.card, self.record["budget"]
         # Not added up: masks and clips are no images.
         data = [f"{count:,} {part}" for part, count in card.counts.items()]
         data += [f"{card.mark} data"] if card.mark else []
         return (
             f"Run {self.label}; data: {card.name} ({', '.join(data)}); "
-            f"{budget['used']} of {budget['asked']} {budget['unit']}; {self.record['device']}."
+            f"{budget['used']} of {budget['asked']} {budget['unit']}; {self.record['device']}; {self.state}."
         )
 
     @cached_property
@@ -111,6 +115,23 @@ class Run:
             for name, version in sorted(then.items())
             if protocols.VERSIONS.get(name) != version
         ]
+
+    @property
+    def differs(self) -> bool:
+        """Whether the code that last verified it gave something else than is stored."""
+        return "verified" in self.record and self.record["verified"]["difference"] > TOLERANCE
+
+    @property
+    def state(self) -> str:
+        """Whether today's code gives what is stored: verified, unverified, outdated or differs."""
+        verified = self.record.get("verified")
+        if self.outdated:
+            return f"outdated ({'; '.join(self.outdated)})"
+        if verified is None or verified["protocols"] != self.record["protocols"]:
+            return "unverified"
+        if self.differs:
+            return f"differs by {verified['difference']:.1%}"
+        return f"verified at {(verified['commit'] or 'no commit')[:8]}, {verified['date']}"
 
     @cached_property
     def of_data_at_hand(self) -> bool:
@@ -262,6 +283,7 @@ def save(
     seconds: Mapping[str, float],
     device: str,
     resolved: Mapping[str, Any] | None = None,
+    probe: "Probe | None" = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Run:
     """Store a run in place of any earlier one with the same chapter and parameters; whole, or not at all.
@@ -279,6 +301,7 @@ def save(
         seconds: Wall-clock time by part.
         device: Which device computed it, as `provenance.describe_device` says it.
         resolved: What other parameters that were "auto" have become, such as initial and precision.
+        probe: What the trained model says of a few images (lib.probes); kept with the run.
         extra: More facts for the record.
 
     Raises:
@@ -305,8 +328,10 @@ def save(
         "git": provenance.commit(),
         "data": card.to_dict(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **({"probe": probe.facts} if probe else {}),
         **(extra or {}),
     }
+    arrays = {**arrays, **(probe.arrays if probe else {})}
     folder = root() / chapter / _folder_name(stored)
     for part, value in record.items():
         try:
@@ -347,6 +372,17 @@ def _data_digest(name: str) -> str | None:
     except ValueError:
         return "damaged"
     return card.digest if card else None
+
+
+def amend(run: Run, entries: Mapping[str, Any]) -> Run:
+    """Add entries to the record of a stored run, or replace them, and give the run as it is then."""
+    path = run.folder / "record.json"
+    with FileLock(run.folder.parent / ".lock"):
+        record = json.loads(path.read_text(encoding="utf-8")) | dict(entries)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    return Run(run.chapter, run.parameters, record, run.folder)
 
 
 def _replace(new: Path, folder: Path) -> None:

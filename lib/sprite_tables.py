@@ -253,7 +253,7 @@ def every_run(stored: Sequence[Run]) -> pd.DataFrame:
                 "Reconstruction (nats)": run.text(COST, form=".2f"),
                 "Total correlation (nats)": run.text("total correlation", form=".2f"),
                 f"AD ratio at conv4, {PAIRS[0]}": run.text(OVERLAP, "conv4", PAIRS[0], lacking=""),
-                "Outdated": "; ".join(run.outdated),
+                "State": run.state,
             }
         )
     return pd.DataFrame(lines)

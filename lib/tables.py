@@ -247,7 +247,7 @@ def every_run(chapter: str) -> pd.DataFrame:
                 "best IoU (oracle)": run.text("best IoU (oracle)", ATTENTION, lacking=""),
                 "greatest mean KL of an epoch (nats)": f"{max(run.record['losses']['kl'], default=0):,.0f}",
                 "held-out cost / that of the mean image": f"{_relative_cost(run):.2f}",
-                "outdated": "; ".join(run.outdated),
+                "state": run.state,
             }
         )
     return pd.DataFrame(lines)

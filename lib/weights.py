@@ -40,6 +40,7 @@ class Trained:
         model: The model, in evaluation mode, on the device asked for.
         history: Losses per epoch, seconds and images.
         key: Digest of everything that determines the weights.
+        file: Name of their file in the cache.
         device: The device that trained them.
         reused: Whether they were found in the cache.
     """
@@ -47,6 +48,7 @@ class Trained:
     model: nn.Module
     history: training.History
     key: str
+    file: str
     device: str
     reused: bool
 
@@ -157,7 +159,9 @@ def trained(
     model = training.build(make, seed).to(device)
     model.load_state_dict(tensors)
     model.eval()
-    return Trained(model, training.History(**json.loads(metadata["history"])), key, metadata["device"], reused)
+    return Trained(
+        model, training.History(**json.loads(metadata["history"])), key, path.name, metadata["device"], reused
+    )
 
 
 @contextmanager

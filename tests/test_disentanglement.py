@@ -114,7 +114,7 @@ def test_a_run_holds_its_budget_curves_and_card(models):
         assert run.card.kind == "rendered"
         assert run.parameters["data"] == "sample"
         assert sorted(run.record["scheduled"]) == ["1", "2"]
-        assert run.outdated == []
+        assert run.state.startswith("verified at ")
     assert "attention" not in plain.record["losses"]
     assert len(with_loss.record["losses"]["attention"]) == 2
 
@@ -283,7 +283,7 @@ def test_beta_vaes_have_no_gradient_of_a_discriminator(sprites):
     x_BCYX = sprites.images(torch.arange(8)).float()
     norms = {}
     for gamma in (0.0, 1e-9):
-        trained = Trained(Candidate(gamma=gamma), vae, critic, Curves(), "key", "cpu")
+        trained = Trained(Candidate(gamma=gamma), vae, critic, Curves(), "key", "file", "cpu")
         rows = disentanglement.gradient_rows(trained, x_BCYX)
         norms[gamma] = next(row["value"] for row in rows if row["method"] == "rest of the loss")
     assert norms[0.0] == pytest.approx(norms[1e-9])

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_score
 from torch import nn
 
-from lib import baselines, localisation, models, recipes, runs, training
+from lib import baselines, localisation, models, probes, recipes, runs, training
 from lib.data import mvtec
 from lib.data.card import DataCard
 from lib.localisation import ATTENTION, BASELINES, COMMON, FIELDS, LAYERS, METHODS, SSIM
@@ -160,6 +160,7 @@ def computed(tmp_path_factory):
         patch.setenv("EXPVAE_RUNS", str(tmp_path_factory.mktemp("runs")))
         patch.setenv("EXPVAE_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(localisation, "network", lambda *_: (Small, "random, fine-tuned"))
+        patch.setitem(probes.VAES, "Small", lambda latents: Small())
         found = {}
         for seed, (name, data) in enumerate(CASES.items()):
             patch.setattr(mvtec, "load", lambda *_, data=data: data)
@@ -236,7 +237,9 @@ def test_the_record_says_how_it_was_trained(computed):
     assert facts == {"encoder": "random, fine-tuned", "precision": "float32", "originals": 8, "images": 12}
     assert record["losses"].keys() == {"reconstruction", "kl", "validation_reconstruction", "validation_kl"}
     assert len(record["weights"]["key"]) == 64
-    assert computed["all"].arrays == {}  # no image of the data set, nor a map that no page shows
+    assert computed["all"].arrays.keys() == {"probe means", "probe maps"}  # no image of the data set
+    assert computed["all"].state.startswith("verified at ")
+    assert "probe" not in computed["no test"].record
 
 
 def test_the_run_is_that_of_the_model_in_the_cache(computed, monkeypatch, tmp_path):

@@ -189,7 +189,7 @@ def test_without_an_interval_there_is_no_order():
 )
 def test_the_caption_lists_the_counts(kind, counts, data):
     run = save(card=dataclasses.replace(card(kind), counts=counts))
-    assert run.caption == f"Run {run.label}; data: mnist ({data}); 2 of 200 epochs; cpu: 2 threads, AVX2."
+    assert run.caption == f"Run {run.label}; data: mnist ({data}); 2 of 200 epochs; cpu: 2 threads, AVX2; unverified."
 
 
 def test_a_missing_figure_names_those_that_are_there():

@@ -103,7 +103,7 @@ def verify(run: runs.Run, draw: Draw | None = None) -> runs.Run:
     ]
     made = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "commit": provenance.commit()["commit"],
+        "git": provenance.commit(),
         "protocols": {name: protocols.VERSIONS.get(name) for name in run.record["protocols"]},
         "versions": provenance.versions(),
         "difference": float(max(differences)),

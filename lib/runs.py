@@ -88,11 +88,8 @@ class Run:
     @property
     def label(self) -> str:
         """The run in one line: chapter, parameters and commit."""
-        git = self.record["git"]
-        commit = git["commit"][:8] if git["commit"] else "no commit"
-        commit += " with changes" if git["dirty"] else ""
         name = _folder_name(self.parameters).replace(",", ", ")
-        return f"{self.chapter}: {name} ({commit})"
+        return f"{self.chapter}: {name} ({_commit(self.record['git'])})"
 
     @property
     def caption(self) -> str:
@@ -131,7 +128,7 @@ class Run:
             return "unverified"
         if self.differs:
             return f"differs by {verified['difference']:.1%}"
-        return f"verified at {(verified['commit'] or 'no commit')[:8]}, {verified['date']}"
+        return f"verified at {_commit(verified['git'])}, {verified['date']}"
 
     @cached_property
     def of_data_at_hand(self) -> bool:
@@ -416,6 +413,11 @@ def _whole(folder: Path, read: Callable[[], T]) -> T:
             raise
         with FileLock(lock):
             return read()
+
+
+def _commit(git: Mapping[str, Any]) -> str:
+    """A commit as pages show it, such as "0123abcd with changes"."""
+    return (git["commit"][:8] if git["commit"] else "no commit") + (" with changes" if git["dirty"] else "")
 
 
 def _determining(parameters: Mapping[str, Any]) -> dict[str, Any]:

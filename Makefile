@@ -41,7 +41,7 @@ COMPUTED := disentanglement mvtec15 mvtec10 ucsd mnist-1 mnist-3 method data reu
 .PHONY: reproduce test book published $(COMPUTED)
 
 reproduce: $(INSTALLED)
-	$(BIN)/python -m lib.data status
+	$(BIN)/python -m expvae_book.data status
 	mkdir -p $(EXECUTED)
 	@$(if $(filter 1,$(JOBS)),,OMP_NUM_THREADS=1) $(MAKE) --no-print-directory -j$(JOBS) $(COMPUTED)
 	$(BIN)/papermill book/performance.md $(EXECUTED)/performance.ipynb
@@ -106,5 +106,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  echo ".venv was made with $$($(BIN)/python -V), and $(PYTHON) is $$($(PYTHON) -V): remove it with rm -r .venv" >&2; exit 1; fi
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.5,<1"
+	$(BIN)/uv pip uninstall --quiet --python $(BIN)/python expvae-book # what this distribution was called before
 	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable ".[test]"
 	@touch $@

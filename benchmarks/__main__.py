@@ -18,10 +18,10 @@ from importlib.metadata import version
 
 import torch
 
-from lib import provenance, runs
-from lib.data import mnist
-from lib.data.card import DataCard
-from lib.recipes import MNIST
+from expvae_book import provenance, runs
+from expvae_book.data import mnist
+from expvae_book.data.card import DataCard
+from expvae_book.recipes import MNIST
 
 NAMES = ("training", "attention", "pixel", "factorvae", "rbm")
 DATA = ("auto", "real", "sample")

@@ -1,4 +1,4 @@
-"""Attention maps of all latents: lib.attention beside one backward pass per latent, and beside captum's LayerGradCam.
+"""Attention maps of all latents: expvae.attention beside one backward pass per latent and captum's LayerGradCam.
 
 All three give the paper's map of each image. The networks are those of the book, with as many latents as the recipe
 has. Their weights are as they are initialised, and they see digits enlarged to their input size; what a map costs
@@ -10,20 +10,18 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from benchmarks import timing
 from captum.attr import LayerGradCam
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import timing
-from lib import runs
-from lib.attention import Attention, attention
-from lib.models.mnist import MNISTVAE
-from lib.models.mvtec import MVTecVAE
-from lib.models.ucsd import UCSDVAE
-from lib.recipes import Recipe
+from expvae import Attention, attention
+from expvae.models import MNISTVAE, UCSDVAE, MVTecVAE
+from expvae_book import runs
+from expvae_book.recipes import Recipe
 
 PEERS = ("captum",)
-OURS, LOOP, CAPTUM = "lib.attention", "one latent at a time", "captum LayerGradCam"
+OURS, LOOP, CAPTUM = "expvae.attention", "one latent at a time", "captum LayerGradCam"
 
 
 @dataclasses.dataclass(frozen=True)

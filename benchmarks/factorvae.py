@@ -1,9 +1,9 @@
-"""Training speed of FactorVAE: models side by side with lib.factorvae, and a plain PyTorch loop that trains one.
+"""Training speed of FactorVAE: models side by side, and a plain PyTorch loop that trains one.
 
 The plain loop is what one would write first, and what public code of FactorVAE does: a Dataset that makes two images
 per item, a DataLoader, the networks and Adam as they come, and the loss of each step read to be printed. Its step
-computes what one of lib.factorvae does. Public code differs in one point, which would take it longer: it lets the
-discriminator's loss through the encoder.
+computes what one of expvae_book.factorvae does. Public code differs in one point, which would take it longer: it lets
+the discriminator's loss through the encoder.
 """
 
 import random
@@ -11,18 +11,18 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+from benchmarks import timing
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks import timing
-from lib import factorvae, provenance, runs
-from lib.data import dsprites
-from lib.data.card import DataCard
-from lib.factorvae import VARIANTS, Candidate
-from lib.models.dsprites import DSpritesVAE, discriminator
-from lib.recipes import DSPRITES, StepRecipe
-from lib.training import build
+from expvae.models import DSpritesVAE, discriminator
+from expvae_book import factorvae, provenance, runs
+from expvae_book.data import dsprites
+from expvae_book.data.card import DataCard
+from expvae_book.factorvae import VARIANTS, Candidate
+from expvae_book.recipes import DSPRITES, StepRecipe
+from expvae_book.training import build
 
 PEERS = ()  # the plain loop is PyTorch alone
 RECIPE = DSPRITES["report2"]
@@ -133,7 +133,7 @@ def side_by_side(
     precision: str,
     steps: int,
 ) -> Callable[[], None]:
-    """So many steps of lib.factorvae, without its bar and its files; they go on at the next call."""
+    """So many steps of expvae_book.factorvae, without its bar and its files; they go on at the next call."""
     group = factorvae.Group.made(candidates, recipe, device)
     draw = sprites.to(device).images
 

@@ -10,14 +10,13 @@ from functools import partial
 
 import numpy as np
 import torch
+from benchmarks import timing
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torchmetrics.functional.classification import binary_auroc
 
-from benchmarks import timing
-from lib import runs
-from lib.metrics.segmentation import PixelMetrics
-from lib.metrics.streaming import PixelCounts
-from lib.recipes import Recipe
+from expvae.metrics import PixelCounts, PixelMetrics
+from expvae_book import runs
+from expvae_book.recipes import Recipe
 
 PEERS = ("numpy", "scikit-learn", "torchmetrics")
 DEVICE = torch.device("cpu")  # whichever device the networks of the other benchmarks run on

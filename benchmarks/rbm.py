@@ -8,20 +8,20 @@ falling rate. Scikit-learn works on the CPU whatever the device. How well both h
 import dataclasses
 
 import torch
+from benchmarks import timing
 from sklearn.neural_network import BernoulliRBM
 
-from benchmarks import timing
-from lib import contrastive, recipes, runs
-from lib.models.rbm import RBM, visible_values
-from lib.recipes import RBMRecipe
-from lib.training import build
+from expvae.models import RBM, visible_values
+from expvae_book import contrastive, recipes, runs
+from expvae_book.recipes import RBMRecipe
+from expvae_book.training import build
 
 PEERS = ("scikit-learn",)
 RECIPE = recipes.RBM["ours"]
 IMAGES = 3000  # per turn, which is one epoch
 HELD_OUT = 200
 HIDDEN = 500
-OURS, THEIRS = "lib.contrastive", "scikit-learn BernoulliRBM"
+OURS, THEIRS = "expvae_book.contrastive", "scikit-learn BernoulliRBM"
 
 
 def our_epoch(x_NYX: torch.Tensor, recipe: RBMRecipe, device: torch.device) -> RBM:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from lib import runs
+from expvae_book import runs
 
 
 def race(contestants: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:

@@ -7,14 +7,14 @@ and Adam as it comes. Both train the same network on the same images with the sa
 import dataclasses
 
 import torch
+from benchmarks import timing
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
-from benchmarks import timing
-from lib import runs, training
-from lib.models.mnist import MNISTVAE
-from lib.recipes import Recipe
+from expvae.models import MNISTVAE
+from expvae_book import runs, training
+from expvae_book.recipes import Recipe
 
 PEERS = ("torchvision", "pillow")
 IMAGES = 2560  # per epoch; one epoch is one turn
@@ -52,7 +52,7 @@ def plain_epoch(x_NYX: torch.Tensor, recipe: Recipe, device: torch.device) -> No
 
 
 def our_epoch(x_NYX: torch.Tensor, recipe: Recipe, device: torch.device) -> None:
-    """lib.training, with next to no validation."""
+    """expvae_book.training, with next to no validation."""
     model = training.build(lambda: MNISTVAE(recipe.latent_dim), seed=0).to(device)
     x_NCYX = x_NYX[:, None]
     training.train(model, x_NCYX, x_NCYX[:2], recipe, epochs=1, seed=0, progress=False)
@@ -64,7 +64,7 @@ def measure(x_NYX: torch.Tensor, recipe: Recipe, device: torch.device, rounds: i
     recipe = dataclasses.replace(recipe, epochs=1)
     seconds = timing.race(
         {
-            "lib.training": lambda: our_epoch(x_NYX, recipe, device),
+            "expvae_book.training": lambda: our_epoch(x_NYX, recipe, device),
             "plain loop (DataLoader over PIL images, Adam as it comes)": lambda: plain_epoch(x_NYX, recipe, device),
         },
         rounds,
@@ -72,4 +72,4 @@ def measure(x_NYX: torch.Tensor, recipe: Recipe, device: torch.device, rounds: i
     )
     rows = timing.rows("images/s", {name: [len(x_NYX) / s for s in values] for name, values in seconds.items()})
     ours, plain = (row["value"] for row in rows)
-    return [*rows, runs.row("ratio", ours / plain, method="lib.training / plain loop")]
+    return [*rows, runs.row("ratio", ours / plain, method="expvae_book.training / plain loop")]

@@ -11,7 +11,7 @@ from jaxtyping import install_import_hook
 def pytest_configure():
     # Data at hand would decide what a test sees: a run on other data answers for nothing, for one.
     os.environ["EXPVAE_DATA"] = tempfile.mkdtemp(prefix="no-data-")
-    install_import_hook("lib", "beartype.beartype")
+    install_import_hook(["expvae", "expvae_book"], "beartype.beartype")
 
 
 @pytest.fixture

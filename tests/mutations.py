@@ -33,41 +33,41 @@ ORIGINS = "import sys, importlib.util as i; print(*(i.find_spec(name).origin for
 # A heading with name and file; the tests that kill it, ">"; lines taken out, "-"; lines put in, "+". What is taken out
 # occurs once in the file. It may begin and end within a line; lines that follow the first keep their indentation.
 FAULTS = r"""
-# attention-relu-dropped lib/attention.py
+# attention-relu-dropped lib/expvae/_attention.py
 >tests/test_attention.py::test_paper_map_by_hand
 -return self.linear_BIHW.relu()
 +return self.linear_BIHW
-# attention-interpolation-mode lib/attention.py
+# attention-interpolation-mode lib/expvae/_attention.py
 >tests/test_attention.py::test_code_preset_equals_direct_reading
 -size=size, mode="bilinear"
 +size=size, mode="bicubic"
-# attention-normaliser-swapped lib/gradients.py
+# attention-normaliser-swapped lib/expvae/_gradients.py
 >tests/test_attention.py::test_code_preset_equals_direct_reading
 -over = (2, 3, 4) if normaliser == "image"
 +over = (2, 3, 4) if normaliser == "batch"
-# gradient-pooled-without-gate lib/gradients.py
+# gradient-pooled-without-gate lib/expvae/_gradients.py
 >tests/test_gradients.py::test_every_route_equals_the_slow_loop
 -gated or node.name() not in COPIES
 +gated and node.name() not in COPIES
-# input-relu-before-channels lib/input_attention.py
+# input-relu-before-channels lib/expvae/_input_attention.py
 >tests/test_input_attention.py::test_the_map_is_that_of_captum_for_each_latent
 -.sum(2).relu().sum(0)
 +.relu().sum(2).sum(0)
-# mnist-relu-dropped lib/models/mnist.py
+# mnist-relu-dropped lib/expvae/models/_mnist.py
 >tests/test_models.py::test_vaes_equal_their_definition
 -nn.Linear(128 * 7 * 7, 1024),
 -                relu3=nn.ReLU(),
 +nn.Linear(128 * 7 * 7, 1024),
 +                relu3=nn.Identity(),
-# rbm-spin-free-energy lib/models/rbm.py
+# rbm-spin-free-energy lib/expvae/models/_rbm.py
 >tests/test_rbm.py::test_energy_and_free_energy_are_those_of_the_definition
 -else F.softplus(logits) - logits / 2
 +else F.softplus(logits)
-# kl-term lib/training.py
+# kl-term lib/expvae_book/training.py
 >tests/test_training.py::test_kl_divergence_equals_that_of_torch_distributions
 -(mu_BI.square() + logvar_BI.exp() - 1 - logvar_BI)
 +(mu_BI.square() + logvar_BI.exp() - 1)
-# reconstruction-mean-for-sum lib/training.py
+# reconstruction-mean-for-sum lib/expvae_book/training.py
 >tests/test_training.py::test_reconstruction_loss_is_the_cross_entropy_of_the_probabilities
 -.flatten(1).sum(1)
 -
@@ -77,129 +77,129 @@ FAULTS = r"""
 +
 +
 +def kl_divergence
-# contrastive-sign lib/contrastive.py
+# contrastive-sign lib/expvae_book/contrastive.py
 >tests/test_rbm.py::test_persistent_contrastive_divergence_is_that_of_scikit_learn_step_by_step
 -model.activate(fields), -1.0)
 +model.activate(fields), 1.0)
-# total-correlation-sign lib/factorvae.py
+# total-correlation-sign lib/expvae_book/factorvae.py
 >tests/test_factorvae.py::test_total_correlation_is_the_difference_of_the_log_probabilities
 -(logits_MB2[..., 0] - logits_MB2[..., 1]).mean(1)
 +(logits_MB2[..., 1] - logits_MB2[..., 0]).mean(1)
-# discriminator-slope-sign lib/factorvae.py
+# discriminator-slope-sign lib/expvae_book/factorvae.py
 >tests/test_factorvae.py::test_steps_equal_those_of_a_plain_loop
 -[-torch.sigmoid(-d_MB[:, :draws])
 +[torch.sigmoid(-d_MB[:, :draws])
-# constant-alpha-not-detached lib/factorvae.py
+# constant-alpha-not-detached lib/expvae_book/factorvae.py
 >tests/test_factorvae.py::test_what_the_attention_loss_moves
 -second_order = graph and penalty.alpha == "second_order"
 +second_order = graph
-# auroc-ties lib/metrics/pixel.py
+# auroc-ties lib/expvae/metrics/_pixel.py
 >tests/test_metrics.py::test_auroc_by_hand
 -- negative / 2
 +- negative
-# average-precision-ties lib/metrics/segmentation.py
+# average-precision-ties lib/expvae/metrics/_segmentation.py
 >tests/test_segmentation.py::test_measures_equal_sklearn_with_ties
 -(positive_K * tp_K / (tp_K + fp_K))
 +(positive_K * (tp_K - positive_K) / (tp_K + fp_K))
-# aupro-limit lib/metrics/segmentation.py
+# aupro-limit lib/expvae/metrics/_segmentation.py
 >tests/test_segmentation.py::test_aupro_equals_a_slow_loop
 -np.interp(FPR_LIMIT, fpr_K, overlap_K)
 +overlap_K[below_K][-1]
-# iou-of-defective-images lib/metrics/iou.py
+# iou-of-defective-images lib/expvae/metrics/_iou.py
 >tests/test_iou.py::test_every_convention_equals_sklearn
 -weight_RN * (table.positive_N > 0)
 +weight_RN * (table.positive_N >= 0)
-# difference-unpaired lib/metrics/streaming.py
+# difference-unpaired lib/expvae/metrics/_streaming.py
 >tests/test_streaming.py::test_difference_intervals_equal_a_slow_loop
 -(_resampled(table, n_units, seed, threshold, resamples) for table in tables)
 +(_resampled(table, n_units, seed + i, threshold, resamples) for i, table in enumerate(tables))
-# mask-none-as-normal lib/metrics/inputs.py
+# mask-none-as-normal lib/expvae/metrics/_inputs.py
 >tests/test_segmentation.py::test_images_without_a_mask_are_left_out_or_normal
 -mask is not None or without_mask == "normal" for
 +True for
-# factor-vae-without-scale lib/metrics/disentanglement.py
+# factor-vae-without-scale lib/expvae/metrics/_disentanglement.py
 >tests/test_disentanglement_metrics.py::test_metric_equals_a_slow_loop_over_votes
 -.var(dim=1) / variance_I
 +.var(dim=1)
-# mig-gap-to-the-worst lib/metrics/disentanglement.py
+# mig-gap-to-the-worst lib/expvae/metrics/_disentanglement.py
 >tests/test_disentanglement_metrics.py::test_mig_equals_sums_over_a_table_of_counts
 -np.sort(information_IK, axis=0)[-2:]
 +np.sort(information_IK, axis=0)[[0, -1]]
-# dci-completeness-axis lib/metrics/disentanglement.py
+# dci-completeness-axis lib/expvae/metrics/_disentanglement.py
 >tests/test_disentanglement_metrics.py::test_dci_equals_loops_over_its_importances
 -_concentration(importance_IK.T).mean()
 +_concentration(importance_IK).mean()
-# active-units-by-deviation lib/metrics/latent.py
+# active-units-by-deviation lib/expvae/metrics/_latent.py
 >tests/test_latent.py::test_active_units_counts_latents_whose_mean_varies
 -torch.var(mu_NI, dim=0)
 +torch.std(mu_NI, dim=0)
-# image-score-least-for-highest lib/localisation.py
+# image-score-least-for-highest lib/expvae_book/localisation.py
 >tests/test_localisation.py::test_image_measures_are_scikit_learns
 -maps[name].amax((1, 2))
 +maps[name].amin((1, 2))
-# centre-prior-off-by-half lib/baselines.py
+# centre-prior-off-by-half lib/expvae_book/baselines.py
 >tests/test_baselines.py::test_centre_prior_follows_its_equation
 -(torch.arange(size) - (size - 1) / 2)
 +(torch.arange(size) - size / 2)
-# store-not-atomic lib/runs.py
+# store-not-atomic lib/expvae_book/runs.py
 >tests/test_runs.py::test_a_failed_save_leaves_the_earlier_run_alone
 -folder.parent.mkdir(parents=True, exist_ok=True)
 +shutil.rmtree(folder, ignore_errors=True)
 +    folder.parent.mkdir(parents=True, exist_ok=True)
-# store-takes-nan lib/runs.py
+# store-takes-nan lib/expvae_book/runs.py
 >tests/test_runs.py::test_what_json_cannot_hold_is_refused
 -allow_nan=False
 +allow_nan=True
-# store-auto-prefers-sample lib/runs.py
+# store-auto-prefers-sample lib/expvae_book/runs.py
 >tests/test_runs.py::test_auto_prefers_real_data
 -"data": ("real", "sample")
 +"data": ("sample", "real")
-# store-metric-of-any-subset lib/runs.py
+# store-metric-of-any-subset lib/expvae_book/runs.py
 >tests/test_reported.py::test_other_methods_subsets_and_missing_values_do_not_match
 -(row["metric"], row["method"], row["subset"]) == (metric, method, subset)
 +(row["metric"], row["method"]) == (metric, method)
-# parameter-above-takes-its-bound lib/chapters.py
+# parameter-above-takes-its-bound lib/expvae_book/chapters.py
 >tests/test_chapters.py::test_values
 -self.constraint.startswith("above") and value == self.lowest
 +False
-# parameter-false-is-true lib/chapters.py
+# parameter-false-is-true lib/expvae_book/chapters.py
 >tests/test_chapters.py::test_values
 -else text in ("True", "true")
 +else bool(text)
-# parameter-any-choice lib/chapters.py
+# parameter-any-choice lib/expvae_book/chapters.py
 >tests/test_chapters.py::test_values
 -if self.choices and value not in self.choices:
 +if self.choices and not value:
-# parameter-unknown-ignored lib/chapters.py
+# parameter-unknown-ignored lib/expvae_book/chapters.py
 >tests/test_chapters.py::test_bad_parameter_stops_the_command_before_anything_runs
 -in parameters.items() if name not in paths}
 +in parameters.items() if name in self.known}
-# verdict-effect-half-within lib/reported.py
+# verdict-effect-half-within lib/expvae_book/reported.py
 >tests/test_reported.py::test_hardly_any_effect_takes_an_interval_close_to_zero
 --margin <= row["low"] and row["high"] <= margin
 +-margin <= row["low"] or row["high"] <= margin
-# verdict-of-one-seed lib/reported.py
+# verdict-of-one-seed lib/expvae_book/reported.py
 >tests/test_reported.py::test_one_seed_tells_no_tradeoff
 -if min(len(models[key]) for key in wanted) < 2:
 +if min(len(models[key]) for key in wanted) < 1:
-# verdict-interval-may-hold-zero lib/reported.py
+# verdict-interval-may-hold-zero lib/expvae_book/reported.py
 >tests/test_reported.py::test_the_metric_may_rise_at_some_weights_only
 -seed_interval(differences)[0] > 0
 +seed_interval(differences)[1] > 0
-# published-digits-rounded lib/reported.py
+# published-digits-rounded lib/expvae_book/reported.py
 >tests/test_reported.py::test_published_numbers_keep_their_digits
 -if text.isdecimal() else text
 +if text.isdecimal() else f"{float(text):g}"
-# data-missing-mask-is-empty lib/data/mvtec.py
+# data-missing-mask-is-empty lib/expvae_book/data/mvtec.py
 >tests/test_mvtec_data.py::test_some_masks
 >tests/test_mvtec_data.py::test_no_masks
 -if file in masks else None
 +if file in masks else torch.zeros(size, size, dtype=torch.bool)
-# data-altered-is-complete lib/data/card.py
+# data-altered-is-complete lib/expvae_book/data/card.py
 >tests/test_data.py::test_altered_mnist_of_official_counts_is_partial
 -if counts == source.official and not altered else "partial"
 +if counts == source.official else "partial"
-# data-split-rounds-down lib/data/ucsd.py
+# data-split-rounds-down lib/expvae_book/data/ucsd.py
 >tests/test_ucsd_data.py::test_split
 -round(len(clips) / 5)
 +len(clips) // 5

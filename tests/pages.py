@@ -3,7 +3,7 @@
 import textwrap
 from pathlib import Path
 
-from lib import render
+from expvae_book import render
 
 HEADER = """\
 ---

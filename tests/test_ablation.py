@@ -11,14 +11,13 @@ import torch
 from sklearn.metrics import jaccard_score, roc_auc_score
 from torch import nn
 
-from lib import ablation, chapters, localisation, models, recipes, reported, runs, training, weights
-from lib.ablation import AUROC, IOU, REFERENCES
-from lib.attention import PRESETS, Method, attention
-from lib.data import mnist, mvtec, ucsd
-from lib.data.card import DataCard
-from lib.metrics.streaming import PixelCounts, auroc_difference
-from lib.models.mnist import MNISTVAE
-from lib.models.ucsd import UCSDVAE
+from expvae import PRESETS, Method, attention, models
+from expvae.metrics import PixelCounts, auroc_difference
+from expvae.models import MNISTVAE, UCSDVAE
+from expvae_book import ablation, chapters, localisation, recipes, reported, runs, training, weights
+from expvae_book.ablation import AUROC, IOU, REFERENCES
+from expvae_book.data import mnist, mvtec, ucsd
+from expvae_book.data.card import DataCard
 
 BOOK = Path(__file__).resolve().parents[1] / "book"
 CPU = torch.device("cpu")

@@ -11,11 +11,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from lib.attention import PRESETS, Method, attention, upsample
-from lib.gradients import RMS_EPSILON
-from lib.models.mnist import MNISTVAE
-from lib.models.mvtec import MVTecVAE
-from lib.models.ucsd import UCSDVAE
+from expvae import PRESETS, RMS_EPSILON, Method, attention, upsample
+from expvae.models import MNISTVAE, UCSDVAE, MVTecVAE
 
 
 @pytest.fixture(scope="module")

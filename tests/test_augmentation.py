@@ -8,8 +8,8 @@ import torch
 from scipy import stats
 from torchvision.transforms.functional import InterpolationMode, hflip, rotate, vflip
 
-from lib.augmentation import AUGMENTATIONS, MOTIFS, augment, draw, transform, transform_masks
-from lib.data import mvtec
+from expvae_book.augmentation import AUGMENTATIONS, MOTIFS, augment, draw, transform, transform_masks
+from expvae_book.data import mvtec
 
 SIDE = 64
 FLIPS = list(product([False, True], repeat=2))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib import baselines, training
+from expvae_book import baselines, training
 
 
 def test_input_intensity_is_the_mean_over_channels():

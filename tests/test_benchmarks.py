@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lib import factorvae, protocols, provenance, runs
-from lib.data import dsprites
-from lib.recipes import DSPRITES, MNIST, RBM
+from expvae_book import factorvae, protocols, provenance, runs
+from expvae_book.data import dsprites
+from expvae_book.recipes import DSPRITES, MNIST, RBM
 
 CPU = torch.device("cpu")
 # What `python -m benchmarks NAME` runs, with a measurement that takes no time.
@@ -99,7 +99,7 @@ def test_training_is_as_many_times_as_fast_as_the_plain_loop(monkeypatch):
     monkeypatch.setattr(training, "IMAGES", 64)
     rows = training.measure(digits(70), replace(MNIST["liu2020"], batch_size=32), CPU, 1)
     ours, plain = values(rows, "images/s").values()
-    assert values(rows, "ratio") == {"lib.training / plain loop": pytest.approx(ours / plain)}
+    assert values(rows, "ratio") == {"expvae_book.training / plain loop": pytest.approx(ours / plain)}
 
 
 def test_the_plain_loop_of_factorvae_takes_the_steps_of_ours(monkeypatch):

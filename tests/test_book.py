@@ -14,11 +14,11 @@ import jupytext
 import pytest
 import yaml
 from bs4 import BeautifulSoup
-from pages import notices, outputs, page_text, printed
 
-from lib import render
-from lib.data.card import DataCard
-from lib.protocols import VERSIONS
+from expvae_book import render
+from expvae_book.data.card import DataCard
+from expvae_book.protocols import VERSIONS
+from pages import notices, outputs, page_text, printed
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BOOK = REPOSITORY / "book"
@@ -26,7 +26,7 @@ PAGES = [entry["file"] for entry in yaml.safe_load((BOOK / "_toc.yml").read_text
 PAGES += [yaml.safe_load((BOOK / "_toc.yml").read_text())["root"]]
 
 RUN_CELLS = ("chapters.run(", "chapters.run_each(", "chapters.run_all(")
-# How the notice begins that an outdated run lacks something which its page shows, see lib.chapters.run.
+# How the notice begins that an outdated run lacks something which its page shows, see expvae_book.chapters.run.
 LACKING = "The stored run lacks what this page shows from here on."
 MISSING = "No stored run of this chapter with"
 
@@ -140,7 +140,7 @@ def test_internal_links_lead_somewhere(soups, html):
 
 
 def test_run_is_the_last_statement_of_its_cell():
-    # Where a run is missing the rest of the cell would still be executed, see lib.chapters.stop_page.
+    # Where a run is missing the rest of the cell would still be executed, see expvae_book.chapters.stop_page.
     count = 0
     for page, notebook in notebooks().items():
         for cell in notebook.cells:
@@ -187,7 +187,7 @@ def book(tmp_path):
 def test_every_build_looks_at_the_store_again(book, tmp_path):
     cells = [
         """\
-        from lib import chapters
+        from expvae_book import chapters
         def compute():
             raise AssertionError("computed while the book is built")
         run = chapters.run("mnist", {"digit": 4}, compute)""",
@@ -215,7 +215,7 @@ def test_every_build_looks_at_the_store_again(book, tmp_path):
 
 def test_what_a_run_lacks_stops_its_page_if_it_is_outdated_and_is_an_error_else(tmp_path, monkeypatch):
     cells = [
-        "from lib import chapters\nrun = chapters.run('mnist', {'digit': 4}, lambda: None)",
+        "from expvae_book import chapters\nrun = chapters.run('mnist', {'digit': 4}, lambda: None)",
         "print('before')\nrun.rows('pixel AUROC')\nprint('the rest of the cell')",
         "print('a later cell')",
     ]

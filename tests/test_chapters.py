@@ -14,13 +14,13 @@ import numpy as np
 import papermill
 import pytest
 from click.testing import CliRunner
-from pages import notices, outputs, printed
 from papermill.cli import papermill as command
 
-from lib import chapters, runs
-from lib.data.card import DataCard
-from lib.recipes import MNIST
-from lib.render import PageError
+from expvae_book import chapters, runs
+from expvae_book.data.card import DataCard
+from expvae_book.recipes import MNIST
+from expvae_book.render import PageError
+from pages import notices, outputs, printed
 
 PARAMETERS = """\
 digit: int = 1  # 0 | 1 | 2 | 3; the inlier class
@@ -274,7 +274,7 @@ def test_a_chapter_without_parameters_takes_none():
 def test_stop_page_blanks_the_later_cells(tmp_path):
     cells = [
         """\
-        from lib import chapters
+        from expvae_book import chapters
         chapters.stop_page("Nothing stored.")
         print("the rest of the cell")""",
         "print('a later cell')\nraise RuntimeError",
@@ -342,7 +342,7 @@ def test_only_what_an_outdated_run_lacks_stops_the_page(tmp_path, monkeypatch, l
     (path / "record.json").write_text(json.dumps(record))
     np.savez(path / "arrays.npz")
     cells = [
-        "from lib import chapters\nrun = chapters.run('mnist', {'digit': 2}, lambda: None)",
+        "from expvae_book import chapters\nrun = chapters.run('mnist', {'digit': 2}, lambda: None)",
         f"{line}\nprint('the rest of the cell')",
         "print('a later cell')\nraise KeyError",
     ]
@@ -468,7 +468,7 @@ def test_run_each_names_all_outdated_runs_in_one_warning(several, monkeypatch, c
 def test_run_each_stops_the_page_only_if_all_runs_are_missing(several, tmp_path, digits, stops):
     shown = outputs(
         tmp_path / "page.md",
-        f"from lib import chapters\nfound = chapters.run_each('small', {{'seed': 5}}, 'digit', {digits}, None)",
+        f"from expvae_book import chapters\nfound = chapters.run_each('small', {{'seed': 5}}, 'digit', {digits}, None)",
         "print(*[digit for digit, run in found.items() if run])",
     )
     assert printed(shown) == ("" if stops else "2\n")

@@ -20,10 +20,10 @@ from filelock import FileLock
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-import lib.data
-from lib.data import catalogue, mnist
-from lib.data.__main__ import main
-from lib.data.card import DataCard, survey
+import expvae_book.data
+from expvae_book.data import catalogue, mnist
+from expvae_book.data.__main__ import main
+from expvae_book.data.card import DataCard, survey
 
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
@@ -136,17 +136,17 @@ def test_root(monkeypatch, tmp_path):
     repository = Path(__file__).resolve().parents[1]
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("EXPVAE_DATA", raising=False)
-    assert lib.data.root() == repository / "data"
+    assert expvae_book.data.root() == repository / "data"
     monkeypatch.setenv("EXPVAE_DATA", "")
-    assert lib.data.root() == repository / "data"
+    assert expvae_book.data.root() == repository / "data"
     monkeypatch.setenv("EXPVAE_DATA", "elsewhere")
-    assert lib.data.root() == repository / "elsewhere"
+    assert expvae_book.data.root() == repository / "elsewhere"
     monkeypatch.setenv("EXPVAE_DATA", str(tmp_path))
-    assert lib.data.root() == tmp_path
+    assert expvae_book.data.root() == tmp_path
 
 
 def test_import_is_light():
-    code = "import sys, lib.data; print({'numpy', 'torch', 'pooch', 'sklearn'} & set(sys.modules))"
+    code = "import sys, expvae_book.data; print({'numpy', 'torch', 'pooch', 'sklearn'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 
@@ -362,7 +362,7 @@ def test_unknown_data_set(capsys):
 def test_command_line_against_the_catalogues_own_address(server, tmp_path):
     # The server stands in as a proxy, so that the address in the catalogue itself is asked for.
     environment = os.environ | {"http_proxy": server.url, "no_proxy": "", "EXPVAE_DATA": str(tmp_path)}
-    command = [sys.executable, "-m", "lib.data", "fetch", "ucsd"]
+    command = [sys.executable, "-m", "expvae_book.data", "fetch", "ucsd"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert server.asked == list(catalogue.UCSD.downloads[0].urls)
@@ -645,7 +645,7 @@ def test_status(release, files, tmp_path, capsys):
     ]
     assert [row[:2] for row in table[3:]] == [["mvtec", "absent"], ["dsprites", "absent"]]
     assert rows["mnist:"] == "mnist: As released."
-    assert "python -m lib.data fetch mvtec" in rows["mvtec:"]
+    assert "python -m expvae_book.data fetch mvtec" in rows["mvtec:"]
 
 
 def test_status_names_a_damaged_file(release, files, tmp_path, capsys):
@@ -724,7 +724,7 @@ def test_damaged_file_is_named(name, damage, data, files, tmp_path):
     raw = write(tmp_path, files | {name: damage(files[name])})
     with pytest.raises(ValueError, match=re.escape(str(raw / name))) as caught:
         mnist.load(data, tmp_path)
-    assert "python -m lib.data fetch mnist" in str(caught.value)
+    assert "python -m expvae_book.data fetch mnist" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -746,7 +746,7 @@ def test_missing_files(files, tmp_path, capsys):
     with pytest.raises(FileNotFoundError) as caught:
         mnist.load("real", tmp_path)
     assert str(tmp_path / "MNIST/raw") in str(caught.value)
-    assert f"python -m lib.data fetch mnist --root {tmp_path}" in str(caught.value)
+    assert f"python -m expvae_book.data fetch mnist --root {tmp_path}" in str(caught.value)
     # One file short is no reason to fall back to the sample in silence.
     del files[NAMES[1]]
     write(tmp_path, files)
@@ -773,7 +773,7 @@ def test_auto_falls_back_to_the_sample_and_says_so(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "SAMPLE" in said
     assert str(tmp_path / "MNIST/raw") in said
-    assert "python -m lib.data fetch mnist" in said
+    assert "python -m expvae_book.data fetch mnist" in said
 
 
 def test_sample(sample):

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from lib import disentanglement, factorvae, figures, recipes, runs, sprite_tables
-from lib.attention import attention
-from lib.data import dsprites
-from lib.disentanglement import COLLAPSED, EQUALISED, METRIC, OVERLAP, PAIRS, PUBLISHED, REFERENCE, SPATIAL
-from lib.factorvae import VARIANTS, Candidate, Curves, Trained
-from lib.models.dsprites import DSpritesVAE, discriminator
-from lib.training import build
+from expvae import attention
+from expvae.models import DSpritesVAE, discriminator
+from expvae_book import disentanglement, factorvae, figures, recipes, runs, sprite_tables
+from expvae_book.data import dsprites
+from expvae_book.disentanglement import COLLAPSED, EQUALISED, METRIC, OVERLAP, PAIRS, PUBLISHED, REFERENCE, SPATIAL
+from expvae_book.factorvae import VARIANTS, Candidate, Curves, Trained
+from expvae_book.training import build
 
 SHARED = {"steps": 2, "recipe": "report2", "stride": 8, "precision": "float32", "data": "sample"}
 CHOICES = {"attention": "liu2020", "layer": "variant", "alpha": "variant", "pairs": "variant"}

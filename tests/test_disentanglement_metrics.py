@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib.metrics import disentanglement
-from lib.metrics.disentanglement import (
+from expvae.metrics import (
     PUBLISHED,
     REFERENCE,
     Protocol,
@@ -20,6 +19,7 @@ from lib.metrics.disentanglement import (
     perfect_code,
     total_correlation,
 )
+from expvae.metrics import _disentanglement as disentanglement
 
 DSPRITES = (1, 3, 6, 40, 32, 32)
 LATTICE = (1, 3, 6, 20, 8, 8)

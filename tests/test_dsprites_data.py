@@ -7,10 +7,10 @@ import pytest
 import torch
 from matplotlib.path import Path as Outline
 
-import lib.data.dsprites as dsprites
-from lib.data import catalogue
-from lib.data.card import survey
-from lib.data.dsprites import COUNT, FACTORS, SHAPES, SIZES, VALUES, Sprites
+import expvae_book.data.dsprites as dsprites
+from expvae_book.data import catalogue
+from expvae_book.data.card import survey
+from expvae_book.data.dsprites import COUNT, FACTORS, SHAPES, SIZES, VALUES, Sprites
 
 FILE = catalogue.DSPRITES.patterns["all"]
 
@@ -267,7 +267,9 @@ def fails(root, error, *parts):
             dsprites.load(data, root)
         said = str(caught.value)
         assert "\n" not in said
-        assert all(str(part) in said for part in (root / FILE, "python -m lib.data fetch dsprites", *parts)), said
+        assert all(str(part) in said for part in (root / FILE, "python -m expvae_book.data fetch dsprites", *parts)), (
+            said
+        )
 
 
 @pytest.mark.parametrize(
@@ -322,7 +324,7 @@ def test_fewer_images_are_refused(tmp_path):
 
 
 def test_missing_file(drawn, tmp_path, capsys):
-    with pytest.raises(FileNotFoundError, match=f"lacks {FILE}; `python -m lib.data fetch dsprites --root"):
+    with pytest.raises(FileNotFoundError, match=f"lacks {FILE}; `python -m expvae_book.data fetch dsprites --root"):
         dsprites.load("real", tmp_path)
     assert dsprites.load("auto", tmp_path).card == drawn.card
     said = capsys.readouterr()

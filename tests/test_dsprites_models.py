@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from lib.models.dsprites import LAYERS, DSpritesVAE, SideBySide, discriminator
-from lib.training import build
+from expvae.models import DSpritesVAE, SideBySide, discriminator
+from expvae.models._dsprites import LAYERS
+from expvae_book.training import build
 
 # Channels in, channels out and kernel of each convolution: the first report's Figure 5c, with D latents.
 D = 10

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lib import disentanglement, factorvae
-from lib.attention import Method, attention
-from lib.data import dsprites
-from lib.factorvae import VARIANTS, AttentionPenalty, Candidate
-from lib.models.dsprites import LAYERS, DSpritesVAE
-from lib.recipes import StepRecipe
-from lib.training import TrainingDivergedError, build
+from expvae import Method, attention
+from expvae.models import DSpritesVAE
+from expvae.models._dsprites import LAYERS
+from expvae_book import disentanglement, factorvae
+from expvae_book.data import dsprites
+from expvae_book.factorvae import VARIANTS, AttentionPenalty, Candidate
+from expvae_book.recipes import StepRecipe
+from expvae_book.training import TrainingDivergedError, build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -197,7 +198,7 @@ def pair_of_models(sprites, penalty, images=3):
 
 
 def slow_attention_loss(vae, x_BCYX, noise_BI, penalty, pair, graph="none"):
-    """L_AD of one model, image by image, from the maps of lib.attention and by 2 min(a, b) = a + b - |a - b|."""
+    """L_AD of one model, image by image, from the maps of expvae.attention and by 2 min(a, b) = a + b - |a - b|."""
 
     def encode(x_BCYX):
         mu_BI, logvar_BI = vae.encode(x_BCYX)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from IPython.display import Image
 
-from lib import figures
-from lib.attention import attention
-from lib.models.mnist import MNISTVAE
+from expvae import attention
+from expvae.models import MNISTVAE
+from expvae_book import figures
 
 
 def grid(scale=1.0, **options):

@@ -4,11 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from lib import gradients
-from lib.attention import Method, attention
-from lib.models.mnist import MNISTVAE
-from lib.models.mvtec import MVTecVAE
-from lib.models.ucsd import UCSDVAE
+from expvae import Method, attention
+from expvae import _gradients as gradients
+from expvae.models import MNISTVAE, UCSDVAE, MVTecVAE
 
 
 def slow_alpha(encode, layer, x_BCYX, latents):
@@ -176,7 +174,7 @@ def test_chunks_change_nothing(route, monkeypatch):
     map_BYX = whole.map_BYX
     for chunk in (1, 4000):  # one at a time, and a few
         monkeypatch.setattr(gradients, "CHUNK_BYTES", chunk)
-        monkeypatch.setattr("lib.attention.CHUNK_BYTES", chunk)
+        monkeypatch.setattr("expvae._gradients.CHUNK_BYTES", chunk)
         parts = attention(net, "0", x_BCYX, abs_of_sum, route=route)
         torch.testing.assert_close(parts.alpha_BIC, whole.alpha_BIC)
         torch.testing.assert_close(parts.map_BYX, map_BYX)

@@ -3,7 +3,7 @@ import torch
 from captum.attr import InputXGradient
 from torch import nn
 
-from lib.input_attention import gradient_times_input
+from expvae import gradient_times_input
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def x_BCYX():
 
 @pytest.mark.parametrize("at_once", [1, 4, 100])
 def test_the_map_is_that_of_captum_for_each_latent(encoder, x_BCYX, at_once, monkeypatch):
-    monkeypatch.setattr("lib.input_attention.CHUNK", at_once * x_BCYX.numel())
+    monkeypatch.setattr("expvae._input_attention.CHUNK", at_once * x_BCYX.numel())
     explain = InputXGradient(encoder)
     expected = [explain.attribute(x_BCYX.clone().requires_grad_(), target=i).sum(1).relu() for i in range(6)]
     torch.testing.assert_close(gradient_times_input(encoder, x_BCYX), torch.stack(expected).mean(0).detach())

@@ -5,12 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from maps import anomaly_maps, tied_scores
 from scipy import ndimage
 from sklearn.metrics import jaccard_score
 
-from lib.metrics.iou import CONVENTIONS, confusion, iou_intervals, ious, thresholds
-from lib.metrics.segmentation import exact
+from expvae.metrics import CONVENTIONS, confusion, iou_intervals, ious, thresholds
+from expvae.metrics._segmentation import exact
+from maps import anomaly_maps, tied_scores
 
 
 def sklearn_iou(truth_NYX, flagged_NYX, average, classes):

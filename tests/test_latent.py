@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib.metrics.latent import active_units
+from expvae.metrics import active_units
 
 
 def test_active_units_counts_latents_whose_mean_varies():

@@ -12,13 +12,14 @@ from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_score
 from torch import nn
 
-from lib import baselines, localisation, models, probes, recipes, runs, training
-from lib.data import mvtec
-from lib.data.card import DataCard
-from lib.localisation import ATTENTION, BASELINES, COMMON, FIELDS, LAYERS, METHODS, SSIM
-from lib.metrics import streaming
-from lib.metrics.iou import CONVENTIONS
-from lib.models.mvtec import imagenet_weights
+from expvae import models
+from expvae.metrics import CONVENTIONS
+from expvae.metrics import _streaming as streaming
+from expvae.models import imagenet_weights
+from expvae_book import baselines, localisation, probes, recipes, runs, training
+from expvae_book.data import mvtec
+from expvae_book.data.card import DataCard
+from expvae_book.localisation import ATTENTION, BASELINES, COMMON, FIELDS, LAYERS, METHODS, SSIM
 
 SIDE = 64
 DEFECTS = ["broken", "broken", "good", "good", "stained", "stained"]

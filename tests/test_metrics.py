@@ -3,12 +3,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from maps import tied_scores
 from sklearn.metrics import roc_auc_score
 
-from lib.metrics import pixel
-from lib.metrics.pixel import Interval, auroc, auroc_interval, auroc_per_image, fraction_interval
-from lib.metrics.truth import ink_truth, nearest_inlier
+from expvae.metrics import Interval, auroc, auroc_interval, auroc_per_image, fraction_interval
+from expvae.metrics import _pixel as pixel
+from expvae_book.truth import ink_truth, nearest_inlier
+from maps import tied_scores
 
 
 def anomaly_maps(n, p, *, levels=None, seed=0):
@@ -332,7 +332,7 @@ def slow_truth(x_YX, inlier_MYX, tolerance):
 
 @pytest.mark.parametrize("tolerance", [0, 1, 2])
 def test_ink_truth_equals_a_slow_loop(tolerance, monkeypatch):
-    monkeypatch.setattr("lib.metrics.truth.IMAGES_PER_CHUNK", 8)  # 20 images in three chunks
+    monkeypatch.setattr("expvae_book.truth.IMAGES_PER_CHUNK", 8)  # 20 images in three chunks
     x_NYX, inlier_MYX = blobs(20, seed=1), blobs(30, seed=2)
     found_NYX = ink_truth(x_NYX, inlier_MYX, tolerance=tolerance)
     expected_NYX = np.stack(

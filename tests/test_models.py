@@ -9,11 +9,9 @@ from torch.nn import functional as F
 from torchvision.models import ResNet18_Weights, resnet18
 from torchvision.transforms.functional import normalize
 
-from lib import training
-from lib.models.mnist import MNISTVAE
-from lib.models.mvtec import BrongersMVTecVAE, MVTecVAE, imagenet_weights
-from lib.models.ucsd import UCSDVAE, BrongersUCSDVAE
-from lib.recipes import MVTEC
+from expvae.models import MNISTVAE, UCSDVAE, BrongersMVTecVAE, BrongersUCSDVAE, MVTecVAE, imagenet_weights
+from expvae_book import training
+from expvae_book.recipes import MVTEC
 
 IMAGE = {MNISTVAE: (1, 28, 28), UCSDVAE: (1, 100, 100), BrongersUCSDVAE: (1, 96, 96)}
 IMAGE |= dict.fromkeys([MVTecVAE, BrongersMVTecVAE], (3, 256, 256))

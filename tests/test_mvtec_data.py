@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from lib.data import catalogue, mvtec, workpieces
-from lib.data.card import survey
+from expvae_book.data import catalogue, mvtec, workpieces
+from expvae_book.data.card import survey
 
 COUNTS = {"train": 3, "test": 5, "masks": 3, "test good": 2, "test defective": 3}
 TESTS = {"broken": ("000", "004"), "good": ("000", "001"), "stained": ("000",)}
@@ -236,7 +236,7 @@ def test_no_training_images(there, tmp_path):
     folder = build(tmp_path, leave_out="train")
     if there:
         (folder / "train/good").mkdir(parents=True)
-    command = f"python -m lib.data fetch mvtec --categories bottle --root {tmp_path}"
+    command = f"python -m expvae_book.data fetch mvtec --categories bottle --root {tmp_path}"
     fails(folder, FileNotFoundError, folder / "train/good", command)
 
 
@@ -374,7 +374,7 @@ def test_auto_falls_back_to_the_sample_and_says_so(bottle, capsys):
     said = capsys.readouterr().err
     assert "SAMPLE" in said
     assert str(root / "mvtec/tile") in said
-    assert f"python -m lib.data fetch mvtec --categories tile --root {root}" in said
+    assert f"python -m expvae_book.data fetch mvtec --categories tile --root {root}" in said
     with pytest.raises(FileNotFoundError, match=re.escape(str(root / "mvtec/tile"))):
         mvtec.load("tile", "real", root)
 

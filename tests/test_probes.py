@@ -9,15 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib import __main__ as command
-from lib import contrastive, probes, protocols, provenance, runs, weights
-from lib.attention import attention
-from lib.data import mnist
-from lib.models.mnist import MNISTVAE
-from lib.models.rbm import RBM, ConvRBM, Stack
-from lib.recipes import MNIST
-from lib.recipes import RBM as RBM_RECIPES
-from lib.training import to_unit
+from expvae import attention
+from expvae.models import MNISTVAE, RBM, ConvRBM, Stack
+from expvae_book import __main__ as command
+from expvae_book import contrastive, probes, protocols, provenance, runs, weights
+from expvae_book.data import mnist
+from expvae_book.recipes import MNIST
+from expvae_book.recipes import RBM as RBM_RECIPES
+from expvae_book.training import to_unit
 
 CPU = torch.device("cpu")
 

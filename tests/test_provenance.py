@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from lib import provenance
+from expvae_book import provenance
 
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    for name in ("lib/a.py", "lib/b.py", "benchmarks/speed.py", "book/mini.md"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("lib/expvae_book/a.py", "lib/expvae/b.py", "benchmarks/speed.py", "book/mini.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x = 1")
     monkeypatch.setattr(provenance, "REPOSITORY", tmp_path)
     return tmp_path
@@ -34,7 +34,7 @@ def test_commit_and_whether_the_code_differs_from_it(repository):
     assert provenance.commit() == {"commit": head, "dirty": False}
     (repository / "notes.txt").write_text("not code")
     assert provenance.commit() == {"commit": head, "dirty": False}
-    (repository / "lib" / "a.py").write_text("x = 2")
+    (repository / "lib" / "expvae" / "b.py").write_text("x = 2")
     assert provenance.commit() == {"commit": head, "dirty": True}
     git(repository, "checkout", "lib")
     (repository / "book" / "new.md").write_text("# New")

@@ -11,11 +11,11 @@ from sklearn.datasets import load_digits
 from sklearn.neural_network import BernoulliRBM
 from torch.nn import functional as F
 
-from lib import contrastive, protocols, training
-from lib.attention import Method, attention
-from lib.models import rbm
-from lib.models.rbm import RBM, ConvRBM, Stack
-from lib.recipes import RBMRecipe
+from expvae import Method, attention
+from expvae.models import RBM, ConvRBM, Stack
+from expvae.models import _rbm as rbm
+from expvae_book import contrastive, protocols, training
+from expvae_book.recipes import RBMRecipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -703,7 +703,7 @@ def test_samples_go_down_through_drawn_units(units):
 @pytest.mark.parametrize("temperature", [None, 0.7])
 @pytest.mark.parametrize("units", UNITS)
 def test_attention_at_a_convolutional_layer_is_that_of_the_formula(units, temperature, tensor):
-    """The maps of lib.attention against Jacobians, written out, of the layers above."""
+    """The maps of expvae.attention against Jacobians, written out, of the layers above."""
     stack, x = conv_stack(units), images()
 
     def encode(x):

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 from IPython import get_ipython
-from pages import outputs, page_text
 
-from lib import render
+from expvae_book import render
+from pages import outputs, page_text
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_a_logger_made_by_one_page_writes_onto_the_page_that_uses_it(rendered, c
 
 
 def test_pages_only_read_runs_and_stand_in_their_own_folder(rendered, tmp_path):
-    (shown,) = rendered("import os\nfrom lib import runs\nprint(runs.reading(), os.getcwd())")
+    (shown,) = rendered("import os\nfrom expvae_book import runs\nprint(runs.reading(), os.getcwd())")
     assert shown[0].text == f"True {tmp_path}\n"
 
 

@@ -11,11 +11,11 @@ import scipy.stats
 from bs4 import BeautifulSoup
 from pybtex.database import parse_file
 
-from lib import reported
-from lib.data.card import DataCard
-from lib.recipes import MNIST
-from lib.reported import CLAIMS, COLUMNS, NO_RUN, beside, decide, read, to_html, verdicts, wide
-from lib.runs import Run, row
+from expvae_book import reported
+from expvae_book.data.card import DataCard
+from expvae_book.recipes import MNIST
+from expvae_book.reported import CLAIMS, COLUMNS, NO_RUN, beside, decide, read, to_html, verdicts, wide
+from expvae_book.runs import Run, row
 
 BOOK = Path(__file__).resolve().parents[1] / "book"
 PAPER, CODE = "attention, paper", "attention, authors' code"
@@ -227,7 +227,9 @@ def test_without_runs_every_row_says_so():
     assert len(lines) == len(table)
     of_category = lines["our_parameters"].str.contains("category=")
     assert set(lines.loc[~of_category, "ours"]) == {NO_RUN}
-    assert lines.loc[of_category, "ours"].str.startswith("data not at hand; python -m lib.data fetch mvtec").all()
+    assert (
+        lines.loc[of_category, "ours"].str.startswith("data not at hand; python -m expvae_book.data fetch mvtec").all()
+    )
     assert lines["published"].tolist() == table["published"].tolist()
 
 
@@ -670,7 +672,7 @@ def test_categories_without_a_run_say_how_to_get_one_and_others_which_chapter_th
     table = wide(lines[lines["table"] == "mvtec"]).set_index(["Setting", "Quantity"])["Ours"]
     assert table["pill", "pixel AUROC"].splitlines() == ["mvtec10: 0.650 (0.600–0.700)", "mvtec15: 0.750 (0.700–0.800)"]
     assert table["zipper", "IoU"] == (
-        "data not at hand; python -m lib.data fetch mvtec --categories zipper; "
+        "data not at hand; python -m expvae_book.data fetch mvtec --categories zipper; "
         "papermill book/mvtec15.md out.ipynb -p categories zipper"
     )
 

@@ -10,8 +10,8 @@ from monai.networks.nets import VarAutoEncoder
 from torch import nn
 from torch.nn import functional as F
 
-from lib.attention import Method, attention
-from lib.chapters import BOOK
+from expvae import Method, attention
+from expvae_book.chapters import BOOK
 
 CELLS = [cell.source for cell in jupytext.read(BOOK / "reuse.md", fmt="md:myst").cells if cell.cell_type == "code"]
 

@@ -13,10 +13,10 @@ from filelock import FileLock
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lib import protocols, provenance, runs
-from lib.data import mvtec
-from lib.data.card import DataCard
-from lib.recipes import MNIST
+from expvae_book import protocols, provenance, runs
+from expvae_book.data import mvtec
+from expvae_book.data.card import DataCard
+from expvae_book.recipes import MNIST
 
 HERE = Path(__file__)
 PARAMETERS = {"digit": 1, "seed": 0}

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from maps import anomaly_maps, tied_scores
 from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_score, roc_curve
 
-from lib.metrics.segmentation import exact, from_counts, region_sizes
+from expvae.metrics._segmentation import exact, from_counts, region_sizes
+from maps import anomaly_maps, tied_scores
 
 
 def iou(truth, flagged):

@@ -6,13 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from maps import anomaly_maps
 from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_score, roc_curve
 
-from lib.metrics import streaming
-from lib.metrics.pixel import auroc_interval
-from lib.metrics.segmentation import PixelMetrics, exact
-from lib.metrics.streaming import PixelCounts, auroc_difference, difference_intervals
+from expvae.metrics import PixelCounts, PixelMetrics, auroc_difference, auroc_interval, difference_intervals
+from expvae.metrics import _streaming as streaming
+from expvae.metrics._segmentation import exact
+from maps import anomaly_maps
 
 
 def counted(score, truth, *, batch=7, unit=None, where=None, regions=False):

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib import localisation, reported, tables
-from lib.data.card import DataCard
-from lib.localisation import ATTENTION, BASELINES, METHODS
-from lib.metrics.iou import CONVENTIONS
-from lib.runs import Run, row
+from expvae.metrics import CONVENTIONS
+from expvae_book import localisation, reported, tables
+from expvae_book.data.card import DataCard
+from expvae_book.localisation import ATTENTION, BASELINES, METHODS
+from expvae_book.runs import Run, row
 
 AUROC = {"bottle": 0.6, "metal_nut": 0.4}
 

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lib import training
-from lib.models.mnist import MNISTVAE
-from lib.recipes import MNIST, Recipe
+from expvae.models import MNISTVAE
+from expvae_book import training
+from expvae_book.recipes import MNIST, Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,12 +17,12 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import nn
 
-from lib.attention import Method, attention
-from lib.chapters import BOOK
-from lib.data import ucsd
-from lib.data.card import DataCard
-from lib.metrics import streaming
-from lib.models.ucsd import UCSDVAE
+from expvae import Method, attention
+from expvae.metrics import _streaming as streaming
+from expvae.models import UCSDVAE
+from expvae_book.chapters import BOOK
+from expvae_book.data import ucsd
+from expvae_book.data.card import DataCard
 
 LAYERS = ("conv1", "conv2", "conv3")
 SIDE = 20

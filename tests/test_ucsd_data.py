@@ -8,8 +8,8 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torch.nn.functional import interpolate
 
-from lib.data import catalogue, ucsd, walkway
-from lib.data.card import survey
+from expvae_book.data import catalogue, ucsd, walkway
+from expvae_book.data.card import survey
 
 SHAPE = (158, 238)
 
@@ -210,11 +210,11 @@ def test_missing_folder(names, ped1):
     for name in names:
         remove(ped1 / name)
     lacks = " and ".join(f"{name}/" for name in names)
-    fails(ped1, FileNotFoundError, f"{ped1} lacks {lacks};", "python -m lib.data fetch ucsd --root")
+    fails(ped1, FileNotFoundError, f"{ped1} lacks {lacks};", "python -m expvae_book.data fetch ucsd --root")
 
 
 def test_missing_data(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"lacks Train/ and Test/; `python -m lib.data fetch ucsd"):
+    with pytest.raises(FileNotFoundError, match=r"lacks Train/ and Test/; `python -m expvae_book.data fetch ucsd"):
         ucsd.load("real", tmp_path)
 
 
@@ -330,7 +330,7 @@ def test_auto_falls_back_to_the_sample_and_says_so(generated, monkeypatch, tmp_p
     said = capsys.readouterr().err
     assert "SAMPLE" in said
     assert str(tmp_path / catalogue.UCSD.folder / "UCSDped1") in said
-    assert f"python -m lib.data fetch ucsd --root {tmp_path}" in said
+    assert f"python -m expvae_book.data fetch ucsd --root {tmp_path}" in said
 
 
 def test_sample(generated):

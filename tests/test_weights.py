@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from lib import models, protocols, provenance, training, weights
-from lib.recipes import Recipe
+from expvae import models
+from expvae_book import protocols, provenance, training, weights
+from expvae_book.recipes import Recipe
 
 RECIPE = Recipe(source="test", epochs=100, batch_size=4, learning_rate=1e-2, latent_dim=2)
 STEPS = 10  # two epochs of 20 images

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from lib.data import workpieces
+from expvae_book.data import workpieces
 
 CATEGORIES = [
     "bottle",

@@ -1,0 +1,37 @@
+"""Gradient attention for any VAE encoder, with the losses, models and metrics of the book that it comes from.
+
+    from expvae import attention
+    result = attention(vae.encode, "encoder.conv2", x_BCYX, "liu2020_paper")
+
+`expvae.metrics` measures how well maps find anomalies and how far latents are disentangled; `expvae.models` has the
+networks of the book.
+"""
+
+from typing import TYPE_CHECKING
+
+from ._lazy import attach
+
+if __name__ != "expvae":
+    raise ImportError(f"import this package as expvae, not as {__name__}: a second copy would have classes of its own")
+
+if TYPE_CHECKING:
+    from expvae._attention import PRESETS as PRESETS
+    from expvae._attention import Attention as Attention
+    from expvae._attention import Channels as Channels
+    from expvae._attention import Method as Method
+    from expvae._attention import Score as Score
+    from expvae._attention import TensorChoice as TensorChoice
+    from expvae._attention import attention as attention
+    from expvae._attention import upsample as upsample
+    from expvae._gradients import RMS_EPSILON as RMS_EPSILON
+    from expvae._gradients import Normaliser as Normaliser
+    from expvae._input_attention import gradient_times_input as gradient_times_input
+
+__getattr__, __all__ = attach(
+    __name__,
+    {
+        "_attention": ["PRESETS", "Attention", "Channels", "Method", "Score", "TensorChoice", "attention", "upsample"],
+        "_gradients": ["RMS_EPSILON", "Normaliser"],
+        "_input_attention": ["gradient_times_input"],
+    },
+)

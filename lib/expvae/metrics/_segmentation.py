@@ -1,0 +1,178 @@
+"""How well maps segment anomalies: measures over all thresholds, exact for pixels that fit in memory.
+
+A pixel counts as anomalous where score ≥ threshold, and the thresholds are the scores that occur. With TP, FP, FN and
+TN the numbers of pixels and P = TP + FN, N = FP + TN, at each threshold:
+
+    TPR = TP / P    FPR = FP / N    precision = TP / (TP + FP)    IoU = TP / (TP + FP + FN)
+
+A threshold chosen on the data that it is judged on, as "best" does, is an oracle: nobody has it before the test.
+For more pixels than fit in memory, and for intervals, see `expvae.metrics._streaming`.
+
+Suffixes: N images, Y X their pixels, K distinct scores or cells of neighbouring scores, in ascending order.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int64, Num, Shaped
+from scipy import ndimage
+
+from expvae.metrics._inputs import Array, Masks, WithoutMask, require_both_classes, with_masks
+
+FPR_LIMIT = 0.3  # of AUPRO
+GRID = np.arange(1, 100) / 100  # thresholds of the reports, as shares of the highest score
+
+
+@dataclass(frozen=True)
+class PixelMetrics:
+    """Measures of one set of pixels.
+
+    Attributes:
+        auroc: Area under TPR over FPR, Σ ΔFPR · (TPR + TPR′)/2; chance is 0.5.
+        average_precision: Σ ΔTPR · precision, as in scikit-learn; chance is P / (P + N).
+        fpr95: FPR at the highest threshold with TPR ≥ 0.95.
+        best_iou: Highest IoU of the anomalous pixels over all thresholds.
+        best_iou_threshold: The (highest) threshold that reaches it.
+        best_mean_iou: Highest mean of the IoU of the anomalous pixels and that of the normal ones,
+            ½ TP/(TP + FP + FN) + ½ TN/(TN + FP + FN). A map that flags next to nothing reaches nearly ½.
+        best_mean_iou_threshold: The (highest) threshold that reaches it.
+        grid_iou: Highest IoU over the reports' 99 thresholds i/100 · highest score, i = 1 … 99.
+        aupro: Area under the per-region overlap (the share of an 8-connected anomalous region that is flagged, averaged
+            over the regions of all images) over FPR, up to FPR = 0.3 and divided by 0.3 (Bergmann et al., IJCV 2021);
+            None where regions were not asked for.
+        iou: IoU at a threshold that was given; None without one.
+        mean_iou: Mean of both IoUs at a threshold that was given; None without one.
+    """
+
+    auroc: float
+    average_precision: float
+    fpr95: float
+    best_iou: float
+    best_iou_threshold: float
+    best_mean_iou: float
+    best_mean_iou_threshold: float
+    grid_iou: float
+    aupro: float | None
+    iou: float | None
+    mean_iou: float | None
+
+
+def exact(
+    score_NYX: Shaped[Array, "n ..."],
+    truth_NYX: Masks,
+    *,
+    regions: bool = False,
+    threshold: float | None = None,
+    without_mask: WithoutMask = "leave out",
+) -> PixelMetrics:
+    """All measures of the pixels of all images pooled; for numbers per image, call it with one image at a time.
+
+    Args:
+        score_NYX: Finite scores, higher for more anomalous; the first axis counts images, all others are pooled.
+        truth_NYX: Booleans of the same shape, True where anomalous; or one mask per image, None where there is none.
+        regions: Whether to compute AUPRO, which needs maps of shape [N, Y, X].
+        threshold: Threshold, such as one chosen on validation images, at which to compute the IoU as well. It is
+            rounded to the precision of the scores.
+        without_mask: What becomes of images without a mask: "leave out", or "normal" for all pixels normal.
+
+    Raises:
+        ValueError: If the shapes differ, a mask is not boolean, a score is NaN or infinite, or a class is missing.
+    """
+    score_NYX, truth_NYX, _ = with_masks(score_NYX, truth_NYX, without_mask)
+    # Thresholds take the type of the scores, which integers and half precision would spoil.
+    score_K, cell = np.unique(score_NYX.astype(np.result_type(score_NYX, np.float32)), return_inverse=True)
+    cell, truth = cell.ravel(), truth_NYX.ravel()
+    region_K = None
+    if regions:
+        region_K = np.bincount(cell[truth], weights=1 / region_sizes(truth_NYX), minlength=len(score_K))
+    return from_counts(
+        score_K,
+        np.bincount(cell[~truth], minlength=len(score_K)),
+        np.bincount(cell[truth], minlength=len(score_K)),
+        region_K,
+        threshold=threshold,
+    )
+
+
+def from_counts(
+    score_K: Shaped[np.ndarray, " k"],
+    negative_K: Num[np.ndarray, " k"],
+    positive_K: Num[np.ndarray, " k"],
+    region_K: Num[np.ndarray, " k"] | None = None,
+    *,
+    highest: float | None = None,
+    threshold: float | None = None,
+) -> PixelMetrics:
+    """All measures from the counts of both classes.
+
+    Exact where each cell holds one score. Where it holds several they count as equal, and as its lowest.
+
+    Args:
+        score_K: The lowest score of each cell, ascending.
+        negative_K: Number of normal pixels in each cell.
+        positive_K: Number of anomalous pixels in each cell.
+        region_K: Σ 1/size of the region over the anomalous pixels in each cell, in any unit; None for no AUPRO.
+        highest: The highest score, of which the reports' thresholds are shares; by default the last score.
+        threshold: Threshold at which to compute the IoU as well.
+
+    Raises:
+        ValueError: If a class is missing or the threshold is NaN.
+    """
+    occurs_K = (negative_K > 0) | (positive_K > 0)
+    score_K = score_K[occurs_K][::-1]  # from here on descending, as thresholds sweep from none to all flagged
+    negative_K, positive_K = negative_K[occurs_K][::-1], positive_K[occurs_K][::-1]
+    fp_K, tp_K = np.cumsum(negative_K, dtype=np.float64), np.cumsum(positive_K, dtype=np.float64)
+    require_both_classes(*(int(count_K[-1]) if count_K.size else 0 for count_K in (fp_K, tp_K)))
+    n, p = fp_K[-1], tp_K[-1]
+    union_K = p + fp_K
+    iou_K = tp_K / union_K
+    mean_iou_K = (iou_K + (n - fp_K) / (n + p - tp_K)) / 2
+    best, best_mean = int(iou_K.argmax()), int(mean_iou_K.argmax())
+
+    def flagged_from(threshold: float | Float[np.ndarray, " t"]) -> Int64[np.ndarray, "*t"]:
+        """How many cells, from the top, are at or above a threshold in the precision of the scores."""
+        with np.errstate(over="ignore"):  # beyond the type's range is beyond all scores
+            threshold = np.asarray(threshold).astype(score_K.dtype)
+        return np.asarray(len(score_K) - np.searchsorted(score_K[::-1], threshold))
+
+    if threshold is not None and np.isnan(threshold):
+        raise ValueError("threshold must be a number, got nan.")
+    grid = flagged_from(GRID * float(score_K[0] if highest is None else highest))
+    at = None if threshold is None else int(flagged_from(threshold))
+    return PixelMetrics(
+        auroc=float((positive_K * (n - fp_K + negative_K / 2)).sum() / (p * n)),
+        average_precision=float((positive_K * tp_K / (tp_K + fp_K)).sum() / p),
+        fpr95=float(fp_K[np.argmax(20 * tp_K >= 19 * p)] / n),  # 0.95 p would round
+        best_iou=float(iou_K[best]),
+        best_iou_threshold=float(score_K[best]),
+        best_mean_iou=float(mean_iou_K[best_mean]),
+        best_mean_iou_threshold=float(score_K[best_mean]),
+        grid_iou=float(np.where(grid > 0, iou_K[grid - 1], 0).max()),
+        aupro=None if region_K is None else _aupro(fp_K / n, region_K[occurs_K][::-1]),
+        iou=None if at is None else float(iou_K[at - 1]) if at else 0.0,
+        mean_iou=None if at is None else float(mean_iou_K[at - 1]) if at else float(n / (n + p) / 2),
+    )
+
+
+def region_sizes(truth_NYX: Bool[np.ndarray, "n ..."]) -> Int64[np.ndarray, " p"]:
+    """Size of the 8-connected region of its image that each anomalous pixel is in, in row-major order.
+
+    Raises:
+        ValueError: If the masks are not maps.
+    """
+    if truth_NYX.ndim != 3:
+        raise ValueError(f"regions need masks of shape [images, rows, columns], got {truth_NYX.shape}.")
+    within_image = np.zeros((3, 3, 3), dtype=bool)
+    within_image[1] = True
+    label_NYX, _ = ndimage.label(truth_NYX, structure=within_image)
+    label_P = label_NYX[truth_NYX]
+    return np.bincount(label_P)[label_P]
+
+
+def _aupro(fpr_K: Float[np.ndarray, " k"], region_K: Num[np.ndarray, " k"]) -> float:
+    overlap_K = np.cumsum(region_K, dtype=np.float64)
+    fpr_K, overlap_K = np.append(0, fpr_K), np.append(0, overlap_K / overlap_K[-1])
+    below_K = fpr_K <= FPR_LIMIT
+    fpr = np.append(fpr_K[below_K], FPR_LIMIT)
+    overlap = np.append(overlap_K[below_K], np.interp(FPR_LIMIT, fpr_K, overlap_K))
+    return float(np.trapezoid(overlap, fpr) / FPR_LIMIT)

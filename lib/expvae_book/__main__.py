@@ -1,0 +1,41 @@
+"""The command line: ``python -m expvae_book verify`` holds stored runs against the code as it is."""
+
+import argparse
+import sys
+
+from expvae_book import probes, provenance, runs
+
+
+def main() -> None:
+    """Verify every stored run that can be, and write into its record what came of it.
+
+    Raises:
+        SystemExit: With status 1 if a run differs.
+    """
+    parser = argparse.ArgumentParser(prog="python -m expvae_book", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    command = commands.add_parser("verify", help="ask the trained weights again for what the runs store of some images")
+    command.add_argument("chapters", nargs="*", metavar="chapter", help="whose runs; by default all")
+    asked = parser.parse_args().chapters
+    stored = runs.find()
+    known = dict.fromkeys(run.chapter for run in stored)
+    if unknown := [name for name in asked if name not in known]:
+        command.error(f"there is no stored run of {unknown[0]!r}; there are runs of: {', '.join(known) or 'none'}")
+    if provenance.commit()["dirty"]:
+        print("The code differs from its commit, which the records will name.", file=sys.stderr)
+    differing = 0
+    for run in stored:
+        if asked and run.chapter not in asked:
+            continue
+        try:
+            run = probes.verify(run)
+            said = f"{run.state}; greatest difference {run.record['verified']['difference']:.1e}"
+            differing += run.differs
+        except probes.CannotVerifyError as reason:
+            said = f"{run.state}; {reason}"
+        print(f"{run.label}: {said}", flush=True)
+    sys.exit(differing > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,446 @@
+"""How chapters run and are rendered: papermill executes them with checked parameters, Jupyter Book shows stored runs.
+
+A chapter is a MyST notebook (``book/<chapter>.md``). Its cell with the tag ``parameters`` declares one a line::
+
+    digit: int = 1  # 0 | 1 | 2 | 3; the inlier class
+    layer: str = "conv3"  # conv1 | conv2 | conv3
+    epochs: int = 100  # 1 or more; passes over the training images
+    learning_rate: float = 1e-3  # above 0; step size of Adam
+    note: str = ""  # ; free text goes behind the first semicolon
+
+The types are int, float, str and bool. Papermill imports this module for every notebook it runs, and every chapter
+imports it too, so what is slow to import (papermill, jupytext, torch) is imported by the function that needs it.
+"""
+
+import ast
+import io
+import math
+import re
+import shlex
+import tokenize
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import ExecutionResult
+    from nbformat import NotebookNode
+    from papermill.models import Parameter as PapermillParameter
+
+    from expvae_book.runs import Run
+
+BOOK = Path(__file__).resolve().parents[2] / "book"
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+# Papermill looks up the code that writes parameters by the notebook's language. Chapters are handed over under this
+# spelling, which nothing else uses, so that plain notebooks in the same process keep papermill's own "python".
+LANGUAGE = "Python"
+INJECTED_PATHS = {"PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH"}  # papermill --inject-paths
+
+Value = int | float | str | bool
+
+
+class ChapterError(click.ClickException, ValueError):
+    """A mistake in a chapter or in its parameters: one sentence on the command line, a ValueError in Python."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter that a chapter declares."""
+
+    name: str
+    kind: type
+    default: Value
+    constraint: str = ""  # as written: "0 | 1 | 2", "0 or more", "above 0" or nothing
+    choices: tuple[Value, ...] = ()
+    lowest: float = -math.inf
+    help: str = ""
+
+    def __str__(self) -> str:
+        """What a value must be, such as "a whole number: 0 or more"."""
+        return KINDS[self.kind] + (f": {self.constraint}" if self.constraint else "")
+
+    def value(self, given: object) -> Value:
+        """The given value in the parameter's type.
+
+        Text is parsed (``papermill -r`` passes nothing else). A whole number is turned back into text where text is
+        wanted, because ``papermill -p`` guesses types and makes a number of every text that looks like one.
+
+        Raises:
+            ValueError: If the value has another type, is not among the choices or is out of range.
+        """
+        value = _convert(given, self.kind)
+        if self.choices and value not in self.choices:
+            raise ValueError(f"{value!r} is not among the choices")
+        if isinstance(value, float | int):
+            excluded = self.constraint.startswith("above") and value == self.lowest
+            if value < self.lowest or excluded:
+                raise ValueError(f"{value!r} is out of range")
+        return value
+
+
+def declared(notebook: "NotebookNode", path: str) -> dict[str, Parameter]:
+    """The parameters that a chapter declares, by name; none where no cell has the tag ``parameters``.
+
+    Args:
+        notebook: The chapter.
+        path: The name that error messages give it.
+
+    Raises:
+        ChapterError: If a line of the cell is no declaration, or a default does not keep its own declaration.
+    """
+    cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    if not cells:
+        return {}
+    source = cells[0].source
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError as error:
+        raise ChapterError(f"{path}: the parameters cell is not valid Python: {error}.") from None
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    parameters = [
+        _declaration(statement, comments.get(statement.end_lineno or 0, ""), path) for statement in statements
+    ]
+    return {parameter.name: parameter for parameter in parameters}
+
+
+def check(parameters: Mapping[str, object], known: Mapping[str, Parameter], path: str) -> dict[str, Value]:
+    """The given parameters in the declared types.
+
+    Raises:
+        ChapterError: If the chapter declares no parameter of a given name, or a value breaks its declaration.
+    """
+    unknown = [name for name in parameters if name not in known]
+    if unknown:
+        valid = f"it has {', '.join(known)}" if known else "it has none"
+        raise ChapterError(f"{path} has no parameter {', '.join(map(repr, unknown))}; {valid}.")
+    checked = {}
+    for name, given in parameters.items():
+        try:
+            checked[name] = known[name].value(given)
+        except (ValueError, OverflowError):
+            raise ChapterError(f"{path}: {name} = {given!r} is not allowed; give {known[name]}.") from None
+    return checked
+
+
+class ChapterHandler:
+    """Lets papermill read chapters; registered under its entry-point group ``papermill.io`` by the path's beginning.
+
+    Files that are not Markdown go to papermill's own handler.
+    """
+
+    @staticmethod
+    def read(path: str) -> str:
+        """The file as the JSON of a notebook.
+
+        Reading a chapter also arranges that its parameters are checked when papermill writes them into the notebook,
+        which is before a kernel starts and before a file is written.
+
+        Raises:
+            ChapterError: If there is no such chapter, or its parameters cell is wrong.
+        """
+        if not path.endswith(".md"):
+            return _local_files().read(path)
+        from nbformat import writes
+        from papermill.translators import papermill_translators
+
+        try:
+            text = _local_files().read(path)
+        except FileNotFoundError:
+            raise ChapterError(f"There is no chapter {path}.") from None
+        notebook = _notebook(text, path)
+        notebook.metadata["language_info"] = {"name": LANGUAGE}
+        papermill_translators.register(LANGUAGE, _ParameterWriter(declared(notebook, path), path))
+        return writes(notebook)
+
+    @staticmethod
+    def write(text: str, path: str) -> None:
+        """Write an executed notebook.
+
+        Raises:
+            ChapterError: If the path is that of a chapter.
+        """
+        if path.endswith(".md"):
+            raise ChapterError(f"The executed notebook cannot be written to {path}: give a name that ends in .ipynb.")
+        _local_files().write(text, path)
+
+    @staticmethod
+    def listdir(path: str) -> list[str]:
+        """The files in a folder."""
+        return _local_files().listdir(path)
+
+    @staticmethod
+    def pretty_path(path: str) -> str:
+        """The path as papermill's log shows it."""
+        if path.endswith(".md"):
+            # Papermill calls this before it warns that a chapter's name does not end in .ipynb.
+            warnings.filterwarnings("ignore", re.escape(f"The specified file ({path}) does not end in one of"))
+        return path
+
+
+def run(chapter: str, parameters: Mapping[str, Value], compute: Callable[[], "Run"]) -> "Run | None":
+    """The run of a chapter: computed under papermill or Jupyter, only looked up while Jupyter Book renders.
+
+    While Jupyter Book renders, a missing run stops the page (see `stop_page`): the call has to be the last statement
+    of its cell. An outdated run is shown under a warning, and the first later cell that asks it for something that it
+    lacks stops the page. Every other error, and that of a run that is not outdated, fails the build.
+
+    Args:
+        chapter: The chapter's name, such as "mnist".
+        parameters: The parameters that tell its runs apart.
+        compute: Makes the run, stores it and returns it.
+
+    Returns:
+        The run, or None where the page has been stopped.
+    """
+    from expvae_book import runs
+
+    if not runs.reading():
+        return compute()
+    found = runs.load(chapter, dict(parameters))
+    again = f"```bash\n{command(chapter, parameters)}\n```"
+    if found is None:
+        wanted = ", ".join(f"{name} = {value}" for name, value in parameters.items())
+        stop_page(f"No stored run of this chapter with {wanted}. Make it with\n\n{again}")
+    elif found.outdated:
+        changed = "; ".join(found.outdated)
+        notice(f"This run is outdated: it was made by {changed}. Make it again with\n\n{again}", "warning")
+        _stop_where_lacking(f"The stored run lacks what this page shows from here on. Make it again with\n\n{again}")
+    return found
+
+
+def run_each(
+    chapter: str,
+    parameters: Mapping[str, Value],
+    name: str,
+    values: Sequence[Value],
+    compute: Callable[[dict[str, Value]], "Run | None"],
+) -> "dict[Value, Run | None]":
+    """One run for each value of a parameter, such as for each category of a data set; see `run_all`.
+
+    Args:
+        chapter: The chapter's name, such as "mvtec15".
+        parameters: The parameters that all runs share.
+        name: The parameter in which they differ, such as "category".
+        values: Its values.
+        compute: Makes and stores the run with the parameters given and returns it, or None where that cannot be done.
+    """
+    wanted = [{name: value, **parameters} for value in values]
+    found = run_all(chapter, wanted, lambda missing: map(compute, missing), told_by=[name])
+    return dict(zip(values, found, strict=True))
+
+
+def run_all(
+    chapter: str,
+    wanted: Sequence[Mapping[str, Value]],
+    compute: "Callable[[list[dict[str, Value]]], Iterable[Run | None]]",
+    told_by: Sequence[str] = (),
+) -> "list[Run | None]":
+    """The runs with each of several sets of parameters.
+
+    Under papermill or Jupyter a run that is stored already is taken as it is, unless it is outdated or was made from
+    other data than those at hand, so that a chapter that was killed goes on where it was; the others are computed.
+    While Jupyter Book renders they are only looked up. A run that is missing is None and stops the page only if all
+    are; outdated ones are named in a warning.
+
+    Args:
+        chapter: The chapter's name.
+        wanted: The parameters of each run.
+        compute: From the parameters of the missing runs to these runs, in this order, each stored when it is given out;
+            None for one that cannot be made.
+        told_by: The parameters by which notices name a run; by default those in which the runs differ.
+    """
+    from expvae_book import runs
+
+    found = [runs.load(chapter, one) for one in wanted]
+    if not runs.reading():
+        missing = [i for i, run in enumerate(found) if run is None or run.outdated or not run.of_data_at_hand]
+        made = compute([dict(wanted[place]) for place in missing]) if missing else []
+        for place, run in zip(missing, made, strict=True):
+            found[place] = run or found[place]  # an outdated run rather than none
+    told_by = told_by or [name for name, value in wanted[0].items() if any(one[name] != value for one in wanted)]
+    names = [", ".join(str(one[name]) for name in told_by) for one in wanted]
+    if runs.reading() and all(run is None for run in found):
+        stop_page(f"No stored run of this chapter for any {', '.join(told_by)} of {'; '.join(dict.fromkeys(names))}.")
+    old = {name: run.outdated for name, run in zip(names, found, strict=True) if run is not None and run.outdated}
+    if old:
+        listed = "; ".join(f"{name} ({', '.join(changed)})" for name, changed in old.items())
+        notice(f"These runs are outdated, because they were made by earlier protocols: {listed}.", "warning")
+        _stop_where_lacking("A stored run lacks what this page shows from here on. Run the chapter again.")
+    return found
+
+
+def command(chapter: str, parameters: Mapping[str, Value]) -> str:
+    """The command that makes a run, with the parameters that differ from the chapter's defaults."""
+    path = f"book/{chapter}.md"
+    known = declared(_notebook((BOOK / f"{chapter}.md").read_text(encoding="utf-8"), path), path)
+    words = ["papermill", path, "out.ipynb"]
+    for name, parameter in known.items():
+        if parameters.get(name, parameter.default) != parameter.default:
+            words += ["-p", name, str(parameters[name])]
+    return shlex.join(words)
+
+
+def notice(markdown: str, kind: str = "note") -> None:
+    """Show a note on the page: an admonition in the book, quoted text in Jupyter and in papermill's output.
+
+    Args:
+        markdown: The text; code fences in it have three backticks.
+        kind: The admonition, such as "note" or "warning".
+    """
+    from IPython.display import display
+
+    from expvae_book import runs
+
+    if runs.reading():
+        rendered = f"````{{{kind}}}\n{markdown}\n````"
+    else:
+        rendered = "\n".join(f"> {line}" for line in markdown.splitlines())
+    display({"text/markdown": rendered, "text/plain": markdown}, raw=True)
+
+
+def stop_page(markdown: str) -> None:
+    """Show a notice and let all later code cells of this page do nothing, without an error.
+
+    The rest of the cell that calls it still runs.
+    """
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    if shell is None:
+        raise RuntimeError("stop_page stops the cells of a notebook and has to be called in one")
+    notice(markdown, "warning")
+    shell.input_transformers_cleanup.append(lambda lines: [])
+
+
+@dataclass(frozen=True)
+class _ParameterWriter:
+    """Stands in for papermill's translator of parameters to Python, for one chapter."""
+
+    known: dict[str, Parameter]
+    path: str
+
+    def inspect(self, cell: "NotebookNode") -> list["PapermillParameter"]:
+        """The declared parameters, for papermill --help-notebook."""
+        from papermill.models import Parameter as PapermillParameter
+
+        return [
+            PapermillParameter(name, p.kind.__name__, repr(p.default), "; ".join(filter(None, (p.constraint, p.help))))
+            for name, p in self.known.items()
+        ]
+
+    def codify(self, parameters: dict[str, Any], comment: str = "Parameters") -> str:
+        """The source of the cell that sets the checked parameters."""
+        from papermill.translators import PythonTranslator
+
+        paths = {name: value for name, value in parameters.items() if name in INJECTED_PATHS}
+        given = {name: value for name, value in parameters.items() if name not in paths}
+        return PythonTranslator.codify(paths | check(given, self.known, self.path), comment)
+
+
+def _stop_where_lacking(markdown: str) -> None:
+    """Let the first later cell that asks a run for something it lacks stop the page, without an error.
+
+    Outside a notebook there is no page to stop, and nothing is changed.
+    """
+    from IPython import get_ipython
+
+    lacking = (KeyError, FileNotFoundError)  # what `expvae_book.runs` raises
+    shell = get_ipython()
+    if shell is None:
+        return
+
+    def stop(
+        _shell: object, _kind: object, _error: object, _traceback: object, tb_offset: int | None = None
+    ) -> list[str]:
+        stop_page(markdown)
+        return []
+
+    def forget(result: "ExecutionResult | None") -> None:
+        if result is not None and isinstance(result.error_in_exec, lacking):
+            result.error_in_exec = None  # the kernel would report it, although the notice has answered it
+
+    shell.set_custom_exc(lacking, stop)
+    shell.events.register("post_run_cell", forget)
+
+
+def _local_files() -> Any:
+    # Papermill's own handler and not a new one: papermill tells it in which folder relative paths begin.
+    from papermill.iorw import papermill_io
+
+    return papermill_io.get_handler("local")
+
+
+def _notebook(text: str, path: str) -> "NotebookNode":
+    import jupytext
+    from jupytext.myst import MystMetadataParsingError
+    from myst_nb.core.read import is_myst_markdown_notebook
+    from yaml import YAMLError
+
+    try:
+        if not is_myst_markdown_notebook(text):
+            raise ChapterError(f"{path} is not a chapter that can be run: its top does not say that it is a notebook.")
+        notebook = jupytext.reads(text, fmt="md:myst")
+    except (MystMetadataParsingError, YAMLError) as error:
+        raise ChapterError(f"{path} cannot be read as a MyST notebook: {' '.join(str(error).split())}.") from None
+    if "kernelspec" not in notebook.metadata:
+        raise ChapterError(f"{path} is not a chapter that can be run: its top names no kernelspec.")
+    return notebook
+
+
+def _declaration(statement: ast.stmt, comment: str, path: str) -> Parameter:
+    line = ast.unparse(statement)
+    kinds = {kind.__name__: kind for kind in KINDS}
+    match statement:
+        case ast.AnnAssign(target=ast.Name(id=name), annotation=ast.Name(id=kind_name), value=ast.expr() as value) if (
+            kind_name in kinds
+        ):
+            kind = kinds[kind_name]
+        case _:
+            raise ChapterError(f"{path}: {line!r} in the parameters cell must read 'name: int|float|str|bool = value'.")
+    constraint, _, text = (part.strip() for part in comment.partition(";"))
+    bound = re.fullmatch(r"above (\S+)|(\S+) or more", constraint) if kind in (int, float) else None
+    try:
+        choices = tuple(_convert(choice.strip(), kind) for choice in constraint.split("|")) if "|" in constraint else ()
+        lowest = float(bound[1] or bound[2]) if bound else -math.inf
+    except ValueError:
+        choices, bound = (), None
+    if constraint and not (choices or bound):
+        raise ChapterError(
+            f"{path}: the comment {comment!r} on {name} must begin with 'a | b | c' in the parameter's type, "
+            "with 'N or more' or 'above N' for a number, or with a semicolon."
+        )
+    try:
+        default = ast.literal_eval(value)
+    except ValueError:
+        raise ChapterError(f"{path}: the default of {name} must be written out, not computed: {line!r}.") from None
+    parameter = Parameter(name, kind, default, constraint, choices, lowest, text)
+    try:
+        kept = isinstance(default, (int, float) if kind is float else kind) and parameter.value(default) == default
+    except (ValueError, OverflowError):
+        kept = False
+    if not kept:
+        raise ChapterError(f"{path}: the default of {name} must be {parameter}: {line!r}.")
+    return parameter
+
+
+def _convert(given: object, kind: type) -> Value:
+    text = given.strip() if isinstance(given, str) else None
+    whole = isinstance(given, Integral) and not isinstance(given, bool)
+    if kind is bool and (isinstance(given, bool) or text in ("True", "true", "False", "false")):
+        return given if isinstance(given, bool) else text in ("True", "true")
+    # Papermill makes numbers of `-p gammas 10` and `-p lambdas 0.5`, whatever the parameter is.
+    if kind is str and (whole or isinstance(given, str) or (isinstance(given, float) and math.isfinite(given))):
+        return str(given)
+    if kind is int and (whole or (text is not None and re.fullmatch(r"[+-]?[0-9]+", text))):
+        return int(given)
+    if kind is float and (text is not None or (isinstance(given, Real) and not isinstance(given, bool))):
+        number = float(given)
+        if math.isfinite(number):
+            return number
+    raise ValueError(f"{given!r} is no {kind.__name__}")

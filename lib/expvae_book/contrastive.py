@@ -1,0 +1,443 @@
+"""Contrastive divergence: training of one restricted Boltzmann machine, and of a stack from the bottom up.
+
+The gradient of the log-likelihood is a difference between the data and the model,
+
+    ∂ log p(v)/∂θ = -∂F(v)/∂θ + E_model[∂F(v)/∂θ],
+
+and the mean over the model is estimated by samples of visible units after k steps of Gibbs sampling: CD-k starts them
+at the data (Hinton 2002), persistent CD where the last step left them (Tieleman 2008). As ∂F/∂θ has the means of the
+hidden units in it, these stand in both halves of the gradient; the chains themselves are samples, of hidden and of
+visible units (Hinton 2010, Section 3, but for its advice to put the means of visible units into a chain, which then
+has another stationary distribution).
+
+Everything lies on the device of the model, chains and noise included. All randomness of a training comes from one
+generator on that device, whose state is part of every checkpoint.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from jaxtyping import Float, Int64, UInt8
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+from expvae.models import ConvRBM, Machine, Stack, hard, in_units, one_bit_pseudo_log_likelihood, visible_values
+from expvae_book import protocols, provenance, weights
+from expvae_book.recipes import RBMRecipe
+from expvae_book.training import TrainingDivergedError, build, read_tensors, write_tensors
+
+VALIDATION_BATCH = 512
+STEPS_PER_REPORT = 20  # reading the loss waits for the device, so the bar and the check for NaN do it rarely
+MEAN_BOUND = 0.01  # means of units are kept so far from off and on where biases start from them
+# Log-odds at which the hidden biases of a convolutional machine start. Most windows see nothing but black; units whose
+# mean is zero there let what the machine above is given tell of ink alone. For binary units it is the start that Hinton
+# (2010, Section 8) names for sparsity, which a machine with so many hidden units needs (Lee et al. 2009).
+FILTER_LOG_ODDS = {"binary": -4.0, "spin": 0.0}
+Images = UInt8[Tensor, "..."] | Float[Tensor, "..."]
+
+
+@dataclass
+class History:
+    """What a training run measured, one entry per epoch, in nats per image.
+
+    Attributes:
+        pseudo_likelihood: Pseudo-log-likelihood of the held-out images, estimated from one unit of each image, the
+            same at every epoch.
+        free_energy_gap: Mean free energy of the held-out images less that of as many training images; it rises where
+            the machine learns the training images by heart (Hinton 2010, Section 6).
+        seconds: Time spent training so far, without validation and without what a killed run lost.
+        images: Images seen so far.
+    """
+
+    pseudo_likelihood: list[float] = field(default_factory=list)
+    free_energy_gap: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    images: int = 0
+
+
+@torch.no_grad()
+def add_contrast(
+    total: dict[str, Tensor],
+    model: Machine,
+    v: Float[Tensor, "b ..."],
+    chain: Float[Tensor, "n ..."] | None,
+    steps: int,
+    generator: torch.Generator,
+) -> Float[Tensor, "n ..."] | None:
+    """Add an estimate of the gradient of the mean log-likelihood: slopes at the data less those at samples.
+
+    Args:
+        total: What it is added to, in place, for each parameter by name.
+        model: The machine.
+        v: Visible units of the data.
+        chain: Hidden units that the samples start from; None to draw them from the data (CD).
+        steps: Steps of Gibbs sampling.
+        generator: Source of the samples.
+
+    Returns:
+        The hidden units that the chains end with; None for CD.
+    """
+    fields = model.hidden_fields(v)
+    model.add_slopes(total, v, model.activate(fields), 1.0)
+    h = chain
+    for step in range(steps):
+        if chain is None or step > 0:
+            h = _hidden_sample(model, fields, generator)
+        sample = in_units(hard(model.visible_logits(h), generator), model.units)
+        fields = model.hidden_fields(sample)
+    model.add_slopes(total, sample, model.activate(fields), -1.0)
+    return None if chain is None else _hidden_sample(model, fields, generator)
+
+
+def _hidden_sample(model: Machine, fields: Tensor, generator: torch.Generator) -> Tensor:
+    return in_units(hard(model.step * fields, generator), model.units)
+
+
+@torch.no_grad()
+def start_biases(model: Machine, images: Images) -> None:
+    """Set the visible biases to the log-odds of the mean image, or of the mean pixel where pixels share a bias.
+
+    A machine then begins with the right mean, and its hidden units with what is left to learn (Hinton 2010, Section 8).
+    The biases of filters are set to FILTER_LOG_ODDS, those of other hidden units to zero.
+
+    Args:
+        model: The machine; its weights stay as they are.
+        images: Training images, as for `train`.
+    """
+    sums = sum(_visible(model, part).sum(0).cpu().double() for part in images.split(VALIDATION_BATCH))
+    mean = (sums / len(images)).reshape(len(model.visible_bias), -1).mean(1)
+    p = mean if model.units == "binary" else (mean + 1) / 2
+    model.visible_bias.copy_(p.clamp(MEAN_BOUND, 1 - MEAN_BOUND).logit() / model.step)
+    model.hidden_bias.fill_(FILTER_LOG_ODDS[model.units] / model.step if isinstance(model, ConvRBM) else 0.0)
+
+
+@torch.no_grad()
+def validate(model: Machine, train: Images, validation: Images, seed: int = 0) -> tuple[float, float]:
+    """One-bit pseudo-log-likelihood of held-out images, and their free energy less that of as many training images.
+
+    Args:
+        model: The machine.
+        train: Training images, the first of which are compared.
+        validation: Held-out images.
+        seed: Fixes the units that are flipped.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    unit_N = torch.randint(validation[0].numel(), (len(validation),), generator=generator).to(validation.device)
+    likelihoods, held_out, seen = [], [], []
+    for first in range(0, len(validation), VALIDATION_BATCH):
+        part = slice(first, first + VALIDATION_BATCH)
+        v = _visible(model, validation[part])
+        likelihoods.append(one_bit_pseudo_log_likelihood(model, v, unit_N[part]))
+        held_out.append(model.free_energy(v))
+    for some in train[: len(validation)].split(VALIDATION_BATCH):
+        seen.append(model.free_energy(_visible(model, some)))
+    likelihood, held_out, seen = (
+        torch.cat(parts).cpu().double().mean().item() for parts in (likelihoods, held_out, seen)
+    )
+    return likelihood, held_out - seen
+
+
+def train(
+    model: Machine,
+    train: Images,
+    validation: Images,
+    recipe: RBMRecipe,
+    *,
+    epochs: int,
+    seed: int,
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    progress: bool = True,
+) -> History:
+    """Train a machine by contrastive divergence, in place, on the device where it is.
+
+    Every epoch visits each training image once in a new random order; the last batch may be smaller. Where
+    `checkpoint` names a file, training starts from what is stored there, and writes to it at least every
+    `checkpoint_seconds` and at the end: a run that was killed and started again ends with the weights, bit for bit on
+    the CPU, of one that was not. The file must have been written by a call with the same model, data, recipe, epochs
+    and seed.
+
+    Args:
+        model: The machine.
+        train: Training images, as bytes (see expvae.models.visible_values) or as floats that are visible units.
+        validation: Held-out images, of the training split, that are only measured.
+        recipe: Hyper-parameters; its own number of epochs is not read.
+        epochs: Passes over the training images.
+        seed: Fixes order and samples.
+        checkpoint: A safetensors file, or None to keep nothing.
+        checkpoint_seconds: Time between two checkpoints.
+        progress: Show a bar with the pseudo-likelihood of held-out images and remaining time.
+
+    Raises:
+        TrainingDivergedError: If a weight stops being finite; the checkpoint is the last good one.
+        ValueError: If the checkpoint is damaged or of a training with another number of steps.
+    """
+    device = model.weight.device
+    train, validation = train.to(device), validation.to(device)
+    count = len(train)
+    steps_per_epoch = -(-count // recipe.batch_size)
+    total = epochs * steps_per_epoch
+    generator = torch.Generator(device).manual_seed(seed)
+    if checkpoint is not None and checkpoint.exists():
+        state = _load(checkpoint, model, generator)
+        if state.total != total:
+            raise ValueError(
+                f"{checkpoint} is of a training of {state.total} steps, not of the {total} of epochs={epochs}"
+            )
+    else:
+        state = _started(model, count, total, recipe, generator)
+    history = state.history
+
+    written = time.monotonic()
+    with tqdm(
+        total=total, initial=state.step, unit="step", disable=not progress, mininterval=2, dynamic_ncols=True
+    ) as bar:
+        while state.step < total:
+            started = time.monotonic()
+            epoch, step_in_epoch = divmod(state.step, steps_per_epoch)
+            first = step_in_epoch * recipe.batch_size
+            v = _visible(model, train[state.order_N[first : first + recipe.batch_size]])
+
+            for name, velocity in state.velocity.items():
+                velocity.mul_(recipe.momentum)
+                if name == "weight" and recipe.weight_decay:
+                    velocity.sub_(model.weight.detach(), alpha=recipe.weight_decay / model.rates["weight"])
+            state.chain = add_contrast(state.velocity, model, v, state.chain, recipe.steps, generator)
+            rate = recipe.learning_rate * (1 - state.step / total if recipe.decay else 1.0)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.add_(state.velocity[name], alpha=rate * model.rates[name])
+
+            state.step += 1
+            history.images += len(v)
+            epoch_ends = state.step % steps_per_epoch == 0
+            if epoch_ends or state.step % STEPS_PER_REPORT == 0:
+                _require_finite(model, epoch, checkpoint)
+            history.seconds += time.monotonic() - started
+            if epoch_ends:
+                likelihood, gap = validate(model, train, validation)
+                history.pseudo_likelihood.append(likelihood)
+                history.free_energy_gap.append(gap)
+                state.order_N = torch.randperm(count, generator=generator, device=device)
+                bar.set_postfix_str(f"epoch {epoch + 1}/{epochs}, pseudo-likelihood {likelihood:.1f} nats/image", False)
+            bar.update()
+            if checkpoint is not None and (state.step == total or time.monotonic() - written >= checkpoint_seconds):
+                _require_finite(model, epoch, checkpoint)
+                _save(checkpoint, model, generator, state)
+                written = time.monotonic()
+    return history
+
+
+def train_stack(
+    stack: Stack,
+    train_NCYX: UInt8[Tensor, "n c y x"],
+    validation_NCYX: UInt8[Tensor, "m c y x"],
+    recipe: RBMRecipe,
+    *,
+    epochs: int,
+    seed: int,
+    folder: Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    progress: bool = True,
+) -> list[History]:
+    """Train the machines of a stack one after the other, from the bottom up, in place.
+
+    The images of each machine are the means of the hidden units of the one below, computed once, when that one is
+    trained (Hinton & Salakhutdinov 2006); they are what `Stack.encode` passes up as well. Its visible biases start at
+    their mean, see `start_biases`.
+
+    Args:
+        stack: The stack, on the device that is to train.
+        train_NCYX: Training images.
+        validation_NCYX: Held-out images, of the training split, that are only measured.
+        recipe: Hyper-parameters of every machine; its own number of epochs is not read.
+        epochs: Passes over the training images for every machine.
+        seed: Fixes order and samples.
+        folder: Where each machine keeps a checkpoint, layer0.safetensors and so on, or None to keep nothing. Machines
+            whose training is complete there are only read. See `train` for what is asked of them.
+        checkpoint_seconds: Time between two checkpoints.
+        progress: Show a bar for each machine.
+
+    Returns:
+        What the training of each machine measured.
+
+    Raises:
+        TrainingDivergedError: If a weight stops being finite.
+        ValueError: If a checkpoint is damaged or of a training with another number of steps.
+    """
+    device = next(stack.parameters()).device
+    given: list[Tensor] = [train_NCYX.to(device), validation_NCYX.to(device)]
+    histories = []
+    for index, layer in enumerate(stack.layers):
+        start_biases(layer, given[0])
+        histories.append(
+            train(
+                layer,
+                *given,
+                recipe,
+                epochs=epochs,
+                seed=seed,
+                checkpoint=None if folder is None else folder / f"layer{index}.safetensors",
+                checkpoint_seconds=checkpoint_seconds,
+                progress=progress,
+            )
+        )
+        if index + 1 < len(stack.layers):
+            given = [_means(layer, images) for images in given]
+    return histories
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained stack and how it came about.
+
+    Attributes:
+        model: The stack, on the device asked for.
+        histories: What the training of each machine measured, from the bottom up.
+        key: Digest of everything that determines the weights.
+        file: Name of their folder in the cache.
+    """
+
+    model: Stack
+    histories: list[History]
+    key: str
+    file: str
+
+
+def trained(
+    make: Callable[[], Stack],
+    train_NCYX: UInt8[Tensor, "n c y x"],
+    validation_NCYX: UInt8[Tensor, "m c y x"],
+    recipe: RBMRecipe,
+    *,
+    epochs: int,
+    seed: int,
+    device: torch.device,
+    progress: bool = True,
+) -> Trained:
+    """Train a stack, or read its machines from the cache as far as the same training has been done.
+
+    See expvae_book.weights for the cache.
+
+    Two processes that ask for the same stack at once train it once: the second waits for the first.
+
+    Args:
+        make: Builds the untrained stack.
+        train_NCYX: Training images.
+        validation_NCYX: Held-out images of the training split.
+        recipe: Hyper-parameters of every machine; its own number of epochs is not read.
+        epochs: Passes over the training images for every machine.
+        seed: Fixes initial weights, order and samples.
+        device: Where to train, and where the stack is afterwards.
+        progress: Show a bar for each machine.
+
+    Raises:
+        TrainingDivergedError: If a weight stops being finite.
+        ValueError: If a file of the cache is damaged.
+    """
+    stack = build(make, seed).to(device)
+    hyper_parameters = dataclasses.asdict(recipe)
+    del hyper_parameters["source"], hyper_parameters["epochs"]
+    determinants = {
+        "stack": repr(stack),
+        "recipe": hyper_parameters,
+        "epochs": epochs,
+        "seed": seed,
+        "train": provenance.tensor_digest(train_NCYX),
+        "validation": provenance.tensor_digest(validation_NCYX),
+        "protocols": protocols.versions(protocols.RBM),
+    }
+    key = hashlib.sha256(json.dumps(determinants, sort_keys=True).encode()).hexdigest()
+    folder = weights.folder() / f"Stack-{key[:20]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        for half_written in folder.glob("*.tmp"):  # by a process that was killed
+            half_written.unlink()
+        histories = train_stack(
+            stack, train_NCYX, validation_NCYX, recipe, epochs=epochs, seed=seed, folder=folder, progress=progress
+        )
+    return Trained(stack.eval(), histories, key, folder.name)
+
+
+@dataclass
+class _State:
+    """Where a training run stands, beside the weights and the generator."""
+
+    total: int
+    order_N: Int64[Tensor, " n"]
+    velocity: dict[str, Tensor]
+    chain: Tensor | None
+    step: int = 0
+    history: History = field(default_factory=History)
+
+
+def _visible(model: Machine, images: Images) -> Tensor:
+    values = visible_values(images, model.units) if images.dtype == torch.uint8 else images
+    return values.reshape(-1, *model.visible_shape)
+
+
+@torch.no_grad()
+def _means(model: Machine, images: Images) -> Tensor:
+    """Means of the hidden units given the images."""
+    return torch.cat([model.activate(model(_visible(model, part))) for part in images.split(VALIDATION_BATCH)])
+
+
+def _started(model: Machine, count: int, total: int, recipe: RBMRecipe, generator: torch.Generator) -> _State:
+    device = model.weight.device
+    chain = None
+    if recipe.persistent:
+        # Without hidden units, the first samples are drawn from the visible biases alone.
+        chain = torch.zeros(recipe.batch_size, *model.hidden_shape, dtype=model.weight.dtype, device=device)
+    return _State(
+        total=total,
+        order_N=torch.randperm(count, generator=generator, device=device),
+        velocity={name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()},
+        chain=chain,
+    )
+
+
+def _require_finite(model: Machine, epoch: int, checkpoint: Path | None) -> None:
+    if all(bool(parameter.detach().sum().isfinite()) for parameter in model.parameters()):
+        return
+    kept = f"; the last good checkpoint is {checkpoint}" if checkpoint is not None and checkpoint.exists() else ""
+    raise TrainingDivergedError(f"a weight is no longer finite in epoch {epoch + 1}: try a smaller learning_rate{kept}")
+
+
+def _save(path: Path, model: Machine, generator: torch.Generator, state: _State) -> None:
+    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
+    tensors |= {f"velocity/{name}": value for name, value in state.velocity.items()}
+    tensors |= {"generator": generator.get_state(), "order": state.order_N}
+    tensors |= {} if state.chain is None else {"chain": state.chain}
+    described = {"step": str(state.step), "total": str(state.total), "history": json.dumps(vars(state.history))}
+    write_tensors(path, tensors, described)
+
+
+def _load(path: Path, model: Machine, generator: torch.Generator) -> _State:
+    try:
+        tensors, metadata = read_tensors(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
+    device = model.weight.device
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "velocity": {}}
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        if kind in parts:
+            parts[kind][name] = value.to(device)
+    model.load_state_dict(parts["model"])
+    generator.set_state(tensors["generator"])
+    return _State(
+        total=int(metadata["total"]),
+        order_N=tensors["order"].to(device),
+        velocity=parts["velocity"],
+        chain=tensors["chain"].to(device) if "chain" in tensors else None,
+        step=int(metadata["step"]),
+        history=History(**json.loads(metadata["history"])),
+    )

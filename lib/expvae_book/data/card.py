@@ -1,0 +1,174 @@
+"""The data card: what is on disk of a data set, in one record that travels with every result."""
+
+import hashlib
+import math
+import zipfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from expvae_book.data.catalogue import Source
+
+KINDS = ("complete", "partial", "rendered", "sample")
+IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class DataCard:
+    """What a result was computed from.
+
+    Attributes:
+        name: Data set, as in the catalogue.
+        kind: "complete" (the official release), "partial" (less than it, or altered), "rendered" (every image of it,
+            drawn anew from its factors), "sample" (embedded, generated).
+        counts: How much there is, by part: images of a split, masks, clips.
+        official: The same counts of the official release.
+        digest: SHA-256 of the data (hexadecimal).
+        licence: Licence.
+        credit: One line for figure captions.
+        note: Text of the NOTE.txt beside the data, or what there is to say about it.
+    """
+
+    name: str
+    kind: str
+    counts: dict[str, int]
+    official: dict[str, int]
+    digest: str
+    licence: str
+    credit: str
+    note: str = ""
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"kind of a data card must be one of {', '.join(KINDS)}; got {self.kind!r}")
+
+    @property
+    def mark(self) -> str:
+        """What tables set beside a number: nothing for complete data, otherwise the kind.
+
+        Partial data are marked "partial, re-encoded" where the note beside them says that they are re-encoded.
+        """
+        if self.kind == "complete":
+            return ""
+        return f"{self.kind}, re-encoded" if self.kind == "partial" and "re-encoded" in self.note else self.kind
+
+    @property
+    def generated(self) -> bool:
+        """Whether the data were made by this book instead of read from files of the data set."""
+        return self.kind in ("rendered", "sample")
+
+    def to_dict(self) -> dict[str, str | dict[str, int]]:
+        """The card as plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, str | dict[str, int]]) -> "DataCard":
+        """The card that `to_dict` wrote.
+
+        Raises:
+            ValueError: If an entry is missing or unknown.
+        """
+        names = {field.name for field in fields(cls)}
+        if values.keys() != names:
+            wrong = ", ".join(sorted(values.keys() ^ names))
+            raise ValueError(f"a data card holds {', '.join(sorted(names))}; missing or unknown: {wrong}")
+        return cls(**values)
+
+
+def survey(source: Source, root: Path) -> DataCard | None:
+    """Look at what is there of a data set.
+
+    It is complete where every split has its official count and every file with a published checksum has that checksum.
+    The digest is the one that `sha256sum FILES | sha256sum` prints for the files of all splits, in the order of their
+    names, inside the source's folder.
+
+    Args:
+        source: Entry of the catalogue.
+        root: Data root.
+
+    Returns:
+        The card, or None where nothing is there.
+
+    Raises:
+        ValueError: If a file is damaged; the message names it.
+    """
+    folder = root / source.folder
+    counted = {split: _count(folder, pattern) for split, pattern in source.patterns.items()}
+    counts = {split: sum(images.values()) for split, images in counted.items()}
+    files = {path for images in counted.values() for path in images}
+    files |= {folder / name for name in source.checksums if (folder / name).is_file()}
+    if not files:
+        return None
+    hashes = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+    listing = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
+    altered = [name for name, digest in source.checksums.items() if hashes.get(name) != digest]
+    note_file = folder / "NOTE.txt"
+    note = note_file.read_text(encoding="utf-8").strip() if note_file.is_file() else ""
+    if altered and counts == source.official:
+        note = (
+            f"{note}\nThe counts are official, but these files differ from the release: {', '.join(altered)}.".strip()
+        )
+    return DataCard(
+        name=source.name,
+        kind="complete" if counts == source.official and not altered else "partial",
+        counts=counts,
+        official=dict(source.official),
+        digest=hashlib.sha256(listing.encode()).hexdigest(),
+        licence=source.licence,
+        credit=source.credit,
+        note=note,
+    )
+
+
+def idx_shape(path: Path) -> tuple[int, ...]:
+    """Shape of the array of bytes in an idx file (the format of MNIST), checked against the length of the file.
+
+    Raises:
+        ValueError: If the file is truncated or is no such file.
+    """
+    with path.open("rb") as file:
+        magic = file.read(4)
+        # The third byte is the type (8 is unsigned bytes), the fourth the number of dimensions.
+        dims = magic[3] if len(magic) == 4 and magic.startswith(b"\0\0\x08") else 0
+        header = file.read(4 * dims)
+    shape = tuple(int.from_bytes(header[i : i + 4], "big") for i in range(0, len(header), 4))
+    size = path.stat().st_size
+    if dims == 0 or len(header) != 4 * dims or size != 4 + len(header) + math.prod(shape):
+        raise ValueError(
+            f"{path} is truncated or damaged (its {size} bytes do not fit its header); "
+            "`python -m expvae_book.data fetch mnist` replaces it"
+        )
+    return shape
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file (hexadecimal)."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _count(folder: Path, pattern: str) -> dict[Path, int]:
+    """The files that match, each with the number of images in it; files without images are left out."""
+    numbers = {path: _images_in(path) for path in folder.glob(pattern) if path.is_file()}
+    return {path: number for path, number in numbers.items() if number}
+
+
+def _images_in(path: Path) -> int:
+    if path.name.endswith("-ubyte"):
+        return idx_shape(path)[0]
+    if path.suffix == ".npz":
+        return _npz_length(path)
+    return int(path.suffix.lower() in IMAGES and not path.name.startswith("."))
+
+
+def _npz_length(path: Path) -> int:
+    # Only the header is read: the images of dSprites would take three gigabytes.
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("imgs.npy") as file:
+            np.lib.format.read_magic(file)
+            return np.lib.format.read_array_header_1_0(file)[0][0]
+    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path} is truncated or damaged ({error}); `python -m expvae_book.data fetch dsprites` replaces it"
+        ) from error

@@ -1,0 +1,279 @@
+"""dSprites: one white square, ellipse or heart per image, for every combination of its factors; the file or drawn.
+
+Known of the release, and true of the drawn sprites as well: the factors, their values and their order; every pixel is
+0 or 1; the orientations are ``linspace(0, 2π, 40)`` with both ends, so that the first and the last are the same
+picture (39 different ones, a step of 2π/39; not 40 in [0, 2π)); steps were chosen to change the picture. Its author
+drew a rectangle, an ellipse and a mesh with LÖVE (issue 2 of the release's repository); public code that says to copy
+the heart from there has x = 16 sin³t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t. The package disent measured the
+mean of all pixels, 0.042494, and the mean over images of their standard deviation, 0.195166; the drawn sprites are
+within a thousandth of either.
+
+Chosen, because nothing at hand tells it: the sizes at scale 1 below. The two means leave a family of them; the member
+taken has an ellipse twice as long as wide and shapes that fill much the same circle. Neighbouring positions are one
+pixel apart, from pixel 16 to pixel 47. At orientation 0 the ellipse lies and the heart stands on its tip; orientation
+turns them clockwise about the middle of their extent.
+
+Not known: how far all this is from the release, pixel by pixel. `closeness` measures it where the file is.
+"""
+
+import hashlib
+import shlex
+import sys
+import zipfile
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float64, Int64, UInt8
+from torch import Tensor
+
+import expvae_book.data
+from expvae_book.data import catalogue
+from expvae_book.data.card import DataCard, survey
+
+DATA = ("auto", "real", "sample")
+FACTORS = ("colour", "shape", "scale", "orientation", "x", "y")
+SIZES = (1, 3, 6, 40, 32, 32)
+COUNT = 737_280
+SHAPES = ("square", "ellipse", "heart")
+SIDE = 64
+VALUES = {
+    "colour": (1.0,),
+    "shape": (1.0, 2.0, 3.0),
+    "scale": tuple(np.linspace(0.5, 1, 6).tolist()),
+    "orientation": tuple(np.linspace(0, 2 * np.pi, 40).tolist()),
+    "x": tuple(np.linspace(0, 1, 32).tolist()),
+    "y": tuple(np.linspace(0, 1, 32).tolist()),
+}
+SAMPLE_NOTE = (
+    "Not the release: every sprite is drawn from its factors, which have the release's values and order. The sizes of "
+    "the shapes are chosen to give the release's mean and standard deviation of pixels; aspect, first position and "
+    "the step between positions, one pixel, are guesses."
+)
+
+# Of the drawn sprites at scale 1, in pixels.
+SQUARE = 18.1  # side
+ELLIPSE = 23.4  # long axis, twice the short one
+HEART = 24.8  # width
+CENTRE = (0.4, 0.2)  # in its pixel, right and down of the middle: so no two orientations are the same picture
+
+REACH = 16  # pixels from a sprite's centre to where it certainly ends, and from the border to the first centre
+STEPS = 31  # pixels between the first and the last position
+CANVAS = SIDE + STEPS
+HEART_MIDDLE = -2.54  # of the heart's height, in units of its curve
+CHUNK = 8192  # images unpacked at a time: 32 MiB
+
+
+@dataclass(frozen=True)
+class Sprites:
+    """All images, in little memory and on one device.
+
+    Attributes:
+        pixels: Of the release every image as 4096 bits, eight to a byte and the first one the highest; of drawn sprites
+            each shape, scale and orientation once, in the middle of a canvas in which the image is a window.
+        card: What they are.
+    """
+
+    pixels: UInt8[Tensor, "n 512"] | UInt8[Tensor, "720 95 95"]
+    card: DataCard
+
+    def __len__(self) -> int:
+        return COUNT if self.pixels.ndim == 3 else len(self.pixels)
+
+    def images(self, index_B: Int64[Tensor, " b"]) -> UInt8[Tensor, "b 1 64 64"]:
+        """The images of these numbers, 0 or 1, on the device of the sprites.
+
+        Args:
+            index_B: From 0 on; numbers below 0 count from the end. Not checked here, which would make a GPU wait:
+                a number beyond the end is PyTorch's IndexError on a CPU and its device-side assertion on a GPU.
+        """
+        index_B = index_B.to(self.pixels.device)
+        if self.pixels.ndim == 2:
+            bit = torch.arange(7, -1, -1, dtype=torch.uint8, device=index_B.device)
+            return (self.pixels[index_B, :, None] >> bit & 1).view(-1, 1, SIDE, SIDE)
+        windows = self.pixels.unfold(1, SIDE, 1).unfold(2, SIDE, 1)
+        # The window moves up and left for the sprite to move down and right.
+        top_B, left_B = STEPS - index_B % 32, STEPS - index_B // 32 % 32
+        return windows[index_B // 1024, top_B, left_B][:, None]
+
+    def to(self, device: torch.device | str) -> "Sprites":
+        """The same on another device."""
+        return replace(self, pixels=self.pixels.to(device))
+
+
+def factors_of(index_B: Int64[Tensor, " b"]) -> Int64[Tensor, "b 6"]:
+    """The factors of images, each counted from 0, in the order of `FACTORS`.
+
+    index = ((((colour · 3 + shape) · 6 + scale) · 40 + orientation) · 32 + x) · 32 + y
+
+    Raises:
+        IndexError: If there is no such image.
+    """
+    wrong_B = index_B[(index_B < 0) | (index_B >= COUNT)]
+    if len(wrong_B):
+        raise IndexError(f"index must be from 0 to {COUNT - 1}; got {int(wrong_B[0])}")
+    # Not torch.unravel_index, whose first call imports sympy and takes seconds.
+    factors = []
+    for size in reversed(SIZES):
+        factors.insert(0, index_B % size)
+        index_B = index_B // size
+    return torch.stack(factors, dim=1)
+
+
+def index_of(factors_B6: Int64[Tensor, "b 6"]) -> Int64[Tensor, " b"]:
+    """The numbers of the images with these factors; the inverse of `factors_of`.
+
+    Raises:
+        ValueError: If a factor is outside of its range; the message names it.
+    """
+    index_B = torch.zeros_like(factors_B6[:, 0])
+    for name, size, factor_B in zip(FACTORS, SIZES, factors_B6.unbind(1), strict=True):
+        wrong_B = factor_B[(factor_B < 0) | (factor_B >= size)]
+        if len(wrong_B):
+            raise ValueError(f"{name} must be from 0 to {size - 1}; got {int(wrong_B[0])}")
+        index_B = index_B * size + factor_B
+    return index_B
+
+
+def load(data: str = "auto", root: Path | None = None) -> Sprites:
+    """Load the release from `ROOT/dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz`, or draw the sprites.
+
+    The card of drawn sprites has the kind "rendered" with all 737 280 images, because they are generated; its note says
+    what they have in common with the release and what not.
+
+    Args:
+        data: "real" (the file), "sample" (drawn) or "auto" (the file where it is, otherwise drawn).
+        root: Data root; by default `expvae_book.data.root()`.
+
+    Raises:
+        FileNotFoundError: If the file is missing.
+        ValueError: If `data` is none of these, or the file is damaged or holds other images; the message names it.
+    """
+    if data not in DATA:
+        raise ValueError(f"data must be one of {', '.join(DATA)}; got {data!r}")
+    if data == "sample":
+        return sample()
+    root = Path(root or expvae_book.data.root())
+    file = root / catalogue.DSPRITES.folder / catalogue.DSPRITES.patterns["all"]
+    command = f"python -m expvae_book.data fetch dsprites --root {shlex.quote(str(root))}"
+    if file.is_file():
+        packed_NP = _pack(file)
+        # With fewer images it would not be told which factors are missing.
+        if len(packed_NP) != COUNT:
+            raise ValueError(f"{file} holds {len(packed_NP)} images, not {COUNT}; `{command}` replaces it")
+        return Sprites(torch.from_numpy(packed_NP), survey(catalogue.DSPRITES, root))
+    if data == "real":
+        raise FileNotFoundError(f"{file.parent} lacks {file.name}; `{command}` fetches dSprites")
+    # To the error stream: notebooks show it on a coloured ground, between code and results.
+    print(
+        f"dSprites is not in {file.parent}: drawing a SAMPLE, every sprite from its factors, instead, and marking "
+        f"every result. `{command}` fetches dSprites.",
+        file=sys.stderr,
+    )
+    return sample()
+
+
+def sample() -> Sprites:
+    """Draw every shape, scale and orientation once; positions are windows. Their digest is that of the drawings."""
+    margin = (CANVAS - 2 * REACH - 1) // 2
+    canvas_SYX = np.zeros((720, CANVAS, CANVAS), np.uint8)
+    patch_SYX = canvas_SYX[:, margin:-margin, margin:-margin]
+    for i, (_, shape, scale, orientation) in enumerate(np.ndindex(SIZES[:4])):
+        patch_SYX[i] = draw(SHAPES[shape], VALUES["scale"][scale], VALUES["orientation"][orientation], CENTRE)
+    card = DataCard(
+        name=catalogue.DSPRITES.name,
+        kind="rendered",
+        counts={"all": COUNT},
+        official=dict(catalogue.DSPRITES.official),
+        digest=hashlib.sha256(canvas_SYX.tobytes()).hexdigest(),
+        licence="MIT",
+        credit="Sprites drawn from the factors of dSprites, not its images (this book, MIT)",
+        note=SAMPLE_NOTE,
+    )
+    return Sprites(torch.from_numpy(canvas_SYX), card)
+
+
+def draw(shape: str, scale: float, angle: float, centre: tuple[float, float] = (0.0, 0.0)) -> Bool[np.ndarray, "33 33"]:
+    """One sprite near the middle of 33x33 pixels: the pixels whose centre it covers.
+
+    The heart is the region between the two halves of its curve. With s = sin t = (|x| / 16)^(1/3) and c = cos t these
+    are y(c) = 4 + 19 c - 2 c² - 8 c³ - 8 c⁴ above and y(-c) below.
+
+    Args:
+        shape: One of `SHAPES`.
+        scale: Of all lengths.
+        angle: In radians, clockwise.
+        centre: Of the sprite, in pixels right and down of the centre of the middle pixel.
+
+    Raises:
+        ValueError: If there is no such shape.
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"shape must be one of {', '.join(SHAPES)}; got {shape!r}")
+    y_YX, x_YX = np.indices((2 * REACH + 1, 2 * REACH + 1)) - float(REACH)
+    x_YX, y_YX = x_YX - centre[0], y_YX - centre[1]
+    along_YX = (np.cos(angle) * x_YX + np.sin(angle) * y_YX) / scale
+    down_YX = (np.cos(angle) * y_YX - np.sin(angle) * x_YX) / scale
+    if shape == "square":
+        return np.maximum(abs(along_YX), abs(down_YX)) <= SQUARE / 2
+    if shape == "ellipse":
+        return along_YX * along_YX + 4 * down_YX * down_YX <= ELLIPSE * ELLIPSE / 4
+    sine_YX = np.cbrt(abs(along_YX) * 2 / HEART)
+    cosine_YX = np.sqrt(np.maximum(1 - sine_YX * sine_YX, 0))
+    height_YX = HEART_MIDDLE - down_YX * 32 / HEART
+    return (sine_YX <= 1) & (height_YX <= _curve(cosine_YX)) & (height_YX >= _curve(-cosine_YX))
+
+
+def closeness(official: Sprites, drawn: Sprites, index_B: Int64[Tensor, " b"]) -> Float64[Tensor, "3"]:
+    """Mean intersection over union of the same images in two sets of sprites, for each of `SHAPES`.
+
+    Raises:
+        ValueError: If a shape is not among the images.
+    """
+    shape_B = factors_of(index_B)[:, 1].cpu()
+    if len(shape_B.unique()) != len(SHAPES):
+        raise ValueError(f"index_B must hold images of every shape: {', '.join(SHAPES)}")
+    a_BCYX, b_BCYX = official.images(index_B).cpu(), drawn.images(index_B).cpu()
+    iou_B = (a_BCYX & b_BCYX).sum((1, 2, 3)).double() / (a_BCYX | b_BCYX).sum((1, 2, 3))
+    return torch.stack([iou_B[shape_B == shape].mean() for shape in range(len(SHAPES))])
+
+
+def _curve(c_YX: Float64[np.ndarray, "33 33"]) -> Float64[np.ndarray, "33 33"]:
+    return 4 + c_YX * (19 - c_YX * (2 + c_YX * (8 + c_YX * 8)))
+
+
+def _pack(file: Path) -> UInt8[np.ndarray, "n 512"]:
+    """The images of an npz file, eight pixels to a byte, read in pieces because they would take three gigabytes.
+
+    Only `imgs` is opened: `metadata` is a pickle.
+
+    Raises:
+        ValueError: If the file is damaged or `imgs` is no array of binary images; the message names the file.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive, archive.open("imgs.npy") as member:
+            np.lib.format.read_magic(member)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+            if len(shape) != 3 or shape[1:] != (SIDE, SIDE) or dtype != np.uint8 or fortran:
+                order = " in Fortran order" if fortran else ""
+                raise ValueError(f"imgs is {dtype} of shape {shape}{order}, not uint8 of ({COUNT}, {SIDE}, {SIDE})")
+            packed_NP = np.empty((shape[0], SIDE * SIDE // 8), np.uint8)
+            for start in range(0, shape[0], CHUNK):
+                rows_NP = packed_NP[start : start + CHUNK]
+                content = member.read(len(rows_NP) * SIDE * SIDE)
+                if len(content) != rows_NP.size * 8:
+                    raise ValueError("imgs is shorter than its header says")
+                x_NP = np.frombuffer(content, np.uint8).reshape(len(rows_NP), SIDE * SIDE)
+                if x_NP.max() > 1:
+                    raise ValueError(f"a pixel is {x_NP.max()}, not 0 or 1")
+                rows_NP[:] = np.packbits(x_NP, axis=1)
+            # Reading on to the end is what makes zipfile compare the checksum.
+            if member.read(1):
+                raise ValueError("imgs is longer than its header says")
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, ValueError) as error:
+        raise ValueError(
+            f"{file} is truncated or damaged ({error}); `python -m expvae_book.data fetch dsprites` replaces it"
+        ) from error
+    return packed_NP

@@ -1,0 +1,471 @@
+"""Disentanglement on dSprites: train a grid of models side by side, measure each one, store its run."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from itertools import combinations, product
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+from tqdm import tqdm
+
+from expvae import attention, metrics
+from expvae.metrics import active_units
+from expvae.models import DSpritesVAE, SideBySide
+from expvae.models._dsprites import LAYERS
+from expvae_book import factorvae, probes, provenance, recipes, runs
+from expvae_book.data import dsprites
+from expvae_book.factorvae import VARIANTS, AttentionPenalty, Candidate, Trained
+from expvae_book.training import elbo_terms, hold_out, kl_divergence
+
+BATCH = 512
+AS_VARIANT = "variant"  # a choice that is left to the published variant of the loss
+NONE = "none"  # the variant of a model without the loss
+SPATIAL = LAYERS[:-1]  # the layers whose maps have more than one position
+EXPLAINED = 512  # held-out images whose maps are compared
+SHOWN = 6  # held-out images that are shown
+TRAVERSAL = np.linspace(-3, 3, 7)  # in standard deviations of the prior
+PERFECT_DRAWS = 10  # of the votes for the ceiling of a perfect code
+SPARE = (0, 5, 27)  # latents that carry nothing beside those of a perfect code
+
+METRIC = "FactorVAE metric"
+REFERENCE = "five factors, held-out votes"
+PUBLISHED = "six factors, training votes"
+PROTOCOLS = {REFERENCE: metrics.REFERENCE, PUBLISHED: metrics.PUBLISHED}
+# Which latents count as collapsed: by the reference implementation, the second report and Brongers et al.
+COLLAPSED = {
+    "standard deviation of the mean below 0.05": 0.05,
+    "KL below 0.01": 0.01,
+    "KL below 0.00001": 0.00001,
+}
+OVERLAP = "overlap of maps"
+EQUALISED = "overlap of maps of equal sum"
+PAIRS = ("all pairs of active latents", "the two highest responses")
+GRADIENT = "gradient, norm"
+REACHED = "parameters with a gradient"
+
+HELD_OUT = 0.01  # of all images, which no model is trained on
+SCHEDULED_STRIDE = 4  # of the lattice on which the metric is taken during training
+SCHEDULED_IMAGES = 2048  # held-out images whose reconstruction is measured during training
+MEASUREMENTS = 5  # during a training; fewer where that would be more often than every SPARING steps
+SPARING = 1000
+SAMPLES = 1000  # of the latents, for the total correlation
+RANDOM_PAIRS = 20  # of latents, over which a variant that draws them is averaged
+
+
+def lattice(stride: int) -> tuple[Int64[Tensor, " n"], tuple[int, ...]]:
+    """Indices of every combination of all shapes and scales with each `stride`-th orientation and position.
+
+    Returns:
+        The indices in ascending order, and how many values each factor has; with stride 1 that is all images.
+
+    Raises:
+        ValueError: If the stride is not positive.
+    """
+    if stride < 1:
+        raise ValueError(f"stride={stride} must be 1 or more")
+    values = [
+        torch.arange(0, size, stride if name in ("orientation", "x", "y") else 1)
+        for name, size in zip(dsprites.FACTORS, dsprites.SIZES, strict=True)
+    ]
+    return dsprites.index_of(torch.cartesian_prod(*values)), tuple(len(part) for part in values)
+
+
+def split() -> tuple[Int64[Tensor, " train"], Int64[Tensor, " held_out"]]:
+    """Indices of the training images and of those held out, the same for every model; the latter in random order."""
+    train_N, held_out_N = hold_out(dsprites.COUNT, HELD_OUT)
+    # Sorted, the first of them would all be small squares.
+    order_N = torch.randperm(len(held_out_N), generator=torch.Generator().manual_seed(0))
+    return train_N, held_out_N[order_N]
+
+
+@torch.no_grad()
+def encode(
+    vae: DSpritesVAE, sprites: dsprites.Sprites, index_N: Int64[Tensor, " n"]
+) -> tuple[Float[Tensor, "n i"], Float[Tensor, "n i"]]:
+    """Means and log-variances of the posteriors of images, on the CPU."""
+    parts = [vae.encode(sprites.images(index_B).float()) for index_B in index_N.to(sprites.pixels.device).split(BATCH)]
+    mu_NI, logvar_NI = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
+    return mu_NI, logvar_NI
+
+
+@torch.no_grad()
+def reconstruction(
+    vae: DSpritesVAE, sprites: dsprites.Sprites, index_N: Int64[Tensor, " n"], seed: int = 0
+) -> Float[Tensor, " n"]:
+    """-log p(x|z) of each image in nats, z ~ q(z|x), with the same noise at every call."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = [
+        elbo_terms(vae, sprites.images(index_B).float(), generator)[0].cpu()
+        for index_B in index_N.to(sprites.pixels.device).split(BATCH)
+    ]
+    return torch.cat(parts)
+
+
+def scheduled(vae: DSpritesVAE, sprites: dsprites.Sprites) -> dict[str, float]:
+    """What is measured while a model is trained: the quick setting of each metric, from one encoding.
+
+    The FactorVAE metric and the total correlation are taken on a coarse lattice of the factors (see `lattice`), the
+    reconstruction on a fixed sample of the held-out images.
+    """
+    index_N, sizes = lattice(SCHEDULED_STRIDE)
+    mu_NI, logvar_NI = encode(vae, sprites, index_N)
+    generator = torch.Generator().manual_seed(0)
+    score = metrics.factor_vae_metric(mu_NI, sizes, metrics.REFERENCE, generator=generator)
+    tc = metrics.total_correlation(mu_NI, logvar_NI, samples=SAMPLES, generator=generator)
+    return {
+        "FactorVAE metric": score.score,
+        "total correlation": tc.value,
+        "reconstruction": reconstruction(vae, sprites, split()[1][:SCHEDULED_IMAGES]).double().mean().item(),
+        "KL": kl_divergence(mu_NI, logvar_NI).sum(1).double().mean().item(),
+        "active units": float(active_units(mu_NI)),
+    }
+
+
+# --- the grid ---------------------------------------------------------------------------------------------------
+
+
+def grid(
+    gammas: str, lambdas: str, betas: str, seeds: int, shared: Mapping[str, Any], choices: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """The parameters of every model of a grid: FactorVAE for λ = 0, AD-FactorVAE for the others, and β-VAE.
+
+    Args:
+        gammas: Weights γ of the total correlation, with commas between them.
+        lambdas: Weights λ of the attention loss, likewise; every one is combined with every γ.
+        betas: Weights β of the KL term of models without both losses, likewise; empty for none.
+        seeds: Number of seeds, from 0 on.
+        shared: Parameters that all models share.
+        choices: attention, layer, alpha and pairs: the variant of the loss and what differs from it. Models without the
+            loss have "none" for each, so that they are the same whatever variant is asked for.
+
+    Raises:
+        ValueError: If a weight is no number of 0 or more, or nothing is asked for.
+    """
+    without = dict.fromkeys(choices, NONE)
+    lines = [
+        {"beta": 1, "gamma": gamma, "lambda": weight, **(dict(choices) if weight else without)}
+        for gamma, weight in product(_weights("gammas", gammas), _weights("lambdas", lambdas))
+    ]
+    lines += [{"beta": beta, "gamma": 0, "lambda": 0, **without} for beta in _weights("betas", betas)]
+    if not lines:
+        raise ValueError("gammas and lambdas must name at least one model, or betas one; both are empty")
+    return [line | {"seed": seed} | dict(shared) for line in lines for seed in range(seeds)]
+
+
+def _weights(name: str, text: str) -> list[int | float]:
+    weights = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            value = float(part)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be numbers of 0 or more with commas between them, as 10,40; got {part!r}")
+        weights.append(int(value) if value == int(value) else value)
+    return list(dict.fromkeys(weights))
+
+
+def penalty(parameters: Mapping[str, Any]) -> AttentionPenalty:
+    """The attention loss of a model's parameters: a published variant with what is to differ from it.
+
+    Raises:
+        ValueError: If a choice is unknown.
+    """
+    if parameters["attention"] not in VARIANTS:
+        raise ValueError(f"attention must be one of {', '.join(VARIANTS)}; got {parameters['attention']!r}")
+    differing = {
+        name: parameters[name] for name in ("layer", "alpha", "pairs") if parameters[name] not in (AS_VARIANT, NONE)
+    }
+    if differing.get("pairs") == "all":  # of all latents; of a variant's two highest there is but one pair
+        differing["maps"] = recipes.DSPRITES[parameters["recipe"]].latent_dim
+    return replace(VARIANTS[parameters["attention"]], **differing)
+
+
+def candidate(parameters: Mapping[str, Any]) -> Candidate:
+    """The model that the parameters describe."""
+    weights = {"beta": float(parameters["beta"]), "gamma": float(parameters["gamma"])}
+    if not parameters["lambda"]:
+        return Candidate(**weights, seed=parameters["seed"])
+    return Candidate(
+        **weights,
+        attention_weight=float(parameters["lambda"]),
+        seed=parameters["seed"],
+        penalty=penalty(parameters),
+        detached=parameters["attention"] != "brongers2021",
+    )
+
+
+def title(parameters: Mapping[str, Any]) -> str:
+    """A model in a few words, such as "AD-FactorVAE, γ 40, λ 1"."""
+    if parameters["lambda"]:
+        return f"AD-FactorVAE, γ {parameters['gamma']}, λ {parameters['lambda']}"
+    return f"FactorVAE, γ {parameters['gamma']}" if parameters["gamma"] else f"β-VAE, β {parameters['beta']}"
+
+
+def compute(chapter: str, wanted: Sequence[Mapping[str, Any]], device: torch.device) -> Iterator[runs.Run]:
+    """Train the models that are asked for, side by side, then measure each one and store its run.
+
+    Args:
+        chapter: The chapter's name.
+        wanted: Parameters of the models, from `grid`; those of training and data are the same in all of them.
+        device: Where to compute.
+    """
+    one = wanted[0]
+    sprites = dsprites.load(one["data"]).to(device)
+    recipe = recipes.DSPRITES[one["recipe"]]
+    precision = provenance.choose_precision(one["precision"], device)
+    models = factorvae.train(
+        [candidate(parameters) for parameters in wanted],
+        sprites.images,
+        split()[0].to(device),
+        recipe,
+        steps=one["steps"],
+        device=device,
+        precision=precision,
+        data_digest=sprites.card.digest,
+        measure=lambda vae: scheduled(vae, sprites),
+        measurements=min(MEASUREMENTS, one["steps"] // SPARING),
+    )
+    for parameters, trained in zip(wanted, tqdm(models, "measuring", unit="model"), strict=True):
+        started = time.monotonic()
+        rows, arrays = evaluate(trained, sprites, parameters["stride"])
+        curves = trained.curves
+        losses = {
+            name: values
+            for name, values in vars(curves).items()
+            if isinstance(values, list) and values  # a model without a loss has no curve of it
+        }
+        draw = probes.grey(sprites)
+        probe = probes.take(trained.vae, trained.file, draw, "encoder.conv4", parameters["seed"], len(sprites))
+        run = runs.save(
+            chapter,
+            parameters,
+            metrics=rows,
+            losses=losses,
+            arrays=arrays,
+            figures={},
+            card=sprites.card,
+            recipe=recipe,
+            budget={"unit": "steps", "asked": recipe.steps, "used": one["steps"]},
+            seconds={"training, all side by side": curves.seconds, "measuring": time.monotonic() - started},
+            device=provenance.describe_device(device),
+            resolved={"precision": precision},
+            probe=probe,
+            extra={
+                "training": {"precision": precision, "side by side": curves.beside, "device": trained.device},
+                "scheduled": curves.measured,
+                "weights": {"key": trained.key},
+            },
+        )
+        yield probes.verify(run, draw)
+
+
+# --- measures ---------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    trained: Trained, sprites: dsprites.Sprites, stride: int
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """Everything that is measured of a trained model: the rows of its run, and its arrays.
+
+    The metrics of disentanglement come from one encoding of the lattice with this stride, the losses from held-out
+    images, and the maps from some of these.
+    """
+    vae = trained.vae
+    index_N, sizes = lattice(stride)
+    mu_NI, logvar_NI = encode(vae, sprites, index_N)
+    held_out_N = split()[1]
+    cost_N = reconstruction(vae, sprites, held_out_N).double()
+    kl_NI = kl_divergence(mu_NI, logvar_NI).double()
+    rows = [
+        runs.row("reconstruction per image", **_mean(cost_N)),
+        runs.row("KL per image", kl_NI.sum(1).mean().item()),
+        runs.row("reconstruction per image, training", trained.curves.reconstruction[-1]),
+        runs.row("active units", active_units(mu_NI)),
+        runs.row("parameters", sum(value.numel() for value in vae.parameters())),
+    ]
+    rows += metric_rows(mu_NI, logvar_NI, kl_NI, sizes)
+    explained_N = held_out_N[:EXPLAINED]
+    x_BCYX = sprites.images(explained_N.to(sprites.pixels.device)).float()
+    active_I = torch.from_numpy(metrics.active_by_variance(mu_NI, 0.1))  # that is a variance of 0.01
+    rows += overlap_rows(vae, x_BCYX, active_I)
+    rows += gradient_rows(trained, x_BCYX[:64])
+    arrays = {
+        "shown": held_out_N[:SHOWN].numpy(),
+        "kl": kl_NI.mean(0).numpy().astype(np.float32),
+        "traversals": traversals(vae, x_BCYX[:1]),
+    }
+    for layer in SPATIAL:
+        found = attention(vae.encode, f"encoder.{layer}", x_BCYX[:SHOWN])
+        highest_BK = found.highest_BK(2)
+        arrays[f"highest {layer}"] = highest_BK.cpu().numpy()
+        arrays[f"maps {layer}"] = take(found.map_BIHW, highest_BK).cpu().numpy().astype(np.float32)
+    return rows, arrays
+
+
+def _mean(values_N: Float[Tensor, " n"]) -> dict[str, float | int]:
+    """A mean over images with its 95 % interval by the normal approximation."""
+    half = 1.96 * values_N.std().item() / len(values_N) ** 0.5
+    value = values_N.mean().item()
+    return {"value": value, "low": value - half, "high": value + half, "n": len(values_N)}
+
+
+def metric_rows(
+    mu_NI: Float[Tensor, "n i"], logvar_NI: Float[Tensor, "n i"], kl_NI: Float[Tensor, "n i"], sizes: tuple[int, ...]
+) -> list[dict[str, Any]]:
+    """The metrics of disentanglement from one encoding of a lattice, by every protocol, and a perfect code's."""
+    generator = torch.Generator().manual_seed(0)
+    by_deviation, *by_kl = COLLAPSED
+    cases = [(REFERENCE, by_deviation, metrics.active_by_variance(mu_NI, COLLAPSED[by_deviation]))]
+    cases += [(PUBLISHED, rule, metrics.active_by_kl(kl_NI.mean(0), COLLAPSED[rule])) for rule in by_kl]
+    rows = []
+    for protocol, rule, active_I in cases:
+        found = metrics.factor_vae_metric(mu_NI, sizes, PROTOCOLS[protocol], active_I=active_I, generator=generator)
+        within = {name: getattr(found.interval, name) for name in ("low", "high", "n")}
+        rows.append(runs.row(METRIC, found.score, protocol, rule, **within))
+        rows.append(runs.row("latents that count", found.active, protocol, rule))
+    for spare, protocol in product(SPARE, PROTOCOLS):
+        drawn = perfect(sizes, spare, protocol)
+        within = {"low": min(drawn), "high": max(drawn), "n": len(drawn)}
+        rows.append(runs.row("perfect code", float(np.mean(drawn)), protocol, f"{spare} spare latents", **within))
+    gap = metrics.mutual_information_gap(mu_NI, sizes, generator=generator)
+    rows.append(runs.row("MIG", gap.score))
+    # Its own default numbers of points, or two thirds and a third of a lattice that has fewer.
+    n = len(mu_NI)
+    completeness = metrics.dci(
+        mu_NI, sizes, train=min(10_000, 2 * n // 3), held_out=min(5_000, n // 3), generator=generator
+    )
+    rows += [
+        runs.row(f"DCI {name}", getattr(completeness, name))
+        for name in ("disentanglement", "completeness", "informativeness")
+    ]
+    tc = metrics.total_correlation(mu_NI, logvar_NI, samples=SAMPLES, generator=generator)
+    rows.append(runs.row("total correlation", tc.value, low=tc.low, high=tc.high, n=SAMPLES))
+    return rows
+
+
+@cache
+def perfect(sizes: tuple[int, ...], spare: int, protocol: str) -> tuple[float, ...]:
+    """Scores of a perfect code, a latent for each factor and some that carry nothing, over several draws of votes."""
+    generator = torch.Generator().manual_seed(0)
+    code_NI = metrics.perfect_code(sizes, spare, generator)
+    return tuple(
+        metrics.factor_vae_metric(code_NI, sizes, PROTOCOLS[protocol], generator=generator).score
+        for _ in range(PERFECT_DRAWS)
+    )
+
+
+def overlap_rows(
+    vae: DSpritesVAE, x_BCYX: Float[Tensor, "b 1 64 64"], active_I: Bool[Tensor, " i"]
+) -> list[dict[str, Any]]:
+    """How much maps by the paper's rule overlap, at every layer and over pairs of latents: means over images.
+
+    The AD ratio also falls where one map shrinks and stays where it is, because the larger one fills the sum below the
+    line. Therefore it is taken a second time of maps that were brought to the same sum, which only tells where they
+    are; there, pairs with a map that is zero do not count.
+
+    Args:
+        vae: The model.
+        x_BCYX: Images.
+        active_I: Which latents carry anything; without two of them there are no pairs of active ones.
+    """
+    pairs = list(combinations(active_I.nonzero().flatten().tolist(), 2))
+    rows = []
+    for layer in SPATIAL:
+        found = attention(vae.encode, f"encoder.{layer}", x_BCYX)
+        map_BIHW = found.map_BIHW.cpu()
+        highest_BK = found.highest_BK(2).cpu()
+        cases = {PAIRS[1]: (take(map_BIHW, highest_BK[:, :1]), take(map_BIHW, highest_BK[:, 1:]))}
+        if pairs:
+            first, second = (list(indices) for indices in zip(*pairs, strict=True))
+            cases[PAIRS[0]] = (map_BIHW[:, first], map_BIHW[:, second])
+        for subset, (one_BPHW, other_BPHW) in cases.items():
+            ratio_BP = factorvae.overlap(one_BPHW, other_BPHW).double()
+            rows.append(runs.row(OVERLAP, **_mean(ratio_BP.mean(1)), method=layer, subset=subset))
+            sums = [part.sum((2, 3), keepdim=True) for part in (one_BPHW, other_BPHW)]
+            both_BP = (sums[0] > 0).flatten(1) & (sums[1] > 0).flatten(1)
+            equal_BP = factorvae.overlap(one_BPHW / sums[0], other_BPHW / sums[1]).double()
+            any_B = both_BP.any(1)
+            if any_B.sum() > 1:
+                mean_B = torch.where(both_BP, equal_BP, 0.0)[any_B].sum(1) / both_BP[any_B].sum(1)
+                rows.append(runs.row(EQUALISED, **_mean(mean_B), method=layer, subset=subset))
+    return rows
+
+
+def take(map_BIHW: Float[Tensor, "b i h w"], index_BK: Int64[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
+    """The maps of each image's own latents."""
+    return map_BIHW.gather(1, index_BK[..., None, None].expand(-1, -1, *map_BIHW.shape[2:]))
+
+
+def compared() -> dict[str, AttentionPenalty]:
+    """The variants of the loss whose gradients are compared: the published ones, and each with one choice changed."""
+    paper, code = VARIANTS["liu2020"], VARIANTS["brongers2021"]
+    return {
+        "liu2020": paper,
+        "liu2020, α constant": replace(paper, alpha="constant"),
+        "liu2020 at conv1": replace(paper, layer="conv1"),
+        "liu2020 at conv1, α constant": replace(paper, layer="conv1", alpha="constant"),
+        "liu2020 at conv5": replace(paper, layer="conv5"),
+        "report2": VARIANTS["report2"],
+        "brongers2021": code,
+        "brongers2021, divided once": replace(code, per_batch=False),
+        "brongers2021, second order": replace(code, alpha="second_order"),
+    }
+
+
+def gradient_rows(trained: Trained, x_BCYX: Float[Tensor, "b 1 64 64"]) -> list[dict[str, Any]]:
+    """How strongly each variant of the loss pulls at the encoder of a trained model, beside the rest of its loss.
+
+    The norm of the gradient at λ = 1 over the encoder's parameters, how many of them have one that is not zero, and
+    the loss itself; all on one batch. For random pairs these are means over RANDOM_PAIRS draws.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vae, (b, *_) = trained.vae, x_BCYX.shape
+    cost_B, kl_B = elbo_terms(vae, x_BCYX, generator)
+    rest = cost_B.mean() + trained.candidate.beta * kl_B.mean()
+    if trained.candidate.gamma:
+        mu_BI, logvar_BI = vae.encode(x_BCYX)
+        z_BI = mu_BI + (0.5 * logvar_BI).exp() * torch.randn(mu_BI.shape, generator=generator).to(mu_BI)
+        rest = rest + trained.candidate.gamma * factorvae.total_correlation(trained.critic(z_BI)[None]).sum()
+    parts = torch.autograd.grad(rest, list(vae.encoder.parameters()))
+    rows = [runs.row(GRADIENT, torch.cat([part.flatten() for part in parts]).norm().item(), "rest of the loss")]
+    encoder = SideBySide([vae.encoder]).to(x_BCYX.device)
+    latent_dim = vae.decoder.conv.in_channels
+    noise_BI = torch.randn(b, latent_dim, generator=generator).to(x_BCYX.device)
+    random_N2 = torch.randint(latent_dim, (RANDOM_PAIRS, 2), generator=generator).to(x_BCYX.device)
+    for name, choice in compared().items():
+        A_BMCHW = encoder(x_BCYX, until=choice.layer).unflatten(1, (1, -1))
+        hidden_BI = encoder(A_BMCHW.flatten(1, 2), after=choice.layer).flatten(1)
+        mu_BI, logvar_BI = hidden_BI.chunk(2, dim=1)
+        z_BI = mu_BI + (0.5 * logvar_BI).exp() * noise_BI
+        parameters = list(encoder.parameters())
+        values, norms, reached = [], [], set()
+        for pair_2 in random_N2 if choice.pairs == "random" else random_N2[:1]:
+            loss = factorvae.attention_loss(A_BMCHW, mu_BI[None], z_BI[None], choice, pair_2[None]).sum()
+            found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True, retain_graph=True)
+            values.append(loss.item())
+            norms.append(torch.cat([part.flatten() for part in found]).norm().item())
+            reached |= {index for index, part in enumerate(found) if part.any()}
+        rows += [
+            runs.row("L_AD", float(np.mean(values)), name),
+            runs.row(GRADIENT, float(np.mean(norms)), name),
+            runs.row(REACHED, sum(parameters[index].numel() for index in reached), name),
+        ]
+    return rows
+
+
+@torch.no_grad()
+def traversals(vae: DSpritesVAE, x_BCYX: Float[Tensor, "1 1 64 64"]) -> np.ndarray:
+    """What the decoder makes of an image's latents when one of them runs through TRAVERSAL: [D, 7, 64, 64], uint8."""
+    mu_BI, _ = vae.encode(x_BCYX)
+    latent_dim = mu_BI.shape[1]
+    z_ITI = mu_BI.expand(latent_dim, len(TRAVERSAL), -1).clone()
+    for latent in range(latent_dim):
+        z_ITI[latent, :, latent] = torch.from_numpy(TRAVERSAL).to(mu_BI)
+    images = vae.decode(z_ITI.flatten(0, 1)).sigmoid()
+    return (255 * images).round().byte().view(latent_dim, len(TRAVERSAL), dsprites.SIDE, dsprites.SIDE).cpu().numpy()

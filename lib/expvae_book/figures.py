@@ -1,0 +1,379 @@
+"""Figures of the book: one style, colour-blind-safe colours, one colour scale for all maps that are compared."""
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from IPython.display import Image
+from matplotlib.animation import Animation, ArtistAnimation
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import CenteredNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from expvae import Attention
+
+Images = np.ndarray | Tensor | Sequence[np.ndarray | Tensor]
+
+SIGNED = "PuOr"  # orange is negative, purple positive; told apart with every kind of colour vision
+MAPS = "cividis"  # perceptually uniform, and read alike with every kind of colour vision
+COLOURS = sns.color_palette("colorblind")
+STYLE = {
+    **sns.axes_style("whitegrid"),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.prop_cycle": mpl.cycler(color=COLOURS),
+    "savefig.dpi": 160,
+    "savefig.bbox": "tight",
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "legend.frameon": False,
+}
+
+
+def show(figure: Figure | Path) -> Image:
+    """A figure, drawn just now, or a figure or animation stored by a run, as an image for the page.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    if isinstance(figure, Path):
+        return Image(data=figure.read_bytes(), format=figure.suffix.removeprefix("."))
+    buffer = BytesIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(buffer, format="png")
+    return Image(data=buffer.getvalue(), format="png")
+
+
+def image_rows(
+    rows: Mapping[str, Images],
+    *,
+    maps: Sequence[str],
+    titles: Sequence[str],
+    label: str,
+    credit: str,
+    grey: str = "gray_r",
+    signed: bool = False,
+) -> Figure:
+    """A grid of small images: one row for each kind, one column for each image.
+
+    Args:
+        rows: Name of the row -> images [N, Y, X] in [0, 1], signed maps in [-1, 1]; NaN is drawn as nothing.
+        maps: Names of the rows that are maps; they share one colour scale from 0 to 1. The others are drawn in grey.
+        titles: One title per column.
+        label: Label of the maps' colour bar.
+        credit: Whose images these are; printed under the figure.
+        grey: Colour map of the rows that are no maps: "gray_r" for ink on paper, "gray" for photographs.
+        signed: Whether the maps have both signs: their scale is from -1 to 1 then.
+    """
+    with mpl.rc_context(STYLE):
+        columns = len(titles)
+        figure = Figure(figsize=(1.0 * columns + 2.4, 1.02 * len(rows) + 0.6), layout="constrained")
+        axes = figure.subplots(len(rows), columns, squeeze=False)
+        scale, colours = (Normalize(-1, 1), SIGNED) if signed else (Normalize(0, 1), MAPS)
+        for axes_row, (name, image_NYX) in zip(axes, rows.items(), strict=True):
+            axes_row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+            cmap, norm = (colours, scale) if name in maps else (grey, Normalize(0, 1))
+            for axis, image_YX in zip(axes_row, image_NYX, strict=True):
+                axis.imshow(np.asarray(image_YX), cmap=cmap, norm=norm, interpolation="nearest")
+                axis.set(xticks=[], yticks=[])
+                axis.spines[:].set_visible(True)
+                axis.grid(False)
+        for axis, title in zip(axes[0], titles, strict=True):
+            axis.set_title(title)
+        if maps:
+            extend = "neither" if signed else "max"
+            bar = figure.colorbar(ScalarMappable(scale, colours), ax=axes, fraction=0.03, pad=0.02, extend=extend)
+            bar.set_label(label)
+            bar.outline.set_visible(False)
+        figure.supxlabel(credit, fontsize=7, color="0.35")
+    return figure
+
+
+def clip_animation(
+    frame_NYX: Images,
+    mask_NYX: Images,
+    map_NYX: Images,
+    *,
+    titles: Sequence[str],
+    label: str,
+    credit: str,
+) -> Animation:
+    """The frames of a clip and their maps side by side, both with the outline of the mask.
+
+    Args:
+        frame_NYX: Frames in [0, 1].
+        mask_NYX: A mask per frame, above 0 where anomalous.
+        map_NYX: Maps, drawn on one colour scale from 0 to 1.
+        titles: One title per frame.
+        label: Label of the maps' colour bar.
+        credit: Whose frames these are; printed under the figure.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.6, 2.9), dpi=75, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(1, 2)
+        norm = Normalize(0, 1)
+        for axis in axes:
+            axis.set(xticks=[], yticks=[])
+            axis.grid(False)
+        bar = figure.colorbar(ScalarMappable(norm, MAPS), ax=axes[1], fraction=0.045, pad=0.03, extend="max")
+        bar.set_label(label)
+        bar.outline.set_visible(False)
+        figure.supxlabel(credit, fontsize=7, color="0.35")
+        moments = []
+        for frame_YX, mask_YX, map_YX, title in zip(frame_NYX, mask_NYX, map_NYX, titles, strict=True):
+            drawn = [
+                axes[0].imshow(np.asarray(frame_YX), cmap="gray", norm=norm),
+                axes[1].imshow(np.asarray(map_YX), cmap=MAPS, norm=norm),
+            ]
+            if mask_YX.any():
+                drawn += [
+                    axis.contour(np.asarray(mask_YX), levels=[0.5], colors=[COLOURS[4]], linewidths=1.4)
+                    for axis in axes
+                ]
+            drawn.append(axes[0].text(0, 1.03, title, transform=axes[0].transAxes))
+            moments.append(drawn)
+        return ArtistAnimation(figure, moments)
+
+
+def attention_steps(
+    image_YX: np.ndarray, paper: Attention, code: Attention, latents: Sequence[int], credit: str
+) -> Figure:
+    """How the attention maps of one image come about.
+
+    Above: the image, the signed linear map of the first latent, its positive part, the paper's map and that of the
+    authors' code. Below: the paper's maps of each latent, on one colour scale.
+
+    Args:
+        image_YX: The image in [0, 1].
+        paper: Its attention by the preset liu2020_paper, for all latents.
+        code: Its attention by the preset liu2020_code.
+        latents: The five latents whose maps are shown.
+        credit: Whose image it is; printed under the figure.
+    """
+    first_HW = paper.linear_BIHW[0, latents[0]].cpu().numpy()
+    above = {
+        "image": image_YX,
+        f"latent {latents[0]}: Σ α A": first_HW,
+        f"latent {latents[0]}: ReLU(Σ α A)": first_HW.clip(min=0),
+        "paper's map": paper.map_BYX[0].cpu().numpy(),
+        "authors' code": code.map_BYX[0].cpu().numpy(),
+    }
+    below = {f"latent {latent}": paper.map_BIYX[0, latent].cpu().numpy() for latent in latents}
+    highest = max(map_YX.max() for map_YX in below.values())
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(2.1 * len(latents), 4.6), layout="constrained")
+        axes = figure.subplots(2, len(latents))
+        for axis, (title, image) in zip(axes.flat, [*above.items(), *below.items()], strict=True):
+            axis.set(title=title, xticks=[], yticks=[])
+            axis.spines[:].set_visible(True)
+            axis.grid(False)
+            if title == "image":
+                drawn = axis.imshow(image, cmap="gray_r", vmin=0, vmax=1)
+            elif image.min() < 0:
+                drawn = axis.imshow(image, cmap=SIGNED, norm=CenteredNorm())
+            else:
+                drawn = axis.imshow(image, cmap=MAPS, vmin=0, vmax=highest if title in below else None)
+            if title in above:
+                bar = figure.colorbar(drawn, ax=axis, orientation="horizontal", fraction=0.06, pad=0.03)
+                bar.set_label("intensity" if title == "image" else "value")
+                bar.locator = MaxNLocator(3)
+        bar = figure.colorbar(drawn, ax=axes[1], fraction=0.02, pad=0.01)
+        bar.set_label("map $M_i$, one scale")
+        figure.supxlabel(credit, fontsize=7, color="0.35")
+    return figure
+
+
+def intervals(table: pd.DataFrame, *, label: str, chance: float | None = None) -> Figure:
+    """Point estimates with their intervals: one line per method, one colour per group.
+
+    Args:
+        table: Columns method, group, value, low and high.
+        label: What the values are.
+        chance: Value that is reached without knowing anything; drawn as a dashed line.
+    """
+    methods, groups = list(dict.fromkeys(table["method"])), list(dict.fromkeys(table["group"]))
+    with mpl.rc_context(STYLE):
+        height = 0.18 * len(methods) * max(len(groups), 2) + 1.1
+        figure = Figure(figsize=(7, height), layout="constrained")
+        axis = figure.subplots()
+        if chance is not None:
+            axis.axvline(chance, color="0.4", linestyle="--", linewidth=1, label="chance")
+        offsets = np.linspace(-0.3, 0.3, len(groups)) if len(groups) > 1 else [0.0]
+        markers = "osD^vP*X<>"
+        for index, (group, offset) in enumerate(zip(groups, offsets, strict=True)):
+            part = table[table["group"] == group]
+            y = [methods.index(method) + offset for method in part["method"]]
+            spread = [part["value"] - part["low"], part["high"] - part["value"]]
+            axis.errorbar(
+                part["value"],
+                y,
+                xerr=spread,
+                fmt=markers[index % len(markers)],
+                markersize=4,
+                capsize=2,
+                color=COLOURS[index % len(COLOURS)],
+                label=group,
+            )
+        axis.set_yticks(range(len(methods)), methods)
+        axis.invert_yaxis()
+        axis.grid(axis="y", visible=False)
+        axis.set_xlabel(label)
+        if len(groups) > 1 or chance is not None:
+            figure.legend(loc="outside upper right", ncols=min(4, len(groups) + 1))
+    return figure
+
+
+def training_curves(losses: Mapping[str, Sequence[float]]) -> Figure:
+    """Reconstruction loss and KL divergence over epochs, on training and held-out images.
+
+    Args:
+        losses: reconstruction, kl, validation_reconstruction and validation_kl, one value per epoch, in nats per image.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7, 2.8), layout="constrained")
+        for axis, (name, title) in zip(
+            figure.subplots(1, 2), {"reconstruction": "reconstruction loss", "kl": "KL divergence"}.items(), strict=True
+        ):
+            epochs = range(1, len(losses[name]) + 1)
+            axis.plot(epochs, losses[name], label="training")
+            axis.plot(epochs, losses[f"validation_{name}"], linestyle="--", label="held out")
+            axis.set(xlabel="epoch", ylabel="nats per image", title=title)
+            # The first epochs are several times as high as the rest and would flatten all that follows.
+            settled = [*losses[name][4:], *losses[f"validation_{name}"][4:]]
+            if settled:
+                margin = 0.1 * (max(settled) - min(settled)) or 1
+                axis.set_ylim(min(settled) - margin, max(settled) + margin)
+        axis.legend()
+    return figure
+
+
+def bars(values: Sequence[float], *, label: str, index: str) -> Figure:
+    """Values in descending order, as bars.
+
+    Args:
+        values: One value each.
+        label: What the values are.
+        index: What is counted along the axis.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7, 2.2), layout="constrained")
+        axis = figure.subplots()
+        axis.bar(range(1, len(values) + 1), sorted(values, reverse=True))
+        axis.set(xlabel=index, ylabel=label)
+        axis.grid(axis="x", visible=False)
+    return figure
+
+
+def histograms(samples: Mapping[str, np.ndarray], *, label: str, mark: float) -> Figure:
+    """Histograms of several samples on one axis, as shares of each.
+
+    Args:
+        samples: Name -> values in [0, 1].
+        label: What the values are.
+        mark: Value at which a dashed line is drawn.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7, 2.8), layout="constrained")
+        axis = figure.subplots()
+        for (name, value_N), linestyle in zip(samples.items(), ("-", "--", ":", "-."), strict=False):
+            weight_N = np.full(len(value_N), 1 / len(value_N))
+            axis.hist(
+                value_N,
+                bins=np.linspace(0, 1, 41),
+                weights=weight_N,
+                histtype="step",
+                linewidth=1.6,
+                linestyle=linestyle,
+                label=name,
+            )
+        axis.axvline(mark, color="0.4", linestyle="--", linewidth=1)
+        axis.set(xlabel=label, ylabel="share of images")
+        axis.legend(loc="upper left")
+    return figure
+
+
+def tradeoff(table: pd.DataFrame, *, x: str, y: str) -> Figure:
+    """Points of models in the plane of two measures: one colour for each kind of model, one marker for each source.
+
+    Args:
+        table: Columns source, kind, label, cost (along x), score (along y), low and high (the interval of the score).
+        x: What the cost is.
+        y: What the score is.
+    """
+    kinds, sources = list(dict.fromkeys(table["kind"])), list(dict.fromkeys(table["source"]))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7, 4.4), layout="constrained")
+        axis = figure.subplots()
+        for (source, kind), part in table.groupby(["source", "kind"], sort=False):
+            colour = COLOURS[kinds.index(kind) % len(COLOURS)]
+            ours = source == sources[0]
+            axis.errorbar(
+                part["cost"],
+                part["score"],
+                yerr=[part["score"] - part["low"], part["high"] - part["score"]],
+                fmt="os^Dv"[sources.index(source) % 5],
+                markersize=7 if ours else 5,
+                markerfacecolor=colour if ours else "none",
+                capsize=2,
+                color=colour,
+                alpha=1 if ours else 0.75,
+                label=f"{kind} ({source})",
+            )
+            for row in part.itertuples():
+                axis.annotate(row.label, (row.cost, row.score), (5, 4), textcoords="offset points", fontsize=7)
+        axis.set(xlabel=x, ylabel=y)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
+def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float | int], Sequence[float]]]], *, x: str) -> Figure:
+    """Lines over a common axis, a panel for each quantity.
+
+    Args:
+        panels: Name of the quantity -> name of the line -> where along x, and its values.
+        x: What runs along x.
+    """
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    with mpl.rc_context(STYLE):
+        rows = -(-len(panels) // 2)
+        figure = Figure(figsize=(7.4, 2.1 * rows + 0.6), layout="constrained")
+        axes = list(figure.subplots(rows, 2, squeeze=False, sharex=True).flat)
+        for axis, (title, lines) in zip(axes, panels.items(), strict=False):
+            for name, (along, values) in lines.items():
+                index = names.index(name)
+                few = len(values) < 20
+                axis.plot(
+                    along,
+                    values,
+                    color=COLOURS[index % len(COLOURS)],
+                    linestyle=("-", "--", ":", "-.")[index % 4],
+                    marker="o" if few else None,
+                    markersize=3,
+                    linewidth=1.3,
+                    label=name,
+                )
+            settled = [value for _, values in lines.values() for value in values[len(values) // 10 :]]
+            if settled:  # the first steps would flatten all that follows
+                margin = 0.06 * (max(settled) - min(settled)) or 1
+                axis.set_ylim(min(settled) - margin, max(settled) + margin)
+            axis.set_title(title)
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
+        for axis in axes[max(0, len(panels) - 2) : len(panels)]:
+            axis.set_xlabel(x)
+            axis.xaxis.set_tick_params(labelbottom=True)
+        handles = {
+            label: handle
+            for axis in figure.axes
+            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=8)
+    return figure

@@ -1,0 +1,511 @@
+"""Anomaly localisation on MVTec AD: train on a category's normal images, explain its test images, measure the maps.
+
+Both MVTec chapters run this, each with its own report's recipe. One category at a time: its images, its model, its
+maps and its numbers; the trained weights are kept, so that nothing is trained twice.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from expvae import PRESETS, Method, attention
+from expvae.metrics import (
+    PixelCounts,
+    active_units,
+    auroc_difference,
+    auroc_interval,
+    auroc_per_image,
+    fraction_interval,
+    iou_intervals,
+)
+from expvae.models import BrongersMVTecVAE, MVTecVAE, imagenet_weights
+from expvae_book import augmentation, baselines, figures, probes, provenance, recipes, runs, training, weights
+from expvae_book.data import mvtec
+
+HELD_OUT = 0.2  # of the training images, as in the first report
+QUANTILE = 0.99  # of the pixels of held-out normal images lie below the threshold that needs no test image
+LAYERS = ("conv1", "layer1.1.conv2", "layer2.1.conv1", "layer3.1.conv2", "layer4.1.conv2")
+SOME = 32  # test images, drawn at random, on which layers and presets are compared
+# The paper's preset takes a backward pass for each latent, which before the third stage costs minutes.
+CASES = [(layer, preset) for layer in LAYERS for preset in ("liu2020_code", "brongers2021", "normal_difference")]
+CASES += [(layer, "liu2020_paper") for layer in LAYERS[3:]]
+SHOWN = 4  # defects in a panel
+
+ATTENTION = "attention"
+COMMON = "mean attention map"  # that of the held-out normal images, the same for every test image
+SSIM = "SSIM"
+BASELINES = (COMMON, "reconstruction error", SSIM, "mean image difference", "centre prior")
+METHODS = (ATTENTION, *BASELINES)
+FIELDS = {
+    "auroc": "pixel AUROC",
+    "average_precision": "average precision",
+    "aupro": "AUPRO",
+    "best_iou": "best IoU (oracle)",
+}
+DIFFERENCE = "pixel AUROC, difference"
+SHARED = "share of the attention's variance that all images share"
+RESEMBLES = "rank correlation with the attention"
+MISSED = "maps that miss the anomaly"  # per-image AUROC below one half
+
+Maps = dict[str, Float[Tensor, "_ y x"]]  # those of the test images and of held-out ones meet in one call
+
+
+def chosen(categories: str, protocol: Sequence[str]) -> list[str]:
+    """The categories that a chapter is asked for.
+
+    Args:
+        categories: "all", or names with commas between them.
+        protocol: What "all" stands for.
+
+    Raises:
+        ValueError: If a name is not one of the fifteen.
+    """
+    if categories.strip() == "all":
+        return list(protocol)
+    names = list(dict.fromkeys(filter(None, (name.strip() for name in categories.split(",")))))
+    unknown = [name for name in names if name not in mvtec.CATEGORIES]
+    if unknown or not names:
+        raise ValueError(f"categories must be all, or some of {', '.join(mvtec.CATEGORIES)}; got {categories!r}")
+    return names
+
+
+def at_hand(categories: Sequence[str], data: str) -> list[str]:
+    """Those of the categories that can be computed.
+
+    With data="auto" that is the real ones at hand, and, where nothing of MVTec AD is, all of them as generated samples:
+    the two are never mixed.
+    """
+    there = mvtec.available()
+    if data == "sample" or (data == "auto" and not there):
+        return list(categories)
+    return [category for category in categories if category in there]
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def split(category: mvtec.Category) -> tuple[UInt8[Tensor, "t c y x"], UInt8[Tensor, "v c y x"]]:
+    """The images to train on, and a fifth of the training images that is held out; both are normal."""
+    train_N, held_out_N = training.hold_out(len(category.train_NCYX), HELD_OUT)
+    return category.train_NCYX[train_N], category.train_NCYX[held_out_N]
+
+
+def network(recipe: str, initial: str, encoder: str) -> tuple[Callable[[], nn.Module], str]:
+    """How to build the network of a recipe, and in words what its encoder starts from and whether it learns.
+
+    Args:
+        recipe: A name in `expvae_book.recipes.MVTEC`.
+        initial: "imagenet", "random", or "auto" for ImageNet where its weights can be had.
+        encoder: "fine-tuned" or "frozen".
+
+    Raises:
+        ValueError: If ImageNet's weights are asked for and cannot be had, or the network of Brongers et al. is asked
+            for with either choice, which it does not have.
+    """
+    settings = recipes.MVTEC[recipe]
+    if recipe == "brongers2021":
+        if initial == "imagenet" or encoder == "frozen":
+            raise ValueError(
+                "recipe='brongers2021' has a ResNet of its own, from random weights: give initial='auto' or 'random' "
+                "and encoder='fine-tuned'"
+            )
+        return lambda: BrongersMVTecVAE(settings.latent_dim), "random, fine-tuned"
+    start = None if initial == "random" else imagenet_weights()
+    if initial == "imagenet" and start is None:
+        raise ValueError(
+            "initial='imagenet' needs torchvision's weights of ResNet-18, which could not be downloaded and are not in "
+            "torch's cache; initial='random' does without them"
+        )
+    return (
+        lambda: MVTecVAE(settings.latent_dim, start, frozen=encoder == "frozen"),
+        f"{'random' if start is None else 'imagenet'}, {encoder}",
+    )
+
+
+def fit(category: mvtec.Category, parameters: Mapping[str, Any], device: torch.device) -> tuple[weights.Trained, dict]:
+    """Train the VAE of a category, or read its weights where that was done before.
+
+    Args:
+        category: Its images.
+        parameters: recipe, initial, encoder, augmentation, augmented, epochs, precision and seed, as the chapters
+            declare them.
+        device: Where to train.
+
+    Returns:
+        The trained model, and what of it the record keeps: what the encoder started from, the precision, and how many
+        images, before and after augmentation, it was trained on.
+    """
+    make, start = network(parameters["recipe"], parameters["initial"], parameters["encoder"])
+    precision = provenance.choose_precision(parameters["precision"], device)
+    train_NCYX, held_out_NCYX = split(category)
+    augmented_NCYX = augmentation.augment(
+        train_NCYX, category.name, parameters["augmentation"], parameters["augmented"], parameters["seed"]
+    )
+    trained = weights.trained(
+        make,
+        augmented_NCYX,
+        held_out_NCYX,
+        recipes.MVTEC[parameters["recipe"]],
+        epochs=parameters["epochs"],
+        seed=parameters["seed"],
+        device=device,
+        variant=start,
+        precision=precision,
+    )
+    facts = {
+        "encoder": start,
+        "precision": precision,
+        "originals": len(train_NCYX),
+        "images": len(augmented_NCYX),
+        "images_per_second": trained.history.images / trained.history.seconds,
+    }
+    return trained, facts
+
+
+# Maps -----------------------------------------------------------------------------------------------------------------
+
+
+def explain(
+    model: nn.Module,
+    x_NCYX: UInt8[Tensor, "n c y x"],
+    layer: str,
+    preset: str,
+    *,
+    batch: int,
+    seed: int,
+    normal: tuple[Tensor, Tensor] | None = None,
+) -> Float[Tensor, "n y x"]:
+    """The attention maps of images, in their order.
+
+    Args:
+        model: The trained VAE.
+        x_NCYX: Images.
+        layer: Name of the layer inside the encoder.
+        preset: A name in `expvae.PRESETS`, or "normal_difference" for the paper's rule for anomalies.
+        batch: Images at a time, put together at random: the presets that divide by the size of the gradient over the
+            batch would otherwise tell defects apart by the folders that they lie in.
+        seed: Fixes the batches and the noise of a sampled score.
+        normal: Mean and log-variance of the posterior of normal images, for "normal_difference".
+    """
+    where = next(model.parameters()).device
+    chance = torch.Generator().manual_seed(seed)
+    how = PRESETS.get(preset, Method(score="normal_difference"))
+    map_NYX = torch.empty(len(x_NCYX), *x_NCYX.shape[2:])
+    for chosen_B in torch.randperm(len(x_NCYX), generator=chance).split(batch):
+        x_BCYX = training.to_unit(x_NCYX[chosen_B].to(where))
+        found = attention(model.encode, f"encoder.{layer}", x_BCYX, how, normal=normal, generator=chance)
+        map_NYX[chosen_B] = found.map_BYX.cpu()
+    return map_NYX
+
+
+def normal_posterior(model: nn.Module, train_NCYX: UInt8[Tensor, "n c y x"]) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance over the posteriors of all training images together."""
+    mu_ND, logvar_ND = _encoded(model, train_NCYX)
+    variance_D = logvar_ND.exp().mean(0) + mu_ND.var(0, correction=0)
+    return mu_ND.mean(0), variance_D.log()
+
+
+def reconstruct(model: nn.Module, x_NCYX: UInt8[Tensor, "n c y x"]) -> Float[Tensor, "n c y x"]:
+    """The images as the decoder makes them of the means of their latents."""
+    where = next(model.parameters()).device
+    with torch.no_grad():
+        parts = [model.decode(model.encode(training.to_unit(x_BCYX.to(where)))[0]) for x_BCYX in x_NCYX.split(16)]
+    return torch.cat(parts).sigmoid().cpu()
+
+
+def dissimilarity(
+    x_BCYX: Float[Tensor, "b c y x"], reconstruction_BCYX: Float[Tensor, "b c y x"]
+) -> Float[Tensor, "b y x"]:
+    """1 − SSIM of each pixel's neighbourhood, averaged over the colours (Bergmann et al., VISAPP 2019).
+
+    The neighbourhood is a Gaussian of 1.5 pixels, as Wang et al. (2004) have it.
+    """
+    # Only here: it takes seconds to import, and a page that only shows stored runs does not need it.
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    _, similarity_BCYX = structural_similarity_index_measure(
+        reconstruction_BCYX, x_BCYX, data_range=1.0, return_full_image=True
+    )
+    return 1 - similarity_BCYX.mean(1)
+
+
+def baseline_maps(
+    x_NCYX: UInt8[Tensor, "n c y x"],
+    reconstruction_NCYX: Float[Tensor, "n c y x"],
+    mean_CYX: Float[Tensor, "c y x"],
+) -> Maps:
+    """The maps that need no attention, by their names in BASELINES."""
+    parts = []
+    for x_BCYX, restored_BCYX in zip(x_NCYX.split(16), reconstruction_NCYX.split(16), strict=True):
+        x_BCYX = training.to_unit(x_BCYX)
+        b, _, y, x = x_BCYX.shape
+        parts.append(
+            {
+                "reconstruction error": baselines.reconstruction_error(x_BCYX, restored_BCYX),
+                SSIM: dissimilarity(x_BCYX, restored_BCYX),
+                "mean image difference": baselines.mean_image_difference(x_BCYX, mean_CYX),
+                "centre prior": baselines.centre_prior(y, x).expand(b, -1, -1),
+            }
+        )
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+# Measures -------------------------------------------------------------------------------------------------------------
+
+
+def pixel_rows(maps: Maps, held_out: Maps, category: mvtec.Category, seed: int) -> list[dict]:
+    """How well each map finds the anomalous pixels of all test images that have a mask or are normal.
+
+    Intervals come from resampling images; differences between attention and the baselines are paired. The threshold
+    "from validation" is exceeded by one in a hundred pixels of held-out normal images.
+    """
+    known_N = torch.tensor([mask_YX is not None for mask_YX in category.test_mask])
+    truth_MYX = torch.stack([mask_YX for mask_YX in category.test_mask if mask_YX is not None])
+    image_M = torch.nonzero(known_N)[:, 0]
+    rows, counts = [], {}
+    for name in tqdm(METHODS, desc="pixel measures", unit="map"):
+        counts[name] = PixelCounts(regions=True)
+        for part in torch.arange(len(image_M)).split(32):
+            counts[name].add(maps[name][image_M[part]], truth_MYX[part], unit=image_M[part])
+        measured = counts[name].intervals(seed=seed)
+        rows += [runs.row(title, method=name, **vars(measured[field])) for field, title in FIELDS.items()]
+    for name in BASELINES:
+        change = auroc_difference(counts[ATTENTION], counts[name], seed=seed)
+        rows.append(runs.row(DIFFERENCE, method=f"{ATTENTION} − {name}", **vars(change)))
+    defective_M = truth_MYX.flatten(1).any(1)
+    rows.append(runs.row("anomalous pixels", float(truth_MYX.float().mean()), n=len(truth_MYX)))
+    share = float(truth_MYX[defective_M].float().mean())
+    rows.append(runs.row("anomalous pixels", share, subset="defective images", n=int(defective_M.sum())))
+    for name in (ATTENTION, "reconstruction error"):
+        found = iou_intervals(maps[name][known_N], truth_MYX, validation=threshold(held_out[name]), seed=seed)
+        for (average, classes, choice), measured in found.items():
+            rows.append(runs.row(f"IoU, {average}, {classes}", method=name, subset=choice, **vars(measured)))
+    return rows
+
+
+def threshold(map_NYX: Float[Tensor, "n y x"]) -> float:
+    """The value below which 99 of 100 pixels of normal images lie."""
+    return float(np.quantile(map_NYX.numpy(), QUANTILE))
+
+
+def image_rows(maps: Maps, category: mvtec.Category, seed: int) -> list[dict]:
+    """Whole images: defective or not, by the mean and by the maximum of the map."""
+    truth_N = np.array([defect != "good" for defect in category.test_defect])
+    rows = []
+    for name in METHODS:
+        if name in (COMMON, "centre prior"):  # the same for every image
+            continue
+        for how, score_N in {"mean": maps[name].mean((1, 2)), "maximum": maps[name].amax((1, 2))}.items():
+            measured = auroc_interval(score_N.numpy(), truth_N, seed=seed)
+            rows.append(runs.row("image AUROC", method=name, subset=how, **vars(measured)))
+    return rows
+
+
+def map_rows(maps: Maps, category: mvtec.Category) -> list[dict]:
+    """Single defective images: which maps miss the anomaly, by kind of defect, and what the attention resembles."""
+    chosen = [i for i, mask_YX in enumerate(category.test_mask) if mask_YX is not None and mask_YX.any()]
+    truth_MYX = torch.stack([category.test_mask[i] for i in chosen])
+    defects = np.array([category.test_defect[i] for i in chosen])
+    rows = []
+    for name in METHODS:
+        auroc_M = auroc_per_image(maps[name][chosen], truth_MYX)
+        auroc_M = np.where(np.isnan(auroc_M), 0.5, auroc_M)  # an image that is anomalous all over ranks nothing
+        rows.append(runs.row(MISSED, method=name, **vars(fraction_interval(auroc_M < 0.5))))
+        rows += [
+            runs.row("AUROC within images, mean", float(auroc_M[defects == kind].mean()), name, kind, n=int(count))
+            for kind, count in zip(*np.unique(defects, return_counts=True), strict=True)
+        ]
+    attention_NYX = maps[ATTENTION]
+    about_mean = float(((attention_NYX - attention_NYX.mean(0)) ** 2).mean())
+    about_constant = float(((attention_NYX - attention_NYX.mean()) ** 2).mean())
+    if about_constant > 0:  # a map that is the same everywhere shares nothing
+        rows.append(runs.row(SHARED, 1 - about_mean / about_constant))
+    x_NYX = training.to_unit(category.test_NCYX).mean(1)
+    resembled = {name: maps[name] for name in BASELINES} | {
+        "brightness": x_NYX,
+        "edges": edges(x_NYX),
+    }
+    for name, map_NYX in resembled.items():
+        correlation_N = [
+            float(spearmanr(ours_YX.flatten(), other_YX.flatten()).statistic)
+            for ours_YX, other_YX in zip(attention_NYX[:, ::8, ::8], map_NYX[:, ::8, ::8], strict=True)
+            if ours_YX.std() > 0 and other_YX.std() > 0
+        ]
+        if correlation_N:
+            rows.append(runs.row(RESEMBLES, float(np.mean(correlation_N)), name, n=len(correlation_N)))
+    return rows
+
+
+def edges(x_NYX: Float[Tensor, "n y x"]) -> Float[Tensor, "n y x"]:
+    """The length of the brightness gradient, √((∂x/∂i)² + (∂x/∂j)²) by central differences."""
+    down_NYX, right_NYX = torch.gradient(x_NYX, dim=(1, 2))
+    return (down_NYX.square() + right_NYX.square()).sqrt()
+
+
+def layer_rows(
+    model: nn.Module, category: mvtec.Category, normal: tuple[Tensor, Tensor], *, batch: int, seed: int
+) -> list[dict]:
+    """The pixel AUROC by layer and preset, on some test images drawn at random."""
+    known = torch.tensor([i for i, mask_YX in enumerate(category.test_mask) if mask_YX is not None])
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))
+    some = known[order[:SOME]].sort().values
+    truth_MYX = torch.stack([category.test_mask[i] for i in some])
+    if not truth_MYX.any():
+        return []
+    rows = []
+    for layer, preset in tqdm(CASES, desc="layers and presets", unit="case"):
+        map_MYX = explain(model, category.test_NCYX[some], layer, preset, batch=batch, seed=seed, normal=normal)
+        counts = PixelCounts()
+        counts.add(map_MYX, truth_MYX, unit=some)
+        measured = counts.auroc_interval(seed=seed)
+        rows.append(runs.row("pixel AUROC, layers and presets", method=layer, subset=preset, **vars(measured)))
+    return rows
+
+
+def latent_rows(
+    model: nn.Module,
+    category: mvtec.Category,
+    mean_CYX: Float[Tensor, "c y x"],
+    restored_NCYX: Float[Tensor, "n c y x"],
+) -> list[dict]:
+    """What the latents carry: on held-out normal images and on the test images."""
+    _, held_out_NCYX = split(category)
+    x_NCYX = training.to_unit(held_out_NCYX)
+    where = next(model.parameters()).device
+    reconstruction, kl = training.validate(model, held_out_NCYX.to(where))
+    constant_NCYX = torch.logit(mean_CYX, eps=1e-4).expand_as(x_NCYX)
+    constant = float(training.reconstruction_loss(constant_NCYX, x_NCYX).mean())
+    trained = sum(value.numel() for value in model.parameters())
+    frozen = sum(value.numel() for name, value in model.named_buffers() if name.endswith(("weight", "bias")))
+    n = len(x_NCYX)
+    rows = [
+        runs.row("parameters", trained + frozen),
+        runs.row("parameters, trained", trained),
+        runs.row("KL per image", kl, n=n),
+        runs.row("reconstruction per image", reconstruction, n=n),
+        runs.row("reconstruction per image, mean image", constant, n=n),
+    ]
+    if len(category.test_NCYX) > 1:
+        mu_NI = _encoded(model, category.test_NCYX)[0].cpu()
+        spread = {"images": training.to_unit(category.test_NCYX), "reconstructions": restored_NCYX}
+        rows.append(runs.row("active units", active_units(mu_NI), n=len(mu_NI)))
+        rows += [
+            runs.row("standard deviation of a pixel over the images", float(x_NCYX.var(0).mean().sqrt()), name)
+            for name, x_NCYX in spread.items()
+        ]
+    return rows
+
+
+def _encoded(model: nn.Module, x_NCYX: UInt8[Tensor, "n c y x"]) -> tuple[Float[Tensor, "n i"], Float[Tensor, "n i"]]:
+    where = next(model.parameters()).device
+    with torch.no_grad():
+        parts = [model.encode(training.to_unit(x_BCYX.to(where))) for x_BCYX in x_NCYX.split(16)]
+    mu_NI, logvar_NI = (torch.cat(part) for part in zip(*parts, strict=True))
+    return mu_NI, logvar_NI
+
+
+# Figures and the run --------------------------------------------------------------------------------------------------
+
+
+def panel(
+    category: mvtec.Category, maps: Maps, held_out: Maps, reconstruction_NCYX: Float[Tensor, "_ c y x"], seed: int
+) -> Figure:
+    """Four defects drawn at random: image, mask, reconstruction, map, and the map above the threshold."""
+    masked = [i for i, mask_YX in enumerate(category.test_mask) if mask_YX is not None and mask_YX.any()]
+    order = torch.randperm(len(masked), generator=torch.Generator().manual_seed(seed))
+    shown = [masked[i] for i in order[:SHOWN]]
+    scale = float(np.quantile(maps[ATTENTION].numpy(), 0.99)) or 1.0
+    flagged_NYX = maps[ATTENTION] >= threshold(held_out[ATTENTION])
+    return figures.image_rows(
+        {
+            "image": list(training.to_unit(category.test_NCYX[shown]).permute(0, 2, 3, 1)),
+            "mask": [category.test_mask[i].float() for i in shown],
+            "reconstruction": [reconstruction_NCYX[i].permute(1, 2, 0) for i in shown],
+            "attention": [maps[ATTENTION][i] / scale for i in shown],
+            "thresholded": [flagged_NYX[i].float() for i in shown],
+        },
+        maps=["attention"],
+        titles=[category.test_defect[i].replace("_", " ") for i in shown],
+        label="attention / its 99th percentile",
+        credit=f"{category.card.credit} {category.card.mark}".strip(),
+        grey="gray",
+    )
+
+
+def compute(chapter: str, parameters: Mapping[str, Any], device: torch.device) -> runs.Run:
+    """Train and measure one category, and store the run.
+
+    Args:
+        chapter: Whose run it is.
+        parameters: What determines it: category, data, layer and preset beside what `fit` needs.
+        device: Where to compute.
+    """
+    category = mvtec.load(parameters["category"], parameters["data"])
+    settings, seed = recipes.MVTEC[parameters["recipe"]], parameters["seed"]
+    trained, facts = fit(category, parameters, device)
+    started = time.monotonic()
+    train_NCYX, held_out_NCYX = split(category)
+    mean_CYX = training.to_unit(train_NCYX).mean(0)
+    normal = normal_posterior(trained.model, train_NCYX)
+    restored_NCYX = reconstruct(trained.model, torch.cat([category.test_NCYX, held_out_NCYX]))
+    tested = len(category.test_NCYX)
+
+    def all_maps(x_NCYX: UInt8[Tensor, "n c y x"], reconstruction_NCYX: Float[Tensor, "n c y x"]) -> Maps:
+        map_NYX = explain(
+            trained.model,
+            x_NCYX,
+            parameters["layer"],
+            parameters["preset"],
+            batch=settings.batch_size,
+            seed=seed,
+            normal=normal,
+        )
+        return {ATTENTION: map_NYX} | baseline_maps(x_NCYX, reconstruction_NCYX, mean_CYX)
+
+    held_out = all_maps(held_out_NCYX, restored_NCYX[tested:])
+    common_YX = held_out[ATTENTION].mean(0)
+    held_out[COMMON] = common_YX.expand_as(held_out[ATTENTION])
+    rows, drawn = latent_rows(trained.model, category, mean_CYX, restored_NCYX[:tested]), {}
+    kinds = {defect != "good" for defect in category.test_defect}
+    masked = any(mask_YX is not None and bool(mask_YX.any()) for mask_YX in category.test_mask)
+    if tested > 1:  # no interval comes from one image
+        maps = all_maps(category.test_NCYX, restored_NCYX[:tested])
+        maps[COMMON] = common_YX.expand_as(maps[ATTENTION])
+        if kinds == {True, False}:
+            rows += image_rows(maps, category, seed)
+        if masked:
+            rows += pixel_rows(maps, held_out, category, seed)
+            rows += map_rows(maps, category)
+            rows += layer_rows(trained.model, category, normal, batch=settings.batch_size, seed=seed)
+            drawn["defects"] = panel(category, maps, held_out, restored_NCYX, seed)
+    losses = {name: value for name, value in vars(trained.history).items() if isinstance(value, list)}
+    asked = settings.epochs * augmentation.PAPER_COUNT
+    probe = None
+    if tested:
+        layer = f"encoder.{parameters['layer']}"
+        probe = probes.take(trained.model, trained.file, category.test_NCYX, layer, seed)
+    run = runs.save(
+        chapter,
+        parameters,
+        metrics=rows,
+        losses=losses,
+        arrays={},
+        figures=drawn,
+        card=category.card,
+        recipe=settings,
+        budget={"unit": "images", "asked": asked, "used": trained.history.images},
+        seconds={"training": trained.history.seconds, "evaluation": time.monotonic() - started},
+        device=provenance.describe_device(device),
+        resolved={"precision": facts["precision"], "initial": facts["encoder"].partition(",")[0]},
+        probe=probe,
+        extra={"training": facts, "weights": {"key": trained.key, "device": trained.device}},
+    )
+    return probes.verify(run, probe.draw) if probe else run

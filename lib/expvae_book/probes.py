@@ -1,0 +1,185 @@
+"""Probes: what a trained model says of a few images, kept with its run, so that later code can be held against it.
+
+A probe holds the means and a coarse attention map of some test images that are drawn by a stored seed, and names the
+file of the weights in the cache. `verify` asks the weights again, and writes into the record when, by which code and
+how well both agree.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from expvae import attention
+from expvae.models import (
+    MNISTVAE,
+    RBM,
+    UCSDVAE,
+    BrongersMVTecVAE,
+    BrongersUCSDVAE,
+    ConvRBM,
+    DSpritesVAE,
+    MVTecVAE,
+    Stack,
+)
+from expvae_book import protocols, provenance, runs, weights
+from expvae_book.data import dsprites, mnist, mvtec, ucsd
+from expvae_book.training import read_tensors, to_unit
+
+COUNT = 64  # images
+GRID = 8  # rows and columns of a coarse map
+BATCH = 16
+METHOD = "liu2020_code"  # one backward pass for all latents
+VAES = {kind.__name__: kind for kind in (MNISTVAE, UCSDVAE, BrongersUCSDVAE, MVTecVAE, BrongersMVTecVAE, DSpritesVAE)}
+Draw = Callable[[Int64[Tensor, " b"]], UInt8[Tensor, "b c y x"]]
+
+
+class CannotVerifyError(LookupError):
+    """What a run's probe needs is not here: the probe itself, the weights or the data."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is stored with a run, and the images that it was taken from.
+
+    Attributes:
+        facts: How to take it again: the weights' file, the model, the layer, the seed and the data.
+        arrays: The means [64, D] and the coarse maps [64, 8, 8].
+        draw: The images of some numbers, to verify the run before it ends.
+    """
+
+    facts: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+    draw: Draw
+
+
+def take(
+    model: nn.Module,
+    file: str,
+    images: UInt8[Tensor, "n c y x"] | Draw,
+    layer: str,
+    seed: int,
+    count: int | None = None,
+) -> Probe:
+    """Ask a trained model for the means and maps of a few images.
+
+    Args:
+        model: A VAE or a stack of machines of this library, in evaluation mode.
+        file: Name of its weights in the cache.
+        images: Test images, or what gives those of some numbers.
+        layer: The layer of the maps.
+        seed: Draws the images.
+        count: How many images there are, where they are not given as a tensor.
+    """
+    draw = images if callable(images) else images.__getitem__
+    facts = {"weights": file, **_described(model), "layer": layer, "seed": seed, "images": count or len(images)}
+    found = _evaluate(model, draw, facts)
+    facts |= {"size": draw(torch.zeros(1, dtype=torch.int64)).shape[-1], "latents": found["probe means"].shape[1]}
+    return Probe(facts, found, draw)
+
+
+def verify(run: runs.Run, draw: Draw | None = None) -> runs.Run:
+    """Ask a run's weights again for what its probe holds, and write into the record how well both agree.
+
+    The difference is the greatest between two numbers, beside the greatest number: max|a - b| / max|b|.
+
+    Args:
+        run: A stored run.
+        draw: Its images where they are in memory; by default they are loaded.
+
+    Raises:
+        CannotVerifyError: If the run has no probe, or its weights or its data are not here.
+    """
+    facts = run.record.get("probe")
+    if facts is None:
+        raise CannotVerifyError("it has no probe")
+    if not (weights.folder() / facts["weights"]).exists():
+        raise CannotVerifyError(f"its weights are not in the cache, {weights.folder()}")
+    draw = draw or _images(run, facts)
+    differences = [
+        np.abs(now - then).max() / max(np.abs(then).max(), np.finfo(np.float32).tiny)
+        for name, now in _evaluate(_loaded(facts), draw, facts).items()
+        for then in [run.arrays[name]]
+    ]
+    made = {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "git": provenance.commit(),
+        "protocols": {name: protocols.VERSIONS.get(name) for name in run.record["protocols"]},
+        "versions": provenance.versions(),
+        "difference": float(max(differences)),
+    }
+    return runs.amend(run, {"verified": made})
+
+
+def grey(sprites: dsprites.Sprites) -> Draw:
+    """What gives sprites, whose pixels are 0 and 1, as grey levels 0…255."""
+    return lambda index_B: sprites.images(index_B) * 255
+
+
+def _evaluate(model: nn.Module, draw: Draw, facts: dict[str, Any]) -> dict[str, np.ndarray]:
+    order_N = torch.randperm(facts["images"], generator=torch.Generator().manual_seed(facts["seed"]))
+    where = next(model.parameters()).device
+    means, maps = [], []
+    for index_B in order_N[:COUNT].split(BATCH):
+        found = attention(model.encode, facts["layer"], to_unit(draw(index_B)).to(where), METHOD)
+        means.append(found.encoded[0].detach().cpu())
+        maps.append(F.adaptive_avg_pool2d(found.map_BYX.detach()[:, None], GRID)[:, 0].cpu())
+    return {"probe means": torch.cat(means).float().numpy(), "probe maps": torch.cat(maps).float().numpy()}
+
+
+def _described(model: nn.Module) -> dict[str, Any]:
+    if not isinstance(model, Stack):
+        return {"model": type(model).__name__}
+    layers = []
+    for layer in model.layers:
+        below, (units, *_) = layer.visible_shape, layer.hidden_shape
+        if isinstance(layer, ConvRBM):
+            window = {"kernel": layer.weight.shape[-1], "stride": layer.stride}
+            layers.append({"shape": list(below), "filters": units, **window})
+        else:
+            layers.append({"visible": below[0], "hidden": units})
+    return {"model": "Stack", "layers": layers, "units": model.units, "shape": list(model.shape)}
+
+
+def _loaded(facts: dict[str, Any]) -> nn.Module:
+    """The model of a probe, from the cache."""
+    path = weights.folder() / facts["weights"]
+    if facts["model"] != "Stack":
+        model = VAES[facts["model"]](facts["latents"])
+        tensors, _ = read_tensors(path)
+        # The file of a FactorVAE holds its discriminator too.
+        model.load_state_dict({name: tensors[name] for name in model.state_dict()})
+        return model.eval()
+    layers = []
+    for number, described in enumerate(facts["layers"]):
+        described = {name: tuple(value) if isinstance(value, list) else value for name, value in described.items()}
+        layer = (ConvRBM if "kernel" in described else RBM)(**described, units=facts["units"])
+        tensors, _ = read_tensors(path / f"layer{number}.safetensors")
+        layer.load_state_dict({name: tensors[f"model/{name}"] for name in layer.state_dict()})
+        layers.append(layer)
+    return Stack(layers, tuple(facts["shape"])).eval()
+
+
+def _images(run: runs.Run, facts: dict[str, Any]) -> Draw:
+    """The test images of a run, from the data at hand."""
+    dataset, _, category = run.card.name.partition("/")
+    data = "sample" if run.card.generated else "real"
+    if not run.of_data_at_hand:
+        raise CannotVerifyError(f"the data at hand are not those of its card, {run.card.name}")
+    try:
+        if dataset == "dsprites":
+            return grey(dsprites.load(data))
+        load = {
+            "mnist": lambda: mnist.load(data).test_NYX[:, None],
+            "ucsd": lambda: ucsd.load(data, size=facts["size"]).test_NYX[:, None],
+            "mvtec": lambda: mvtec.load(category, data).test_NCYX,
+        }
+        return load[dataset]().__getitem__
+    except FileNotFoundError as error:
+        raise CannotVerifyError(f"its data are not at hand: {error}") from None

@@ -1,1 +1,0 @@
-"""The networks of the book: plain modules with encode(x) -> (mu, logvar) and decode(z) -> logits."""

@@ -18,7 +18,7 @@ from importlib.metadata import version
 
 import torch
 
-from expvae_book import provenance, runs
+from expvae_book import devices, runs
 from expvae_book.data import mnist
 from expvae_book.data.card import DataCard
 from expvae_book.recipes import MNIST
@@ -41,7 +41,7 @@ def main() -> None:
     if arguments.rounds < 1:
         parser.error("--rounds must be 1 or more")
     try:
-        device = provenance.choose_device(arguments.device)
+        device = devices.choose_device(arguments.device)
     except ValueError as error:
         parser.error(str(error))
 
@@ -81,7 +81,7 @@ def measure(name: str, data: str, device: torch.device, rounds: int) -> None:
         recipe=recipe,
         budget={"unit": "rounds", "asked": 5, "used": rounds},
         seconds={"all": time.monotonic() - started},
-        device=provenance.describe_device(device),
+        device=devices.describe_device(device),
         extra={"peers": {peer: version(peer) for peer in benchmark.PEERS}},
     )
     for row in rows:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from expvae.models import DSpritesVAE, discriminator
-from expvae_book import factorvae, provenance, runs
+from expvae_book import devices, factorvae, runs
 from expvae_book.data import dsprites
 from expvae_book.data.card import DataCard
 from expvae_book.factorvae import VARIANTS, Candidate
@@ -155,7 +155,7 @@ def measure(sprites: dsprites.Sprites, recipe: StepRecipe, device: torch.device,
     steps = {count: number * (1 if device.type == "cpu" else GPU_STEPS) for count, number in STEPS.items()}
     grids = {
         _name(count, precision): (_grid(count), precision)
-        for precision in dict.fromkeys(["float32", provenance.choose_precision("auto", device)])
+        for precision in dict.fromkeys(["float32", devices.choose_precision("auto", device)])
         for count in STEPS
     }
     grids[ADDED] = (_grid(1, attention_weight=1.0, penalty=VARIANTS["liu2020"]), "float32")

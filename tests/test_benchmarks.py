@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from expvae_book import factorvae, protocols, provenance, runs
+from expvae_book import devices, factorvae, protocols, provenance, runs
 from expvae_book.data import dsprites
 from expvae_book.recipes import DSPRITES, MNIST, RBM
 
@@ -213,8 +213,8 @@ def test_a_timing_names_the_data_and_the_recipe_that_it_was_fed_with(monkeypatch
 
 
 def test_a_timing_names_its_own_peers_and_device(monkeypatch, capsys):
-    monkeypatch.setattr(provenance, "choose_device", lambda name: torch.device(name))
-    monkeypatch.setattr(provenance, "describe_device", str)
+    monkeypatch.setattr(devices, "choose_device", lambda name: torch.device(name))
+    monkeypatch.setattr(devices, "describe_device", str)
     expected = {
         "training": ("meta", {"torchvision", "pillow"}),
         "attention": ("meta", {"captum"}),

@@ -13,6 +13,7 @@ from expvae_book import disentanglement, factorvae, figures, recipes, runs, spri
 from expvae_book.data import dsprites
 from expvae_book.disentanglement import COLLAPSED, EQUALISED, METRIC, OVERLAP, PAIRS, PUBLISHED, REFERENCE, SPATIAL
 from expvae_book.factorvae import VARIANTS, Candidate, Curves, Trained
+from expvae_book.names import title
 from expvae_book.training import build
 
 SHARED = {"steps": 2, "recipe": "report2", "stride": 8, "precision": "float32", "data": "sample"}
@@ -71,7 +72,7 @@ def test_parameters_choose_the_variant_and_what_differs_from_it():
 
 
 def test_titles_name_the_kind_of_model():
-    titles = [disentanglement.title(one) for one in grid("10", "0,0.5", "4")]
+    titles = [title(one) for one in grid("10", "0,0.5", "4")]
     assert titles == ["FactorVAE, γ 10", "AD-FactorVAE, γ 10, λ 0.5", "β-VAE, β 4"]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from expvae import Method, attention
+from expvae import Method, attention, discriminator_loss, overlap, permute_latents, total_correlation
 from expvae.models import DSpritesVAE
 from expvae.models._dsprites import LAYERS
 from expvae_book import disentanglement, factorvae
@@ -118,17 +118,17 @@ def slow_ratio(first, second):
 def test_overlap_equals_a_slow_loop():
     first, second = torch.randn(2, 3, 5, 4, 6, generator=torch.Generator().manual_seed(0)).relu().double()
     expected = [[slow_ratio(a, b) for a, b in zip(*rows, strict=True)] for rows in zip(first, second, strict=True)]
-    torch.testing.assert_close(factorvae.overlap(first, second), torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(overlap(first, second), torch.tensor(expected, dtype=torch.float64))
 
 
 def test_limits_of_the_overlap():
     one = torch.tensor([[2.0, 1.0], [0.0, 0.0]])
     other = torch.tensor([[0.0, 0.0], [3.0, 0.0]])
     nothing = torch.zeros(2, 2, requires_grad=True)
-    assert factorvae.overlap(one, one).item() == 1
-    assert factorvae.overlap(one, other).item() == 0
-    assert factorvae.overlap(one, 3 * one).item() == pytest.approx(0.5)
-    ratio = factorvae.overlap(nothing, nothing)
+    assert overlap(one, one).item() == 1
+    assert overlap(one, other).item() == 0
+    assert overlap(one, 3 * one).item() == pytest.approx(0.5)
+    ratio = overlap(nothing, nothing)
     assert ratio.item() == 0
     assert torch.autograd.grad(ratio, nothing)[0].isfinite().all()
 
@@ -137,7 +137,7 @@ def test_total_correlation_is_the_difference_of_the_log_probabilities():
     logits_MB2 = 3 * torch.randn(3, 50, 2, generator=torch.Generator().manual_seed(0)).double()
     log_MB2 = logits_MB2.log_softmax(2)
     expected_M = (log_MB2[..., 0] - log_MB2[..., 1]).mean(1)
-    torch.testing.assert_close(factorvae.total_correlation(logits_MB2), expected_M, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(total_correlation(logits_MB2), expected_M, rtol=1e-12, atol=1e-12)
 
 
 def test_total_correlation_of_an_ideal_discriminator_is_that_of_the_normal_distribution():
@@ -147,7 +147,7 @@ def test_total_correlation_of_an_ideal_discriminator_is_that_of_the_normal_distr
     x_B, y_B = z_BI.unbind(1)
     joint_B = expected - (x_B**2 - 2 * rho * x_B * y_B + y_B**2) / (2 * (1 - rho**2))
     logits_1B2 = torch.stack([joint_B, -z_BI.square().sum(1) / 2], 1)[None]
-    assert factorvae.total_correlation(logits_1B2).item() == pytest.approx(expected, abs=0.01)
+    assert total_correlation(logits_1B2).item() == pytest.approx(expected, abs=0.01)
 
 
 def test_discriminator_loss_is_the_cross_entropy_of_both_classes():
@@ -157,7 +157,7 @@ def test_discriminator_loss_is_the_cross_entropy_of_both_classes():
         0.5 * (F.cross_entropy(joint, torch.zeros(50).long()) + F.cross_entropy(permuted, torch.ones(50).long()))
         for joint, permuted in zip(joint_MB2, permuted_MB2, strict=True)
     ]
-    found_M = factorvae.discriminator_loss(joint_MB2, permuted_MB2)
+    found_M = discriminator_loss(joint_MB2, permuted_MB2)
     torch.testing.assert_close(found_M, torch.stack(expected), rtol=1e-12, atol=0)
 
 
@@ -166,7 +166,7 @@ def test_permuted_latents_keep_their_values_and_lose_their_partners():
     image_B = torch.arange(500.0)
     z_MBI = torch.stack([image_B, image_B + 1000, image_B + 2000], 1).expand(2, -1, -1)
     order_MBI = torch.rand(2, 500, 3, generator=generator).argsort(1)
-    permuted_MBI = factorvae.permute_latents(z_MBI, order_MBI)
+    permuted_MBI = permute_latents(z_MBI, order_MBI)
     assert torch.equal(permuted_MBI.sort(1).values, z_MBI)
     for m in range(2):
         for i in range(3):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from expvae_book import provenance
+from expvae_book import devices, provenance, weights
 
 
 @pytest.fixture
@@ -61,8 +61,8 @@ def test_commit_is_none_without_a_commit_a_checkout_or_git(repository, monkeypat
 def test_choose_device_takes_the_fastest_that_is_there(monkeypatch, cuda, mps, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert provenance.choose_device("auto") == torch.device(expected)
-    assert provenance.choose_device("cpu") == torch.device("cpu")
+    assert devices.choose_device("auto") == torch.device(expected)
+    assert devices.choose_device("cpu") == torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", ["cuda", "tpu", "", "cuda:0"])
@@ -70,18 +70,18 @@ def test_choose_device_names_what_is_there(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     with pytest.raises(ValueError, match=rf"^device='{name}' is not there; this machine has: auto, mps, cpu$"):
-        provenance.choose_device(name)
+        devices.choose_device(name)
 
 
 def test_describe_device():
-    assert provenance.describe_device(torch.device("cpu")).startswith(f"cpu: {torch.get_num_threads()} threads, ")
-    assert provenance.describe_device(torch.device("mps")) == "mps"
+    assert devices.describe_device(torch.device("cpu")).startswith(f"cpu: {torch.get_num_threads()} threads, ")
+    assert devices.describe_device(torch.device("mps")) == "mps"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
 def test_a_precision_that_is_named_is_taken_on_every_device(name, device):
-    assert provenance.choose_precision(name, torch.device(device)) == name
+    assert devices.choose_precision(name, torch.device(device)) == name
 
 
 @pytest.mark.parametrize(
@@ -94,21 +94,21 @@ def test_a_precision_that_is_named_is_taken_on_every_device(name, device):
 )
 def test_auto_precision_on_a_cpu_asks_for_units_of_bfloat16(monkeypatch, capabilities, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert provenance.choose_precision("auto", torch.device("cpu")) == expected
-    assert provenance.choose_precision("auto", torch.device("mps")) == "float32"
+    assert devices.choose_precision("auto", torch.device("cpu")) == expected
+    assert devices.choose_precision("auto", torch.device("mps")) == "float32"
 
 
 @pytest.mark.parametrize(("units", "expected"), [(True, "bfloat16"), (False, "float32")])
 def test_auto_precision_on_a_gpu_does_not_count_emulation(monkeypatch, units, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": not units})
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or units)
-    assert provenance.choose_precision("auto", torch.device("cuda")) == expected
+    assert devices.choose_precision("auto", torch.device("cuda")) == expected
 
 
 @pytest.mark.parametrize("name", ["float16", "bf16", ""])
 def test_choose_precision_names_the_choices(name):
     with pytest.raises(ValueError, match=rf"^precision must be one of auto, float32, bfloat16; got '{name}'$"):
-        provenance.choose_precision(name, torch.device("cpu"))
+        devices.choose_precision(name, torch.device("cpu"))
 
 
 def test_versions_are_text():
@@ -120,7 +120,7 @@ def test_versions_are_text():
 def test_tensor_digest_is_that_of_shape_type_and_bytes():
     x = torch.arange(24, dtype=torch.uint8).reshape(2, 3, 2, 2)
     expected = hashlib.sha256(b"(2, 3, 2, 2) torch.uint8" + np.arange(24, dtype=np.uint8).tobytes()).hexdigest()
-    assert provenance.tensor_digest(x) == expected
-    assert provenance.tensor_digest(x.to(memory_format=torch.channels_last)) == expected
+    assert weights.tensor_digest(x) == expected
+    assert weights.tensor_digest(x.to(memory_format=torch.channels_last)) == expected
     others = [x.reshape(3, 2, 2, 2), x.to(torch.int8), x.flip(0), x + 1, x.to(torch.float32)]
-    assert len({expected, *map(provenance.tensor_digest, others)}) == 6
+    assert len({expected, *map(weights.tensor_digest, others)}) == 6

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from expvae import elbo_terms, kl_divergence, reconstruction_loss, sample_latents
 from expvae.models import MNISTVAE
 from expvae_book import training
 from expvae_book.recipes import MNIST, Recipe
@@ -88,7 +89,7 @@ def test_reconstruction_loss_is_the_cross_entropy_of_the_probabilities():
     logits_BCYX = 3 * torch.randn(4, 2, 5, 6, generator=generator, dtype=torch.float64)
     x_BCYX = torch.rand(4, 2, 5, 6, generator=generator, dtype=torch.float64)
     expected = F.binary_cross_entropy(logits_BCYX.sigmoid(), x_BCYX, reduction="none").sum((1, 2, 3))
-    torch.testing.assert_close(training.reconstruction_loss(logits_BCYX, x_BCYX), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(reconstruction_loss(logits_BCYX, x_BCYX), expected, rtol=1e-12, atol=0)
 
 
 def test_kl_divergence_equals_that_of_torch_distributions():
@@ -97,19 +98,19 @@ def test_kl_divergence_equals_that_of_torch_distributions():
     posterior = torch.distributions.Normal(mu_BI, (0.5 * logvar_BI).exp())
     prior = torch.distributions.Normal(torch.zeros_like(mu_BI), torch.ones_like(mu_BI))
     expected = torch.distributions.kl_divergence(posterior, prior)
-    torch.testing.assert_close(training.kl_divergence(mu_BI, logvar_BI), expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(kl_divergence(mu_BI, logvar_BI), expected, rtol=1e-12, atol=1e-14)
 
 
 def test_latents_are_drawn_from_the_posterior():
     mu_BI, logvar_BI = torch.tensor([[1.0, -2.0]]), torch.tensor([[0.0, math.log(9)]])
-    z_NI = training.sample_latents(mu_BI.expand(50_000, 2), logvar_BI.expand(50_000, 2), torch.Generator())
+    z_NI = sample_latents(mu_BI.expand(50_000, 2), logvar_BI.expand(50_000, 2), torch.Generator())
     torch.testing.assert_close(z_NI.mean(0), mu_BI[0], rtol=0, atol=0.06)
     torch.testing.assert_close(z_NI.var(0), logvar_BI[0].exp(), rtol=0.03, atol=0)
 
 
 def test_elbo_terms_decode_a_sample_of_the_posterior():
     model, x_BCYX = training.build(TinyVAE, 0), training.to_unit(discs(5, 8))
-    reconstruction_B, kl_B = training.elbo_terms(model, x_BCYX, torch.Generator().manual_seed(3))
+    reconstruction_B, kl_B = elbo_terms(model, x_BCYX, torch.Generator().manual_seed(3))
     mu_BI, logvar_BI = model.encode(x_BCYX)
     noise_BI = torch.randn(5, 3, generator=torch.Generator().manual_seed(3))
     p_BCYX = model.decode(mu_BI + logvar_BI.exp().sqrt() * noise_BI).sigmoid()
@@ -130,7 +131,7 @@ def test_validation_is_the_mean_over_images_with_the_same_noise_every_time(monke
     assert training.validate(model, x_NCYX) == (reconstruction, kl)
     assert model.training
     generator = torch.Generator().manual_seed(0)
-    parts = [training.elbo_terms(model, training.to_unit(x), generator) for x in x_NCYX.split(4)]  # 4, 4 and 2 images
+    parts = [elbo_terms(model, training.to_unit(x), generator) for x in x_NCYX.split(4)]  # 4, 4 and 2 images
     assert reconstruction == pytest.approx(torch.cat([part[0] for part in parts]).mean().item())
     assert kl == pytest.approx(torch.cat([part[1] for part in parts]).mean().item())
 
@@ -206,7 +207,7 @@ GOLDEN_VALIDATION = (274.20373, 23.110507)
 @pytest.fixture(scope="module")
 def golden_run():
     """Twenty steps of the MNIST VAE as the library takes them: the losses of each step, and the history."""
-    images, steps, terms = discs(64, 28), [], training.elbo_terms
+    images, steps, terms = discs(64, 28), [], elbo_terms
     model = training.build(MNISTVAE, 0)
 
     def recorded(model, x_BCYX, generator):
@@ -313,7 +314,7 @@ def test_the_recipe_reaches_adam(name):
     for _ in range(2):
         chosen = torch.randperm(8, generator=generator)
         adam.zero_grad()
-        sum(training.elbo_terms(theirs, training.to_unit(images[chosen]), generator)).sum().backward()
+        sum(elbo_terms(theirs, training.to_unit(images[chosen]), generator)).sum().backward()
         adam.step()
     for value, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from expvae import models
-from expvae_book import protocols, provenance, training, weights
+from expvae_book import devices, protocols, training, weights
 from expvae_book.recipes import Recipe
 
 RECIPE = Recipe(source="test", epochs=100, batch_size=4, learning_rate=1e-2, latent_dim=2)
@@ -87,7 +87,7 @@ def test_nothing_is_trained_twice():
     assert (first.reused, second.reused) == (False, True)
     assert first.key == second.key
     assert first.history == second.history
-    assert first.device == second.device == provenance.describe_device(torch.device("cpu"))
+    assert first.device == second.device == devices.describe_device(torch.device("cpu"))
     assert_same_model(first, second)
     assert not first.model.training
     assert not second.model.training
@@ -155,8 +155,8 @@ def test_the_key_is_the_one_that_stored_weights_have(options, in_key):
         "recipe": recipe,
         "epochs": 2,
         "seed": 0,
-        "train": provenance.tensor_digest(images()),
-        "validation": provenance.tensor_digest(images(4, 1000)),
+        "train": weights.tensor_digest(images()),
+        "validation": weights.tensor_digest(images(4, 1000)),
         "protocols": {"TRAINING": protocols.VERSIONS["TRAINING"]},
     }
     text = json.dumps(determinants | in_key, sort_keys=True)

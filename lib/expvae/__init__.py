@@ -27,11 +27,31 @@ if TYPE_CHECKING:
     from expvae._gradients import Normaliser as Normaliser
     from expvae._input_attention import gradient_times_input as gradient_times_input
 
+    from ._losses import discriminator_loss as discriminator_loss
+    from ._losses import elbo_terms as elbo_terms
+    from ._losses import kl_divergence as kl_divergence
+    from ._losses import overlap as overlap
+    from ._losses import permute_latents as permute_latents
+    from ._losses import reconstruction_loss as reconstruction_loss
+    from ._losses import sample_latents as sample_latents
+    from ._losses import total_correlation as total_correlation
+
 __getattr__, __all__ = attach(
     __name__,
     {
         "_attention": ["PRESETS", "Attention", "Channels", "Method", "Score", "TensorChoice", "attention", "upsample"],
         "_gradients": ["RMS_EPSILON", "Normaliser"],
         "_input_attention": ["gradient_times_input"],
+        "_losses": [
+            "discriminator_loss",
+            "elbo_terms",
+            "kl_divergence",
+            "overlap",
+            "permute_latents",
+            "reconstruction_loss",
+            "sample_latents",
+            "total_correlation",
+        ],
     },
+    subpackages=("metrics", "models"),
 )

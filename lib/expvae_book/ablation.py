@@ -25,10 +25,21 @@ from jaxtyping import Bool, Float, Int64, Shaped, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from expvae import PRESETS, RMS_EPSILON, Attention, Channels, Method, Normaliser, Score, TensorChoice, attention
+from expvae import (
+    PRESETS,
+    RMS_EPSILON,
+    Attention,
+    Channels,
+    Method,
+    Normaliser,
+    Score,
+    TensorChoice,
+    attention,
+    sample_latents,
+)
 from expvae.metrics import Array, Interval, as_array, confusion, ious, thresholds
 from expvae.models import MNISTVAE, UCSDVAE
-from expvae_book import localisation, provenance, recipes, runs, training, truth, weights
+from expvae_book import devices, localisation, recipes, runs, training, truth, weights
 from expvae_book.augmentation import PAPER_COUNT
 from expvae_book.data import mnist, mvtec, ucsd
 from expvae_book.data.card import DataCard
@@ -208,7 +219,7 @@ def per_latent(
     # One score takes one pass, and with a graph it leaves the latents together with the layer's output.
     found = attention(model.encode, layer, x_BCYX, Method(score="sum_of_means"), graph="constant_alpha")
     mu_BI, logvar_BI = found.encoded
-    latent_BI = mu_BI if score == "each_mean" else training.sample_latents(mu_BI, logvar_BI, generator)
+    latent_BI = mu_BI if score == "each_mean" else sample_latents(mu_BI, logvar_BI, generator)
     parts = {normaliser: [] for normaliser in get_args(Normaliser)}
     for latent_B in latent_BI.unbind(1):
         (gradient_BCHW,) = torch.autograd.grad(latent_B.sum(), found.values_BCHW, retain_graph=True)
@@ -499,7 +510,7 @@ def compute(chapter: str, parameters: Mapping[str, Any], device: torch.device) -
         recipe=studied.recipe,
         budget=studied.budget,
         seconds={"maps": mapped - started, "measures": time.monotonic() - mapped},
-        device=provenance.describe_device(device),
+        device=devices.describe_device(device),
         extra={
             "weights": {"key": studied.trained.key, "device": studied.trained.device},
             "test": {

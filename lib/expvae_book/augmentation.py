@@ -1,7 +1,8 @@
 """More training images from few, for MVTec AD: every image turned by an angle of its own, and mirrored where it may be.
 
 The paper turns the training images of a category by angles within ±30° and mirrors them where the object permits it,
-until there are 10 000 of each category. Which objects permit it, it does not say; MOTIFS has our reading.
+until there are 10 000 of each category. Which objects permit it, it does not say; MOTIFS (expvae_book.data.catalogue)
+has our reading.
 """
 
 import math
@@ -12,47 +13,10 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from expvae_book.data.catalogue import MOTIFS
+
 PAPER_COUNT = 10_000  # images of each category
 BATCH = 64
-
-
-@dataclass(frozen=True)
-class Motif:
-    """What the images of a category permit.
-
-    Attributes:
-        horizontal: Left and right may be exchanged.
-        vertical: Top and bottom may be exchanged.
-        reason: Why, or why not.
-        fills: Whether the motif goes on beyond the frame. What a rotation turns in from outside is then the reflection
-            of what is inside; otherwise the colours of the border go on, which are those of the background.
-    """
-
-    horizontal: bool
-    vertical: bool
-    reason: str
-    fills: bool = False
-
-
-MOTIFS = {
-    "bottle": Motif(True, True, "seen from above, the mouth of a bottle is round"),
-    "cable": Motif(False, False, "the order of its three cores would change, which is one of the defects"),
-    "capsule": Motif(False, False, "it bears a print, which would be in mirror writing"),
-    "carpet": Motif(True, True, "a woven texture that looks alike from all sides", fills=True),
-    "grid": Motif(True, True, "a regular grid is its own mirror image", fills=True),
-    "hazelnut": Motif(True, True, "a natural object that lies in any direction"),
-    "leather": Motif(True, True, "a texture without direction", fills=True),
-    "metal_nut": Motif(False, False, "its teeth have a sense of rotation; a flipped nut is one of the defects"),
-    "pill": Motif(False, False, "it bears a print, which would be in mirror writing"),
-    "screw": Motif(False, False, "its thread has a sense of rotation, which mirroring would reverse"),
-    "tile": Motif(True, True, "a texture without direction", fills=True),
-    "toothbrush": Motif(True, False, "left and right of the head are alike, top and bottom are not"),
-    "transistor": Motif(
-        True, False, "left and right are alike; its leads point down, and a wrong place is a defect", fills=True
-    ),
-    "wood": Motif(True, True, "its grain runs up and down, mirrored or not", fills=True),
-    "zipper": Motif(True, True, "both tapes are alike, and the chain shows no slider", fills=True),
-}
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,11 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from expvae_book.places import REPOSITORY
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import ExecutionResult
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     from expvae_book.runs import Run
 
-BOOK = Path(__file__).resolve().parents[2] / "book"
+BOOK = REPOSITORY / "book"
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
 # Papermill looks up the code that writes parameters by the notebook's language. Chapters are handed over under this
 # spelling, which nothing else uses, so that plain notebooks in the same process keep papermill's own "python".

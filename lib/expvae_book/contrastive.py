@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from expvae.models import ConvRBM, Machine, Stack, hard, in_units, one_bit_pseudo_log_likelihood, visible_values
-from expvae_book import protocols, provenance, weights
+from expvae_book import protocols, weights
 from expvae_book.recipes import RBMRecipe
 from expvae_book.training import TrainingDivergedError, build, read_tensors, write_tensors
 
@@ -351,8 +351,8 @@ def trained(
         "recipe": hyper_parameters,
         "epochs": epochs,
         "seed": seed,
-        "train": provenance.tensor_digest(train_NCYX),
-        "validation": provenance.tensor_digest(validation_NCYX),
+        "train": weights.tensor_digest(train_NCYX),
+        "validation": weights.tensor_digest(validation_NCYX),
         "protocols": protocols.versions(protocols.RBM),
     }
     key = hashlib.sha256(json.dumps(determinants, sort_keys=True).encode()).hexdigest()

@@ -13,41 +13,36 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from tqdm import tqdm
 
-from expvae import attention, metrics
+from expvae import attention, elbo_terms, kl_divergence, metrics, overlap, total_correlation
 from expvae.metrics import active_units
 from expvae.models import DSpritesVAE, SideBySide
-from expvae.models._dsprites import LAYERS
-from expvae_book import factorvae, probes, provenance, recipes, runs
+from expvae_book import devices, factorvae, probes, recipes, runs
 from expvae_book.data import dsprites
 from expvae_book.factorvae import VARIANTS, AttentionPenalty, Candidate, Trained
-from expvae_book.training import elbo_terms, hold_out, kl_divergence
+from expvae_book.names import (
+    COLLAPSED,
+    EQUALISED,
+    GRADIENT,
+    METRIC,
+    OVERLAP,
+    PAIRS,
+    PUBLISHED,
+    REACHED,
+    REFERENCE,
+    SPATIAL,
+)
+from expvae_book.training import hold_out
 
 BATCH = 512
 AS_VARIANT = "variant"  # a choice that is left to the published variant of the loss
 NONE = "none"  # the variant of a model without the loss
-SPATIAL = LAYERS[:-1]  # the layers whose maps have more than one position
 EXPLAINED = 512  # held-out images whose maps are compared
 SHOWN = 6  # held-out images that are shown
 TRAVERSAL = np.linspace(-3, 3, 7)  # in standard deviations of the prior
 PERFECT_DRAWS = 10  # of the votes for the ceiling of a perfect code
 SPARE = (0, 5, 27)  # latents that carry nothing beside those of a perfect code
 
-METRIC = "FactorVAE metric"
-REFERENCE = "five factors, held-out votes"
-PUBLISHED = "six factors, training votes"
 PROTOCOLS = {REFERENCE: metrics.REFERENCE, PUBLISHED: metrics.PUBLISHED}
-# Which latents count as collapsed: by the reference implementation, the second report and Brongers et al.
-COLLAPSED = {
-    "standard deviation of the mean below 0.05": 0.05,
-    "KL below 0.01": 0.01,
-    "KL below 0.00001": 0.00001,
-}
-OVERLAP = "overlap of maps"
-EQUALISED = "overlap of maps of equal sum"
-PAIRS = ("all pairs of active latents", "the two highest responses")
-GRADIENT = "gradient, norm"
-REACHED = "parameters with a gradient"
-
 HELD_OUT = 0.01  # of all images, which no model is trained on
 SCHEDULED_STRIDE = 4  # of the lattice on which the metric is taken during training
 SCHEDULED_IMAGES = 2048  # held-out images whose reconstruction is measured during training
@@ -200,13 +195,6 @@ def candidate(parameters: Mapping[str, Any]) -> Candidate:
     )
 
 
-def title(parameters: Mapping[str, Any]) -> str:
-    """A model in a few words, such as "AD-FactorVAE, γ 40, λ 1"."""
-    if parameters["lambda"]:
-        return f"AD-FactorVAE, γ {parameters['gamma']}, λ {parameters['lambda']}"
-    return f"FactorVAE, γ {parameters['gamma']}" if parameters["gamma"] else f"β-VAE, β {parameters['beta']}"
-
-
 def compute(chapter: str, wanted: Sequence[Mapping[str, Any]], device: torch.device) -> Iterator[runs.Run]:
     """Train the models that are asked for, side by side, then measure each one and store its run.
 
@@ -218,7 +206,7 @@ def compute(chapter: str, wanted: Sequence[Mapping[str, Any]], device: torch.dev
     one = wanted[0]
     sprites = dsprites.load(one["data"]).to(device)
     recipe = recipes.DSPRITES[one["recipe"]]
-    precision = provenance.choose_precision(one["precision"], device)
+    precision = devices.choose_precision(one["precision"], device)
     models = factorvae.train(
         [candidate(parameters) for parameters in wanted],
         sprites.images,
@@ -253,7 +241,7 @@ def compute(chapter: str, wanted: Sequence[Mapping[str, Any]], device: torch.dev
             recipe=recipe,
             budget={"unit": "steps", "asked": recipe.steps, "used": one["steps"]},
             seconds={"training, all side by side": curves.seconds, "measuring": time.monotonic() - started},
-            device=provenance.describe_device(device),
+            device=devices.describe_device(device),
             resolved={"precision": precision},
             probe=probe,
             extra={
@@ -385,11 +373,11 @@ def overlap_rows(
             first, second = (list(indices) for indices in zip(*pairs, strict=True))
             cases[PAIRS[0]] = (map_BIHW[:, first], map_BIHW[:, second])
         for subset, (one_BPHW, other_BPHW) in cases.items():
-            ratio_BP = factorvae.overlap(one_BPHW, other_BPHW).double()
+            ratio_BP = overlap(one_BPHW, other_BPHW).double()
             rows.append(runs.row(OVERLAP, **_mean(ratio_BP.mean(1)), method=layer, subset=subset))
             sums = [part.sum((2, 3), keepdim=True) for part in (one_BPHW, other_BPHW)]
             both_BP = (sums[0] > 0).flatten(1) & (sums[1] > 0).flatten(1)
-            equal_BP = factorvae.overlap(one_BPHW / sums[0], other_BPHW / sums[1]).double()
+            equal_BP = overlap(one_BPHW / sums[0], other_BPHW / sums[1]).double()
             any_B = both_BP.any(1)
             if any_B.sum() > 1:
                 mean_B = torch.where(both_BP, equal_BP, 0.0)[any_B].sum(1) / both_BP[any_B].sum(1)
@@ -431,7 +419,7 @@ def gradient_rows(trained: Trained, x_BCYX: Float[Tensor, "b 1 64 64"]) -> list[
     if trained.candidate.gamma:
         mu_BI, logvar_BI = vae.encode(x_BCYX)
         z_BI = mu_BI + (0.5 * logvar_BI).exp() * torch.randn(mu_BI.shape, generator=generator).to(mu_BI)
-        rest = rest + trained.candidate.gamma * factorvae.total_correlation(trained.critic(z_BI)[None]).sum()
+        rest = rest + trained.candidate.gamma * total_correlation(trained.critic(z_BI)[None]).sum()
     parts = torch.autograd.grad(rest, list(vae.encoder.parameters()))
     rows = [runs.row(GRADIENT, torch.cat([part.flatten() for part in parts]).norm().item(), "rest of the loss")]
     encoder = SideBySide([vae.encoder]).to(x_BCYX.device)

@@ -21,23 +21,24 @@ import torch
 from filelock import FileLock
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from expvae import PRESETS as MAPS
-from expvae import Method, upsample
+from expvae import (
+    Method,
+    discriminator_loss,
+    kl_divergence,
+    overlap,
+    permute_latents,
+    reconstruction_loss,
+    total_correlation,
+    upsample,
+)
 from expvae.models import DSpritesVAE, SideBySide, discriminator
 from expvae.models._dsprites import LAYERS
-from expvae_book import protocols, provenance, weights
+from expvae_book import devices, protocols, weights
 from expvae_book.recipes import StepRecipe
-from expvae_book.training import (
-    TrainingDivergedError,
-    build,
-    kl_divergence,
-    read_tensors,
-    reconstruction_loss,
-    write_tensors,
-)
+from expvae_book.training import TrainingDivergedError, build, read_tensors, write_tensors
 
 Pairs = Literal["consecutive", "all", "random"]
 Alpha = Literal["second_order", "constant"]
@@ -177,34 +178,6 @@ class Trained:
 
 
 # --- losses -------------------------------------------------------------------------------------------------------
-
-
-def total_correlation(logits_MB2: Float[Tensor, "m b 2"]) -> Float[Tensor, " m"]:
-    """E_q(z)[log D(z) - log(1 - D(z))], the discriminator's estimate of TC = KL(q(z) || Π_j q(z_j)).
-
-    That is the difference of its two logits (Kim & Mnih 2018, eq. 3).
-    """
-    return (logits_MB2[..., 0] - logits_MB2[..., 1]).mean(1)
-
-
-def discriminator_loss(joint_MB2: Float[Tensor, "m b 2"], permuted_MB2: Float[Tensor, "m b 2"]) -> Float[Tensor, " m"]:
-    """½ (cross-entropy of "joint" for z from q(z) + cross-entropy of "permuted" for z from Π_j q(z_j))."""
-    joint_M = F.softplus(joint_MB2[..., 1] - joint_MB2[..., 0]).mean(1)
-    return 0.5 * (joint_M + F.softplus(permuted_MB2[..., 0] - permuted_MB2[..., 1]).mean(1))
-
-
-def permute_latents(z_MBI: Float[Tensor, "m b i"], order_MBI: Int64[Tensor, "m b i"]) -> Float[Tensor, "m b i"]:
-    """Reorder each latent over the batch by itself: from draws of q(z) to draws of Π_j q(z_j) (Kim & Mnih, Alg. 1)."""
-    return z_MBI.gather(1, order_MBI)
-
-
-def overlap(first: Float[Tensor, "... h w"], second: Float[Tensor, "... h w"]) -> Float[Tensor, "..."]:
-    """The AD ratio of two non-negative maps, L_AD = 2 Σ min(A¹, A²) / Σ (A¹ + A²), between 0 and 1.
-
-    1 where the maps are equal, 0 where they are apart or where both are zero (Liu et al. 2020, eq. 6).
-    """
-    total = (first + second).sum((-2, -1))
-    return 2 * torch.minimum(first, second).sum((-2, -1)) / torch.where(total > 0, total, 1.0)
 
 
 def attention_maps(
@@ -533,8 +506,8 @@ def train(
     """
     if len(set(candidates)) < len(candidates):
         raise ValueError("candidates must differ from each other; two are equal")
-    if precision not in provenance.PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(provenance.PRECISIONS)}; got {precision!r}")
+    if precision not in devices.PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(devices.PRECISIONS)}; got {precision!r}")
     shared = {
         "recipe": {
             name: value for name, value in dataclasses.asdict(recipe).items() if name not in ("source", "steps")
@@ -542,7 +515,7 @@ def train(
         "steps": steps,
         "precision": precision,
         "data": data_digest,
-        "train": provenance.tensor_digest(train_N),
+        "train": weights.tensor_digest(train_N),
         "protocols": protocols.versions(protocols.FACTORVAE),
         "measurements": measurements,
     }
@@ -619,7 +592,7 @@ def _train_group(
                 for name, network in group.networks().items()
                 for key, value in network.alone(index).items()
             }
-            described = {"curves": json.dumps(dataclasses.asdict(curve)), "device": provenance.describe_device(device)}
+            described = {"curves": json.dumps(dataclasses.asdict(curve)), "device": devices.describe_device(device)}
             write_tensors(_path(keys[one]), tensors, described)
         checkpoint.unlink(missing_ok=True)
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
@@ -15,11 +16,15 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import CenteredNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
 
-from expvae import Attention
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Images = np.ndarray | Tensor | Sequence[np.ndarray | Tensor]
+    from expvae import Attention
+
+    Images = np.ndarray | Tensor | Sequence[np.ndarray | Tensor]
+else:
+    Attention = Images = Any  # a page that only draws what is stored does not wait for torch
 
 SIGNED = "PuOr"  # orange is negative, purple positive; told apart with every kind of colour vision
 MAPS = "cividis"  # perceptually uniform, and read alike with every kind of colour vision

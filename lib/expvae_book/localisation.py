@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from expvae import PRESETS, Method, attention
+from expvae import PRESETS, Method, attention, reconstruction_loss
 from expvae.metrics import (
     PixelCounts,
     active_units,
@@ -27,33 +27,29 @@ from expvae.metrics import (
     iou_intervals,
 )
 from expvae.models import BrongersMVTecVAE, MVTecVAE, imagenet_weights
-from expvae_book import augmentation, baselines, figures, probes, provenance, recipes, runs, training, weights
+from expvae_book import augmentation, baselines, devices, figures, probes, recipes, runs, training, weights
 from expvae_book.data import mvtec
+from expvae_book.names import (
+    ATTENTION,
+    BASELINES,
+    COMMON,
+    DIFFERENCE,
+    FIELDS,
+    LAYERS,
+    METHODS,
+    MISSED,
+    RESEMBLES,
+    SHARED,
+    SSIM,
+)
 
 HELD_OUT = 0.2  # of the training images, as in the first report
 QUANTILE = 0.99  # of the pixels of held-out normal images lie below the threshold that needs no test image
-LAYERS = ("conv1", "layer1.1.conv2", "layer2.1.conv1", "layer3.1.conv2", "layer4.1.conv2")
 SOME = 32  # test images, drawn at random, on which layers and presets are compared
 # The paper's preset takes a backward pass for each latent, which before the third stage costs minutes.
 CASES = [(layer, preset) for layer in LAYERS for preset in ("liu2020_code", "brongers2021", "normal_difference")]
 CASES += [(layer, "liu2020_paper") for layer in LAYERS[3:]]
 SHOWN = 4  # defects in a panel
-
-ATTENTION = "attention"
-COMMON = "mean attention map"  # that of the held-out normal images, the same for every test image
-SSIM = "SSIM"
-BASELINES = (COMMON, "reconstruction error", SSIM, "mean image difference", "centre prior")
-METHODS = (ATTENTION, *BASELINES)
-FIELDS = {
-    "auroc": "pixel AUROC",
-    "average_precision": "average precision",
-    "aupro": "AUPRO",
-    "best_iou": "best IoU (oracle)",
-}
-DIFFERENCE = "pixel AUROC, difference"
-SHARED = "share of the attention's variance that all images share"
-RESEMBLES = "rank correlation with the attention"
-MISSED = "maps that miss the anomaly"  # per-image AUROC below one half
 
 Maps = dict[str, Float[Tensor, "_ y x"]]  # those of the test images and of held-out ones meet in one call
 
@@ -144,7 +140,7 @@ def fit(category: mvtec.Category, parameters: Mapping[str, Any], device: torch.d
         images, before and after augmentation, it was trained on.
     """
     make, start = network(parameters["recipe"], parameters["initial"], parameters["encoder"])
-    precision = provenance.choose_precision(parameters["precision"], device)
+    precision = devices.choose_precision(parameters["precision"], device)
     train_NCYX, held_out_NCYX = split(category)
     augmented_NCYX = augmentation.augment(
         train_NCYX, category.name, parameters["augmentation"], parameters["augmented"], parameters["seed"]
@@ -382,7 +378,7 @@ def latent_rows(
     where = next(model.parameters()).device
     reconstruction, kl = training.validate(model, held_out_NCYX.to(where))
     constant_NCYX = torch.logit(mean_CYX, eps=1e-4).expand_as(x_NCYX)
-    constant = float(training.reconstruction_loss(constant_NCYX, x_NCYX).mean())
+    constant = float(reconstruction_loss(constant_NCYX, x_NCYX).mean())
     trained = sum(value.numel() for value in model.parameters())
     frozen = sum(value.numel() for name, value in model.named_buffers() if name.endswith(("weight", "bias")))
     n = len(x_NCYX)
@@ -503,7 +499,7 @@ def compute(chapter: str, parameters: Mapping[str, Any], device: torch.device) -
         recipe=settings,
         budget={"unit": "images", "asked": asked, "used": trained.history.images},
         seconds={"training": trained.history.seconds, "evaluation": time.monotonic() - started},
-        device=provenance.describe_device(device),
+        device=devices.describe_device(device),
         resolved={"precision": facts["precision"], "initial": facts["encoder"].partition(",")[0]},
         probe=probe,
         extra={"training": facts, "weights": {"key": trained.key, "device": trained.device}},

@@ -16,9 +16,8 @@ import pandas as pd
 from scipy.stats import t as student
 
 from expvae.metrics import fraction_interval
+from expvae_book.places import repository
 from expvae_book.runs import Run
-
-FOLDER = Path(__file__).resolve().parents[2] / "book" / "reported"
 
 SOURCES = {
     "paper": "Liu et al. 2020",
@@ -55,7 +54,7 @@ def read(folder: str | Path | None = None) -> pd.DataFrame:
     Raises:
         ValueError: If a row is not valid; the sentence names the file and the line.
     """
-    folder = FOLDER if folder is None else Path(folder)
+    folder = repository() / "book" / "reported" if folder is None else Path(folder)
     files = sorted(folder.glob("*.csv"))
     if not files:
         raise ValueError(f"there is no CSV file of published numbers in {folder}")

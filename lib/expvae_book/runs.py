@@ -33,6 +33,7 @@ from expvae_book import protocols, provenance
 from expvae_book.data import root as data_root
 from expvae_book.data.card import DataCard, survey
 from expvae_book.data.catalogue import source
+from expvae_book.places import repository
 from expvae_book.recipes import RBMRecipe, Recipe, StepRecipe
 
 if TYPE_CHECKING:
@@ -240,7 +241,7 @@ def reading() -> bool:
 
 def root() -> Path:
     """The folder of the store: EXPVAE_RUNS, or runs/ in the repository."""
-    return Path(os.environ.get("EXPVAE_RUNS") or provenance.REPOSITORY / "runs")
+    return Path(os.environ.get("EXPVAE_RUNS") or repository() / "runs")
 
 
 def find(chapter: str | None = None, **parameters: Any) -> list[Run]:
@@ -296,7 +297,7 @@ def save(
         recipe: The recipe used.
         budget: unit, asked and used, such as epochs, 100 and 20.
         seconds: Wall-clock time by part.
-        device: Which device computed it, as `provenance.describe_device` says it.
+        device: Which device computed it, as `devices.describe_device` says it.
         resolved: What other parameters that were "auto" have become, such as initial and precision.
         probe: What the trained model says of a few images (expvae_book.probes); kept with the run.
         extra: More facts for the record.

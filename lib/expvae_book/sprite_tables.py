@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from expvae_book import disentanglement, reported
-from expvae_book.disentanglement import COLLAPSED, METRIC, OVERLAP, PAIRS, PUBLISHED, REFERENCE, SPATIAL
+from expvae_book import names, reported
+from expvae_book.names import COLLAPSED, METRIC, OVERLAP, PAIRS, PUBLISHED, REFERENCE, SPATIAL
 from expvae_book.runs import Run, order
 
 RULES = list(COLLAPSED)
@@ -19,7 +19,7 @@ Line = tuple[list[int] | list[float], list[float]]  # where along x, and the val
 
 def title(run: Run, seeds: bool = True) -> str:
     """A model in words, with its seed where seeds matter."""
-    name = disentanglement.title(run.parameters)
+    name = names.title(run.parameters)
     return f"{name}, seed {run.parameters['seed']}" if seeds else name
 
 
@@ -100,7 +100,7 @@ def points(found: Sequence[Run]) -> pd.DataFrame:
     lines = [
         {
             "source": "ours",
-            "kind": disentanglement.title(run.parameters).partition(",")[0],
+            "kind": names.title(run.parameters).partition(",")[0],
             "label": _weights(run.parameters),
             "score": run.metric(METRIC, REFERENCE, RULES[0])["value"],
             "low": run.metric(METRIC, REFERENCE, RULES[0])["low"],
@@ -221,17 +221,17 @@ def protocols(found: Sequence[Run]) -> pd.DataFrame:
 
 def gradients(run: Run) -> pd.DataFrame:
     """How strongly each variant of the loss pulls at a model's encoder at λ = 1, beside the rest of its loss."""
-    rest = run.metric(disentanglement.GRADIENT, "rest of the loss")["value"]
+    rest = run.metric(names.GRADIENT, "rest of the loss")["value"]
     lines = []
     for name in run.rows("L_AD")["method"]:
-        norm = run.metric(disentanglement.GRADIENT, name)["value"]
+        norm = run.metric(names.GRADIENT, name)["value"]
         lines.append(
             {
                 "Variant": name,
                 "L_AD": f"{run.metric('L_AD', name)['value']:.4f}",
                 "Norm of its gradient": f"{norm:.2e}",
                 "as a share of the rest": f"{norm / rest:.1e}",
-                "Parameters it reaches": f"{run.metric(disentanglement.REACHED, name)['value']:,}",
+                "Parameters it reaches": f"{run.metric(names.REACHED, name)['value']:,}",
             }
         )
     return pd.DataFrame(lines)

@@ -7,12 +7,13 @@ import numpy as np
 import pandas as pd
 
 from expvae.metrics import CONVENTIONS
-from expvae_book import localisation, reported, runs
-from expvae_book.augmentation import MOTIFS
-from expvae_book.localisation import ATTENTION, BASELINES, METHODS
+from expvae_book import names, reported, runs
+from expvae_book.data.catalogue import MOTIFS
+from expvae_book.names import ATTENTION, BASELINES, METHODS
+from expvae_book.places import REPOSITORY
 from expvae_book.runs import Run
 
-LITERATURE = reported.FOLDER.parent / "literature" / "mvtec.csv"
+LITERATURE = REPOSITORY / "book" / "literature" / "mvtec.csv"
 NOT_AT_HAND = "data not at hand"
 CHOICES = {"validation": "held-out normal images", "grid": "best of 99 (oracle)", "best": "best of all (oracle)"}
 
@@ -87,10 +88,10 @@ def methods(found: Found, metric: str) -> pd.DataFrame:
 
 def orders(found: Found) -> pd.DataFrame:
     """In how many categories attention lies above, below or beside each baseline, by paired differences."""
-    there = _there(found, localisation.DIFFERENCE, f"{ATTENTION} − {BASELINES[0]}")
+    there = _there(found, names.DIFFERENCE, f"{ATTENTION} − {BASELINES[0]}")
     lines = []
     for name in BASELINES:
-        rows = [run.metric(localisation.DIFFERENCE, f"{ATTENTION} − {name}") for run in there.values()]
+        rows = [run.metric(names.DIFFERENCE, f"{ATTENTION} − {name}") for run in there.values()]
         told = [runs.order(row, 0.0) for row in rows]
         counts = {outcome: told.count(outcome) for outcome in ("above", "not told apart from", "below")}
         mean = np.mean([row["value"] for row in rows]) if rows else np.nan
@@ -161,8 +162,8 @@ def trivial(found: Found, report: str) -> pd.DataFrame:
 def failures(found: Found) -> pd.DataFrame:
     """Why maps miss: how alike they are from image to image, and what they resemble instead of the defect."""
     lines = []
-    for category, run in _there(found, localisation.MISSED).items():
-        resembled = run.metrics[run.metrics["metric"] == localisation.RESEMBLES]  # none if the attention is constant
+    for category, run in _there(found, names.MISSED).items():
+        resembled = run.metrics[run.metrics["metric"] == names.RESEMBLES]  # none if the attention is constant
         resembled = resembled.reindex(resembled["value"].abs().sort_values(ascending=False).index)
         kinds = run.rows("AUROC within images, mean")
         kinds = kinds[kinds["method"] == ATTENTION].sort_values("value")
@@ -170,9 +171,9 @@ def failures(found: Found) -> pd.DataFrame:
         lines.append(
             {
                 "Category": title(category),
-                "Maps that miss the defect": run.text(localisation.MISSED, ATTENTION, form=".0%"),
-                "by reconstruction error": run.text(localisation.MISSED, "reconstruction error", form=".0%"),
-                "Variance of the maps that all images share": run.text(localisation.SHARED, form=".0%", lacking=""),
+                "Maps that miss the defect": run.text(names.MISSED, ATTENTION, form=".0%"),
+                "by reconstruction error": run.text(names.MISSED, "reconstruction error", form=".0%"),
+                "Variance of the maps that all images share": run.text(names.SHARED, form=".0%", lacking=""),
                 "Resembles most": ", ".join(
                     f"{row.method} ({row.value:+.2f})" for row in resembled.head(3).itertuples()
                 ),
@@ -185,7 +186,7 @@ def failures(found: Found) -> pd.DataFrame:
 
 def missed(found: Found) -> tuple[int, int]:
     """Over all categories: the number of defective images, and of attention maps that miss the defect."""
-    rows = [run.metric(localisation.MISSED, ATTENTION) for run in _there(found, localisation.MISSED).values()]
+    rows = [run.metric(names.MISSED, ATTENTION) for run in _there(found, names.MISSED).values()]
     return sum(row["n"] for row in rows), sum(round(row["value"] * row["n"]) for row in rows)
 
 
@@ -226,7 +227,7 @@ def layers(found: Found) -> pd.DataFrame:
         return pd.DataFrame()
     values = pd.concat(tables, axis=1)
     text = values.apply(lambda row: f"{row.mean():.3f} ({row.min():.2f}–{row.max():.2f})", axis=1)
-    table = text.unstack("subset").reindex(localisation.LAYERS).fillna("")
+    table = text.unstack("subset").reindex(names.LAYERS).fillna("")
     return table.rename_axis(columns=None).rename_axis("Layer").reset_index()
 
 

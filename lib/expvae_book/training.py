@@ -1,4 +1,4 @@
-"""The evidence lower bound and the one loop that trains every VAE of the book.
+"""The one loop that trains every VAE of the book.
 
 The training set sits in memory as uint8, on the device that trains; batches are gathered there, so that no worker
 process, no decoding and no copy stands between two steps. All randomness (order of the images, noise of the
@@ -17,9 +17,9 @@ from jaxtyping import Float, Int64, UInt8
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
+from expvae import elbo_terms
 from expvae_book.recipes import Recipe
 
 VALIDATION_BATCH = 512
@@ -49,39 +49,6 @@ class History:
     validation_kl: list[float] = field(default_factory=list)
     seconds: float = 0.0
     images: int = 0
-
-
-def reconstruction_loss(logits_BCYX: Float[Tensor, "b c y x"], x_BCYX: Float[Tensor, "b c y x"]) -> Float[Tensor, " b"]:
-    """Binary cross-entropy -Σ [x log p + (1-x) log(1-p)], p = sigmoid(logits), summed over channels and pixels."""
-    return F.binary_cross_entropy_with_logits(logits_BCYX, x_BCYX, reduction="none").flatten(1).sum(1)
-
-
-def kl_divergence(mu_BI: Float[Tensor, "b i"], logvar_BI: Float[Tensor, "b i"]) -> Float[Tensor, "b i"]:
-    """KL(N(μ, σ²) || N(0, 1)) = ½ (μ² + σ² - 1 - log σ²) of each latent, in nats."""
-    return 0.5 * (mu_BI.square() + logvar_BI.exp() - 1 - logvar_BI)
-
-
-def sample_latents(
-    mu_BI: Float[Tensor, "b i"], logvar_BI: Float[Tensor, "b i"], generator: torch.Generator
-) -> Float[Tensor, "b i"]:
-    """Draw z = μ + σ ε with ε ~ N(0, I) from a generator on the CPU (the reparametrisation of Kingma & Welling)."""
-    noise_BI = torch.randn(mu_BI.shape, generator=generator).to(mu_BI.device)
-    return mu_BI + (0.5 * logvar_BI).exp() * noise_BI
-
-
-def elbo_terms(
-    model: nn.Module, x_BCYX: Float[Tensor, "b c y x"], generator: torch.Generator
-) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-    """The two terms of the negative ELBO of each image, with one sample of z.
-
-    -ELBO(x) = -log p(x|z) + KL(q(z|x) || N(0, I)),  z ~ q(z|x).
-
-    Returns:
-        Reconstruction loss and KL divergence of each image, in nats.
-    """
-    mu_BI, logvar_BI = model.encode(x_BCYX)
-    logits_BCYX = model.decode(sample_latents(mu_BI, logvar_BI, generator))
-    return reconstruction_loss(logits_BCYX, x_BCYX), kl_divergence(mu_BI, logvar_BI).sum(1)
 
 
 def to_unit(x_BCYX: UInt8[Tensor, "b c y x"]) -> Float[Tensor, "b c y x"]:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from expvae import models
-from expvae_book import protocols, provenance, training
+from expvae_book import devices, protocols, training
 from expvae_book.recipes import Recipe
 
 CHECKPOINT_SECONDS = 180.0  # what a kill may cost; a checkpoint of the largest network is a gigabyte to write
@@ -101,7 +101,7 @@ def trained(
         variant: What tells `make` from other ways to build a model of the same class and shapes, such as weights that
             it starts from; "" where nothing does.
         precision: "float32", or "bfloat16" for automatic mixed precision: weights stay float32, and convolutions and
-            matrix products are computed in bfloat16. See `expvae_book.provenance.choose_precision`.
+            matrix products are computed in bfloat16. See `expvae_book.devices.choose_precision`.
         progress: Show a bar with loss and remaining time.
 
     Raises:
@@ -109,8 +109,8 @@ def trained(
         NotCachedError: Within `cached_only`, if the weights are not in the cache.
         ValueError: If the model is none of this library's, the precision is unknown, or a file of the cache is damaged.
     """
-    if precision not in provenance.PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(provenance.PRECISIONS)}; got {precision!r}")
+    if precision not in devices.PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(devices.PRECISIONS)}; got {precision!r}")
     model = training.build(make, seed).to(device)
     kind = type(model)
     if not kind.__module__.startswith(f"{models.__name__}."):
@@ -150,7 +150,7 @@ def trained(
             metadata = {
                 "key": key,
                 "history": json.dumps(vars(history)),
-                "device": provenance.describe_device(device),
+                "device": devices.describe_device(device),
             }
             training.write_tensors(path, model.state_dict(), metadata)
         checkpoint.unlink(missing_ok=True)
@@ -163,6 +163,14 @@ def trained(
     return Trained(
         model, training.History(**json.loads(metadata["history"])), key, path.name, metadata["device"], reused
     )
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """SHA-256 of the shape, type and content of a tensor."""
+    content = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{tuple(content.shape)} {content.dtype}".encode())
+    digest.update(content.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -191,8 +199,8 @@ def _key(
         "recipe": hyper_parameters,
         "epochs": epochs,
         "seed": seed,
-        "train": provenance.tensor_digest(train_NCYX),
-        "validation": provenance.tensor_digest(validation_NCYX),
+        "train": tensor_digest(train_NCYX),
+        "validation": tensor_digest(validation_NCYX),
         "protocols": protocols.versions(protocols.TRAINING),
         **options,
     }

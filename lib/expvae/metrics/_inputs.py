@@ -1,20 +1,26 @@
 """What the pixel metrics take: finite scores and boolean truths, as arrays or tensors, with or without masks."""
 
+import sys
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Int64, Shaped
-from torch import Tensor
 
-Array = np.ndarray | Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Array = np.ndarray | Tensor
+else:
+    Array = Any  # anything with a shape and a type: these measures compute with NumPy, and do not wait for torch
 WithoutMask = Literal["leave out", "normal"]
 Masks = Shaped[Array, "n ..."] | Sequence[Shaped[Array, "..."] | None]
 
 
 def as_array(values: Shaped[Array, "..."]) -> Shaped[np.ndarray, "..."]:
     """The values as an array; NumPy has no bfloat16, so small floats of torch become float32, which is exact."""
-    if isinstance(values, Tensor):
+    torch = sys.modules.get("torch")  # who has a tensor has imported it
+    if torch is not None and isinstance(values, torch.Tensor):
         values = values.detach().cpu()
         return (values.float() if values.is_floating_point() and values.itemsize < 4 else values).numpy()
     return np.asarray(values)
@@ -56,7 +62,7 @@ def with_masks(
     score_NYX = as_array(score_NYX)
     if score_NYX.ndim == 0:
         raise ValueError("score must have its first axis count images, got a single number.")
-    if isinstance(truth, Array):
+    if hasattr(truth, "shape"):
         return *checked(score_NYX, truth), np.arange(len(score_NYX))
     if len(truth) != len(score_NYX):
         raise ValueError(f"truth must hold one mask or None per image, got {len(truth)} for {len(score_NYX)} images.")

@@ -7,7 +7,7 @@ images that stand in for MVTec AD.
 import os
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[3]
+from expvae_book.places import repository
 
 
 def root() -> Path:
@@ -17,4 +17,5 @@ def root() -> Path:
     taken from the repository and never from the working directory, because papermill and Jupyter Book run the same
     chapter in different folders.
     """
-    return REPOSITORY / Path(os.environ.get("EXPVAE_DATA") or "data").expanduser()
+    named = Path(os.environ.get("EXPVAE_DATA") or "data").expanduser()
+    return named if named.is_absolute() else repository() / named

@@ -1,4 +1,4 @@
-"""Sources of the data sets, as plain data: addresses, checksums, licences and official counts.
+"""The data sets as plain data: addresses, checksums, licences, official counts, and what images of MVTec AD permit.
 
 All checksums are SHA-256. They were published by, and compared between: MNIST, TensorFlow Datasets (archives) and a
 copy whose MD5 sums are the published ones (files); UCSD and MVTec AD, anomalib; dSprites, two unrelated projects that
@@ -162,6 +162,45 @@ MVTEC_OFFICIAL = {
         ("wood", 247, 19, 60),
         ("zipper", 240, 32, 119),
     )
+}
+
+
+@dataclass(frozen=True)
+class Motif:
+    """What the images of a category permit.
+
+    Attributes:
+        horizontal: Left and right may be exchanged.
+        vertical: Top and bottom may be exchanged.
+        reason: Why, or why not.
+        fills: Whether the motif goes on beyond the frame. What a rotation turns in from outside is then the reflection
+            of what is inside; otherwise the colours of the border go on, which are those of the background.
+    """
+
+    horizontal: bool
+    vertical: bool
+    reason: str
+    fills: bool = False
+
+
+MOTIFS = {
+    "bottle": Motif(True, True, "seen from above, the mouth of a bottle is round"),
+    "cable": Motif(False, False, "the order of its three cores would change, which is one of the defects"),
+    "capsule": Motif(False, False, "it bears a print, which would be in mirror writing"),
+    "carpet": Motif(True, True, "a woven texture that looks alike from all sides", fills=True),
+    "grid": Motif(True, True, "a regular grid is its own mirror image", fills=True),
+    "hazelnut": Motif(True, True, "a natural object that lies in any direction"),
+    "leather": Motif(True, True, "a texture without direction", fills=True),
+    "metal_nut": Motif(False, False, "its teeth have a sense of rotation; a flipped nut is one of the defects"),
+    "pill": Motif(False, False, "it bears a print, which would be in mirror writing"),
+    "screw": Motif(False, False, "its thread has a sense of rotation, which mirroring would reverse"),
+    "tile": Motif(True, True, "a texture without direction", fills=True),
+    "toothbrush": Motif(True, False, "left and right of the head are alike, top and bottom are not"),
+    "transistor": Motif(
+        True, False, "left and right are alike; its leads point down, and a wrong place is a defect", fills=True
+    ),
+    "wood": Motif(True, True, "its grain runs up and down, mirrored or not", fills=True),
+    "zipper": Motif(True, True, "both tapes are alike, and the chain shows no slider", fills=True),
 }
 
 _DSPRITES_FILE = "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"

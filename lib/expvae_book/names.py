@@ -1,0 +1,48 @@
+"""Names of what records hold, for those who compute them and for those who only read: no torch here."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# --- localisation on MVTec AD ----------------------------------------------------------------------------------------
+
+LAYERS = ("conv1", "layer1.1.conv2", "layer2.1.conv1", "layer3.1.conv2", "layer4.1.conv2")
+ATTENTION = "attention"
+COMMON = "mean attention map"  # that of the held-out normal images, the same for every test image
+SSIM = "SSIM"
+BASELINES = (COMMON, "reconstruction error", SSIM, "mean image difference", "centre prior")
+METHODS = (ATTENTION, *BASELINES)
+FIELDS = {
+    "auroc": "pixel AUROC",
+    "average_precision": "average precision",
+    "aupro": "AUPRO",
+    "best_iou": "best IoU (oracle)",
+}
+DIFFERENCE = "pixel AUROC, difference"
+SHARED = "share of the attention's variance that all images share"
+RESEMBLES = "rank correlation with the attention"
+MISSED = "maps that miss the anomaly"  # per-image AUROC below one half
+
+# --- disentanglement on dSprites -------------------------------------------------------------------------------------
+
+SPATIAL = ("conv1", "conv2", "conv3", "conv4")  # the layers whose maps have more than one position
+METRIC = "FactorVAE metric"
+REFERENCE = "five factors, held-out votes"
+PUBLISHED = "six factors, training votes"
+# Which latents count as collapsed: by the reference implementation, the second report and Brongers et al.
+COLLAPSED = {
+    "standard deviation of the mean below 0.05": 0.05,
+    "KL below 0.01": 0.01,
+    "KL below 0.00001": 0.00001,
+}
+OVERLAP = "overlap of maps"
+EQUALISED = "overlap of maps of equal sum"
+PAIRS = ("all pairs of active latents", "the two highest responses")
+GRADIENT = "gradient, norm"
+REACHED = "parameters with a gradient"
+
+
+def title(parameters: Mapping[str, Any]) -> str:
+    """A model in a few words, such as "AD-FactorVAE, γ 40, λ 1"."""
+    if parameters["lambda"]:
+        return f"AD-FactorVAE, γ {parameters['gamma']}, λ {parameters['lambda']}"
+    return f"FactorVAE, γ {parameters['gamma']}" if parameters["gamma"] else f"β-VAE, β {parameters['beta']}"

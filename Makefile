@@ -37,19 +37,19 @@ export MALLOC_TOP_PAD_ := 268435456
 
 # Chapters that compute. Those that come last read weights which others have trained.
 COMPUTED := disentanglement mvtec15 mvtec10 ucsd mnist-1 mnist-3 method data reuse rbm-1 rbm-3 ablations
+# Chapters that read what all others have stored.
+READING := performance comparison index
 
-.PHONY: reproduce test book published $(COMPUTED)
+.PHONY: reproduce test book published $(COMPUTED) $(READING)
 
 reproduce: $(INSTALLED)
 	$(BIN)/python -m expvae_book.data status
 	mkdir -p $(EXECUTED)
 	@$(if $(filter 1,$(JOBS)),,OMP_NUM_THREADS=1) $(MAKE) --no-print-directory -j$(JOBS) $(COMPUTED)
-	$(BIN)/papermill book/performance.md $(EXECUTED)/performance.ipynb
-	$(BIN)/papermill book/comparison.md $(EXECUTED)/comparison.ipynb
-	$(BIN)/papermill book/index.md $(EXECUTED)/index.ipynb
+	@$(MAKE) --no-print-directory -j$(JOBS) $(READING)
 	@$(MAKE) --no-print-directory book
 
-data method reuse: $(INSTALLED)
+data method reuse $(READING): $(INSTALLED)
 	$(BIN)/papermill book/$@.md $(EXECUTED)/$@.ipynb
 mnist-1 mnist-3: mnist-%: $(INSTALLED)
 	$(BIN)/papermill book/mnist.md $(EXECUTED)/$@.ipynb -p digit $*

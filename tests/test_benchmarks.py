@@ -148,7 +148,7 @@ def test_the_steps_of_models_side_by_side_are_added_up(monkeypatch):
     benchmark = load("factorvae")
     monkeypatch.setattr(benchmark, "STEPS", {1: 2, 3: 1})
     monkeypatch.setattr(benchmark, "IMAGES", 8)
-    monkeypatch.setattr(provenance, "choose_precision", lambda name, _device: {"auto": "bfloat16"}[name])
+    monkeypatch.setattr(devices, "choose_precision", lambda name, _device: {"auto": "bfloat16"}[name])
     calls = []
     plain_step, step = benchmark.plain_step, factorvae.step
     monkeypatch.setattr(benchmark, "plain_step", lambda *given: calls.append("plain") or plain_step(*given))

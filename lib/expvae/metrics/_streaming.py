@@ -599,8 +599,8 @@ def _resampling_cells(
 
 
 def _unit_names(unit: Shaped[Array, " b"] | Sequence[Unit], images: int) -> Shaped[np.ndarray, " b"]:
-    names = as_array(unit) if isinstance(unit, Array) else np.asarray(unit, dtype=None if len(unit) else int)
-    mixed = not isinstance(unit, Array) and len({isinstance(name, str) for name in unit}) > 1
+    names = as_array(unit) if hasattr(unit, "shape") else np.asarray(unit, dtype=None if len(unit) else int)
+    mixed = not hasattr(unit, "shape") and len({isinstance(name, str) for name in unit}) > 1
     if mixed or names.shape != (images,) or names.dtype.kind not in "iuU":
         raise ValueError(
             f"unit must hold one whole number or name per image, got {names.dtype} of shape {names.shape} "

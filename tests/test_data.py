@@ -750,8 +750,50 @@ def test_missing_files(files, tmp_path, capsys):
     # One file short is no reason to fall back to the sample in silence.
     del files[NAMES[1]]
     write(tmp_path, files)
-    with pytest.raises(FileNotFoundError, match=f"lacks {NAMES[1]};"):
+    with pytest.raises(FileNotFoundError, match=f"lacks {NAMES[1]} .*holds {NAMES[2]}, .*; `python"):
         mnist.load("auto", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda name: name.replace("-idx", ".idx"),
+        lambda name: f"{name}.gz",
+        lambda name: f"{name.replace('-idx', '.idx').upper()}.gz",
+        lambda name: f"{name}/{name}",  # unpacked into a folder of its name
+    ],
+)
+@pytest.mark.parametrize("names", [NAMES, NAMES[:1]])
+@pytest.mark.parametrize("data", ["real", "auto"])
+def test_files_of_other_unpackers(data, names, spell, files, tmp_path, capsys):
+    raw = write(tmp_path, {name: content for name, content in files.items() if name not in names})
+    for name in names:
+        (raw / spell(name)).parent.mkdir(exist_ok=True)
+        (raw / spell(name)).write_bytes(files[name])
+    with pytest.raises(FileNotFoundError) as caught:
+        mnist.load(data, tmp_path)
+    said = str(caught.value)
+    assert said.startswith(f"{raw} lacks {', '.join(names)} ({raw} holds ")
+    assert all(spell(name).partition("/")[0] in said for name in names)
+    assert "; unpack what ends in .gz and rename what is there to the names it lacks, or `python -m" in said
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["raw/mnist.npz", "train-images-idx3-ubyte", "training/0/1.png"])
+def test_sample_beside_other_files_names_them(name, tmp_path, capsys):
+    file = tmp_path / "MNIST" / name
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert mnist.load("auto", tmp_path).card.kind == "sample"
+    folder = tmp_path / ("MNIST/raw" if name.startswith("raw") else "MNIST")
+    shown = {"training/0/1.png": "training/"}.get(name, name.removeprefix("raw/"))
+    assert f"MNIST is not in {tmp_path / 'MNIST/raw'} ({folder} holds {shown}): using" in capsys.readouterr().err
+
+
+def test_of_many_files_some_are_named(tmp_path, capsys):
+    raw = write(tmp_path, {f"{number}.png": b"" for number in range(10)})
+    mnist.load("auto", tmp_path)
+    assert f"({raw} holds 0.png, 1.png, 2.png, 3.png, 4.png, 5.png and 4 more)" in capsys.readouterr().err
 
 
 def test_unknown_data():

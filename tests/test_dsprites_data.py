@@ -1,4 +1,5 @@
 import hashlib
+import re
 import zipfile
 from dataclasses import replace
 
@@ -330,6 +331,15 @@ def test_missing_file(drawn, tmp_path, capsys):
     said = capsys.readouterr()
     assert said.out == ""
     assert "SAMPLE" in said.err and "fetch dsprites" in said.err
+    assert "holds" not in said.err
+    for name in ("dsprites.npz", ".hidden"):
+        (tmp_path / name).touch()
+    (tmp_path / "dsprites-dataset").mkdir()
+    found = re.escape(f"({tmp_path} holds dsprites-dataset/, dsprites.npz)")
+    with pytest.raises(FileNotFoundError, match=found):
+        dsprites.load("real", tmp_path)
+    assert dsprites.load("auto", tmp_path).card == drawn.card
+    assert re.search(found, capsys.readouterr().err)
     with pytest.raises(ValueError, match="auto, real, sample; got 'fake'"):
         dsprites.load("fake", tmp_path)
 

@@ -12,6 +12,7 @@ from expvae_book.data.catalogue import Source
 
 KINDS = ("complete", "partial", "rendered", "sample")
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
+NAMED = 6  # files or folders that a message names at most
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,27 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file (hexadecimal)."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def there(folder: Path, root: Path) -> str:
+    """What stands where something else was looked for, to be set into a sentence; empty where nothing does.
+
+    Args:
+        folder: Where it was looked for; where there is no such folder, the next one above it is told.
+        root: The last folder above it to be told.
+    """
+    while not folder.is_dir() and folder != root:
+        folder = folder.parent
+    if not folder.is_dir():
+        return ""
+    names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
+    names = [name for name in names if not name.startswith(".")]
+    return f" ({folder} holds {listed(names)})" if names else ""
+
+
+def listed(names: list[str]) -> str:
+    """The first of these names, and how many more there are."""
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def _count(folder: Path, pattern: str) -> dict[Path, int]:

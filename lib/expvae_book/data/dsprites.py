@@ -31,7 +31,7 @@ from torch import Tensor
 
 import expvae_book.data
 from expvae_book.data import catalogue
-from expvae_book.data.card import DataCard, survey
+from expvae_book.data.card import DataCard, survey, there
 
 DATA = ("auto", "real", "sample")
 FACTORS = ("colour", "shape", "scale", "orientation", "x", "y")
@@ -165,11 +165,13 @@ def load(data: str = "auto", root: Path | None = None) -> Sprites:
             raise ValueError(f"{file} holds {len(packed_NP)} images, not {COUNT}; `{command}` replaces it")
         return Sprites(torch.from_numpy(packed_NP), survey(catalogue.DSPRITES, root))
     if data == "real":
-        raise FileNotFoundError(f"{file.parent} lacks {file.name}; `{command}` fetches dSprites")
+        raise FileNotFoundError(
+            f"{file.parent} lacks {file.name}{there(file.parent, root)}; `{command}` fetches dSprites"
+        )
     # To the error stream: notebooks show it on a coloured ground, between code and results.
     print(
-        f"dSprites is not in {file.parent}: drawing a SAMPLE, every sprite from its factors, instead, and marking "
-        f"every result. `{command}` fetches dSprites.",
+        f"dSprites is not in {file.parent}{there(file.parent, root)}: drawing a SAMPLE, every sprite from its factors, "
+        f"instead, and marking every result. `{command}` fetches dSprites.",
         file=sys.stderr,
     )
     return sample()

@@ -16,7 +16,7 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 
 import expvae_book.data
 from expvae_book.data import catalogue
-from expvae_book.data.card import DataCard, idx_shape, survey
+from expvae_book.data.card import DataCard, idx_shape, survey, there
 
 DATA = ("auto", "real", "sample")
 SAMPLE_TEST = 297
@@ -48,6 +48,9 @@ class MNIST:
 def load(data: str = "auto", root: Path | None = None) -> MNIST:
     """Load MNIST from `ROOT/MNIST/raw` (torchvision's layout), or the embedded sample.
 
+    Files of MNIST under other names than those of the release, unpacked as `train-images.idx3-ubyte` or still packed,
+    are no reason to take the sample: the error says what is there and how to rename it.
+
     Args:
         data: "real" (the files), "sample" (the embedded sample) or "auto" (the files where there are any).
         root: Data root; by default `expvae_book.data.root()`.
@@ -63,18 +66,24 @@ def load(data: str = "auto", root: Path | None = None) -> MNIST:
     root = Path(root or expvae_book.data.root())
     folder = root / catalogue.MNIST.folder
     files = [folder / name for name in catalogue.MNIST.checksums]
+    raw = files[0].parent
     missing = [file.name for file in files if not file.is_file()]
+    # Some unpackers write train-images.idx3-ubyte, and downloads by hand end in .gz.
+    renamed = any(path.name.lower().removesuffix(".gz").replace(".", "-") in missing for path in raw.glob("*"))
     command = f"python -m expvae_book.data fetch mnist --root {shlex.quote(str(root))}"
-    if data == "auto" and len(missing) == len(files):
+    if data == "auto" and len(missing) == len(files) and not renamed:
         # To the error stream: notebooks show it on a coloured ground, between code and results.
         print(
-            f"MNIST is not in {files[0].parent}: using the embedded SAMPLE of small digits instead, and marking every "
-            f"result. `{command}` fetches MNIST.",
+            f"MNIST is not in {raw}{there(raw, root)}: using the embedded SAMPLE of small digits instead, and marking "
+            f"every result. `{command}` fetches MNIST.",
             file=sys.stderr,
         )
         return _sample()
     if missing:
-        raise FileNotFoundError(f"{files[0].parent} lacks {', '.join(missing)}; `{command}` fetches MNIST")
+        rename = "unpack what ends in .gz and rename what is there to the names it lacks, or " if renamed else ""
+        raise FileNotFoundError(
+            f"{raw} lacks {', '.join(missing)}{there(raw, root)}; {rename}`{command}` fetches MNIST"
+        )
     return _real(folder, survey(catalogue.MNIST, root))
 
 

@@ -139,7 +139,7 @@ def test_image_of_the_size_asked_for_stays_as_it_is(bottle):
 def test_grey_images_repeat_their_channel(bottle):
     grey_YX = noise(7, (64, 64), 1)[:, :, 0]
     save(bottle / "train/good/000.png", grey_YX)
-    save(bottle / "test/good/001.png", np.dstack([grey_YX, noise(8, (64, 64), 1)]))  # with transparency
+    save(bottle / "test/good/001.png", np.dstack([grey_YX, np.full((64, 64), 255, np.uint8)]))  # opaque
     loaded = load(bottle, size=64)
     for image_CYX in (loaded.train_NCYX[0], loaded.test_NCYX[3]):
         np.testing.assert_array_equal(image_CYX.numpy(), np.stack([grey_YX] * 3))
@@ -190,9 +190,49 @@ def test_masks_of_other_values(form, bottle):
     np.testing.assert_array_equal(load(bottle, size=48).test_mask[-1].numpy(), nearest(blob(5) > 0, 48))
 
 
-def test_black_mask_marks_nothing(bottle):
-    save(bottle / "ground_truth/stained/000_mask.png", np.zeros(SHAPE, np.uint8))
-    assert not load(bottle).test_mask[-1].any()
+def test_kinds_of_defect_in_a_mask(bottle):
+    kinds_YX = np.random.default_rng(5).integers(0, 4, SHAPE, dtype=np.uint8)
+    save(bottle / "ground_truth/stained/000_mask.png", kinds_YX)
+    np.testing.assert_array_equal(load(bottle, size=48).test_mask[-1].numpy(), nearest(kinds_YX > 0, 48))
+
+
+@pytest.mark.parametrize("turned", ["both", "image"])
+def test_photograph_of_a_camera_on_its_side(turned, bottle):
+    """The mask lies on the defect: drawn on what a viewer shows, or turned by its own orientation."""
+    mask_YX = np.zeros((90, 70), np.uint8)
+    mask_YX[10:30, 5:50] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise
+    (bottle / "test/stained/000.png").unlink()
+    save(bottle / "test/stained/000.jpg", np.rot90(np.dstack([mask_YX] * 3)), quality=95, exif=exif)
+    mask = bottle / "ground_truth/stained/000_mask.png"
+    if turned == "both":
+        save(mask, np.rot90(mask_YX), exif=exif)
+    else:
+        save(mask, mask_YX)
+    loaded = load(bottle, size=48)
+    np.testing.assert_array_equal(loaded.test_mask[-1].numpy(), nearest(mask_YX > 0, 48))
+    defect_YX = loaded.test_NCYX[-1, 0] > 127
+    both, either = (defect_YX & loaded.test_mask[-1]).sum(), (defect_YX | loaded.test_mask[-1]).sum()
+    assert both > 0.9 * either
+
+
+def test_mask_that_marks_nothing_of_a_defect(bottle):
+    file = save(bottle / "ground_truth/stained/000_mask.png", np.zeros(SHAPE, np.uint8))
+    fails(bottle, ValueError, f"{file} marks no pixel of the defect in {bottle / 'test/stained/000.png'}")
+
+
+def test_defect_that_is_lost_when_shrunk(bottle, capsys):
+    line_YX = np.zeros(SHAPE, np.uint8)
+    line_YX[:, 2] = 255  # at 32 pixels the first centres lie in columns 1 and 4
+    save(bottle / "ground_truth/broken/004_mask.png", line_YX)
+    assert load(bottle, size=256).test_mask[1].any()
+    assert capsys.readouterr().err == ""
+    assert not load(bottle, size=32).test_mask[1].any()
+    assert capsys.readouterr().err == (
+        "At 32x32 pixels nothing is left of the defects in 1 of 3 masks of bottle, which pixel measures take for "
+        "normal: broken/004_mask.png.\n"
+    )
 
 
 # Less than a category
@@ -240,6 +280,18 @@ def test_no_training_images(there, tmp_path):
     fails(folder, FileNotFoundError, folder / "train/good", command)
 
 
+@pytest.mark.parametrize(
+    ("name", "found"), [("train/good/000.webp", "train/good holds 000.webp"), ("Train/good/0.png", " holds Train/,")]
+)
+def test_no_training_images_but_others(name, found, tmp_path):
+    folder = build(tmp_path, leave_out="train")
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).touch()
+    if "Train" in name and (folder / "train").exists():
+        pytest.skip("this file system does not tell Train from train")
+    fails(folder, FileNotFoundError, f"({folder}{'/' if 'train' in name else ''}{found}")
+
+
 # What cannot be
 
 
@@ -257,13 +309,35 @@ def test_damaged_file_is_named(place, damage, bottle):
 @pytest.mark.parametrize("place", ["train/good/001", "test/broken/004", "ground_truth/broken/000_mask"])
 def test_sixteen_bits_are_refused(place, bottle):
     file = save(bottle / f"{place}.png", noise(1, channels=1)[:, :, 0].astype(np.uint16) * 200)
-    fails(bottle, ValueError, f"{file} must have 8 bits per channel; its mode is I;16")
+    fails(bottle, ValueError, f"{file} must be grey or RGB with 8 bits per channel; its mode is I;16")
 
 
-@pytest.mark.parametrize("place", ["broken/001_mask", "broken/000", "other/000_mask", "good/000_mask"])
+@pytest.mark.parametrize("place", ["broken/001_mask", "broken/000", "other/000_mask", "good/002_mask"])
 def test_orphan_mask_is_named(place, bottle):
     file = save(bottle / f"ground_truth/{place}.png", blob(0))
-    fails(bottle, ValueError, f"{file} is the mask of no defective image")
+    fails(bottle, ValueError, f"{file} is the mask of no test image")
+
+
+def test_masks_of_normal_images(bottle):
+    black_YX, complete = np.zeros(SHAPE, np.uint8), load(bottle)
+    for stem in TESTS["good"]:
+        save(bottle / f"ground_truth/good/{stem}_mask.png", black_YX)
+    loaded = load(bottle)
+    assert torch.equal(torch.stack(loaded.test_mask), torch.stack(complete.test_mask))
+    assert (loaded.card.counts["masks"], loaded.card.kind, loaded.card.note) == (5, "partial", "")
+    (bottle / "ground_truth/broken/004_mask.png").unlink()
+    assert load(bottle).card.note == "1 of 3 defective images have no mask."
+    for other in ("broken/000", "stained/000"):
+        (bottle / f"ground_truth/{other}_mask.png").unlink()
+    assert load(bottle).card.note == "No masks: image-level measures only."
+
+
+@pytest.mark.parametrize("value", [1, 255])
+def test_mask_that_marks_pixels_of_a_normal_image(value, bottle):
+    black_YX = np.zeros(SHAPE, np.uint8)
+    black_YX[3, 4] = value
+    file = save(bottle / "ground_truth/good/000_mask.png", black_YX)
+    fails(bottle, ValueError, f"{file} marks anomalous pixels in {bottle / 'test/good/000.png'}, which is a normal")
 
 
 def test_mask_of_another_size(bottle):
@@ -375,8 +449,12 @@ def test_auto_falls_back_to_the_sample_and_says_so(bottle, capsys):
     assert "SAMPLE" in said
     assert str(root / "mvtec/tile") in said
     assert f"python -m expvae_book.data fetch mvtec --categories tile --root {root}" in said
+    assert f"({root / 'mvtec'} holds bottle/)" in said
     with pytest.raises(FileNotFoundError, match=re.escape(str(root / "mvtec/tile"))):
         mvtec.load("tile", "real", root)
+    (root / "mvtec").rename(root / "mvtec_anomaly_detection")
+    mvtec.load("tile", "auto", root, size=64)
+    assert f"({root} holds mvtec_anomaly_detection/)" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("drawings")

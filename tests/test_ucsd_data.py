@@ -199,6 +199,47 @@ def test_16_bits_are_refused(ped1):
     fails(ped1, ValueError, file, "8 bits per channel", "I;16")
 
 
+def test_frames_of_a_camera_on_its_side(ped1):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise
+    for name in ("Train/Train001/002", "Test/Test003/002"):
+        (ped1 / f"{name}.tif").unlink()
+        Image.fromarray(noise(9, (100, 100))).save(ped1 / f"{name}.png", exif=exif)
+    mask_YX = box(10, 20, shape=(100, 100))
+    save(ped1 / "Test/Test003_gt/002.bmp", np.rot90(mask_YX, -1))
+    loaded = load(ped1)
+    for frame_YX in (loaded.train_NYX[0], loaded.test_NYX[1]):
+        np.testing.assert_array_equal(frame_YX, np.rot90(noise(9, (100, 100)), -1))
+    np.testing.assert_array_equal(loaded.test_mask[1], np.rot90(mask_YX, -1) > 0)
+
+
+@pytest.mark.parametrize("name", ["Train/Train001/002.tif", "Test/Test012/001.tif", "Test/Test003_gt/002.bmp"])
+def test_transparency_is_refused(name, ped1):
+    Image.fromarray(np.dstack([box(10, 20), box(10, 20)])).save(ped1 / name, "PNG")
+    fails(ped1, ValueError, f"{ped1 / name} must be opaque")
+
+
+def test_ringing_of_a_jpeg_mask_stays_out(ped1):
+    masks = ped1 / "Test/Test003_gt"
+    (masks / "002.bmp").unlink()
+    Image.fromarray(box(10, 20)).save(masks / "002.jpg", quality=60)
+    with Image.open(masks / "002.jpg") as image:
+        assert ((np.array(image) > 0) != (box(10, 20) > 0)).any()
+    np.testing.assert_array_equal(load(ped1).test_mask[1], nearest(box(10, 20), 100) > 0)
+
+
+@pytest.mark.parametrize("mask_resize", ucsd.MASK_RESIZES)
+def test_anomaly_that_is_lost_when_shrunk(mask_resize, ped1, capsys):
+    load(ped1, mask_resize=mask_resize)
+    assert capsys.readouterr().err == ""
+    save(ped1 / "Test/Test003_gt/002.bmp", box(2, 2, 1, 1))  # at 50 pixels the first centres lie at 1.6 and 2.4
+    assert load(ped1, mask_resize=mask_resize, size=50).test_anomalous[1] is False
+    assert capsys.readouterr().err == (
+        f"At 50x50 pixels ({mask_resize}) nothing is left of the anomalies in 1 of 3 masks, whose frames count as "
+        "normal: Test003_gt/002.bmp.\n"
+    )
+
+
 def remove(folder):
     for path in sorted(folder.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
@@ -210,7 +251,14 @@ def test_missing_folder(names, ped1):
     for name in names:
         remove(ped1 / name)
     lacks = " and ".join(f"{name}/" for name in names)
-    fails(ped1, FileNotFoundError, f"{ped1} lacks {lacks};", "python -m expvae_book.data fetch ucsd --root")
+    found = "".join(f" ({ped1} holds {name}/)" for name in ("Train", "Test") if name not in names and len(names) == 1)
+    fails(ped1, FileNotFoundError, f"{ped1} lacks {lacks}{found};", "python -m expvae_book.data fetch ucsd --root")
+
+
+@pytest.mark.parametrize("name", ["training", "UCSDped1"])
+def test_folders_of_other_names(name, ped1):
+    (ped1 / "Train").rename(ped1 / name)
+    fails(ped1, FileNotFoundError, f"{ped1} lacks Train/ ({ped1} holds ", f"{name}/")
 
 
 def test_missing_data(tmp_path):
@@ -223,12 +271,16 @@ def test_clip_without_frames(name, ped1):
     for file in (ped1 / name).glob("[0-9]*"):
         file.unlink()
     fails(ped1, ValueError, f"{ped1 / name} holds no frames")
+    (ped1 / name / "001.webp").touch()
+    fails(ped1, ValueError, f"{ped1 / name} holds no frames", f"({ped1 / name} holds 001.webp)")
 
 
 def test_no_clips(ped1):
     remove(ped1 / "Train")
     (ped1 / "Train").mkdir()
     fails(ped1, ValueError, f"{ped1 / 'Train'} holds no clips (Train001, Train002, ...)")
+    (ped1 / "Train/clip_1").mkdir()
+    fails(ped1, ValueError, f"({ped1 / 'Train'} holds clip_1/)")
 
 
 @pytest.mark.parametrize("left", [0, 2])
@@ -331,6 +383,10 @@ def test_auto_falls_back_to_the_sample_and_says_so(generated, monkeypatch, tmp_p
     assert "SAMPLE" in said
     assert str(tmp_path / catalogue.UCSD.folder / "UCSDped1") in said
     assert f"python -m expvae_book.data fetch ucsd --root {tmp_path}" in said
+    assert f"({tmp_path / catalogue.UCSD.folder} holds UCSDped2/)" in said
+    (tmp_path / catalogue.UCSD.folder).rename(tmp_path / "UCSD_Anomaly_Dataset")
+    ucsd.load("auto", tmp_path)
+    assert f"({tmp_path} holds UCSD_Anomaly_Dataset/)" in capsys.readouterr().err
 
 
 def test_sample(generated):

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 import expvae_book.data
-from expvae_book.data import catalogue, workpieces
-from expvae_book.data.card import IMAGES, DataCard, survey
+from expvae_book.data import catalogue, images, workpieces
+from expvae_book.data.card import IMAGES, DataCard, listed, survey, there
 
 DATA = ("auto", "real", "sample")
 OFFICIAL = catalogue.MVTEC_OFFICIAL  # by category and split
@@ -53,11 +53,14 @@ def load(category: str, data: str = "auto", root: Path | None = None, size: int 
 
     Training images lie in train/good, test images in test/good and test/<defect>, masks in ground_truth/<defect>
     under the name of their image followed by `_mask`. Images and masks may have any size and any format of
-    `card.IMAGES`. Images become RGB (grey ones by repeating the channel) and size x size by Pillow's bilinear
-    interpolation, which widens its triangle to the scale when it shrinks an image (what torchvision's Resize does by
-    default); an image of that size stays as it is. A pixel of a mask is anomalous above half of the mask's largest
-    value: on the release's masks of 0 and 255 that is every value above 0, and the ringing of a JPEG mask stays out.
-    Masks are resized to the pixel nearest to each centre.
+    `card.IMAGES`, which `images.read` reads as a viewer shows them. Images become RGB (grey ones by repeating the
+    channel) and size x size by Pillow's bilinear interpolation, which widens its triangle to the scale when it shrinks
+    an image (what torchvision's Resize does by default); an image of that size stays as it is.
+
+    The anomalous pixels of a mask are those of `images.read_mask`: in lossless files every one above 0. The mask of a
+    defect must have some. Normal images need no masks; those that lie in ground_truth/good must have none. Masks are
+    resized to the pixel nearest to each centre; a defect that is so thin that none is left stays in, without anomalous
+    pixels, which is said on the error stream.
 
     A category may lack masks, normal test images or all test images; the note of its card says what that rules out.
     The card is complete where all counts are official, all images and masks are PNG files as in the release and no
@@ -71,8 +74,8 @@ def load(category: str, data: str = "auto", root: Path | None = None, size: int 
 
     Raises:
         FileNotFoundError: If there are no training images.
-        ValueError: If an argument is none of these, an image is damaged, or a mask does not fit its image or has
-            none; the message names the file.
+        ValueError: If an argument is none of these, an image is damaged or refused, or a mask does not fit its image
+            or has none; the message names the file.
     """
     if data not in DATA:
         raise ValueError(f"data must be one of {', '.join(DATA)}; got {data!r}")
@@ -85,13 +88,14 @@ def load(category: str, data: str = "auto", root: Path | None = None, size: int 
     if data == "auto" and not folder.exists():
         # To the error stream: notebooks show it on a coloured ground, between code and results.
         print(
-            f"MVTec AD {category} is not in {folder}: using a generated SAMPLE of drawn workpieces instead, and "
-            f"marking every result. `{command}` fetches MVTec AD {category}.",
+            f"MVTec AD {category} is not in {folder}{there(folder, root)}: using a generated SAMPLE of drawn "
+            f"workpieces instead, and marking every result. `{command}` fetches MVTec AD {category}.",
             file=sys.stderr,
         )
         return sample(category, size=size)
-    if not _images(folder / "train/good"):
-        raise FileNotFoundError(f"{folder / 'train/good'} holds no images; `{command}` fetches MVTec AD {category}")
+    train = folder / "train/good"
+    if not _images(train):
+        raise FileNotFoundError(f"{train} holds no images{there(train, root)}; `{command}` fetches MVTec AD {category}")
     return _real(category, folder, root, size)
 
 
@@ -150,31 +154,38 @@ def available(root: Path | None = None) -> list[str]:
 def _real(category: str, folder: Path, root: Path, size: int) -> Category:
     tests = {defect: _images(folder / "test" / defect) for defect in _folders(folder / "test")}
     masks = _masks(folder / "ground_truth", tests)
-    images, test_mask = [], []
+    masked = sum(file.parent.name != "good" for file in masks)
+    test_images, test_mask, lost = [], [], []
     for defect, files in tests.items():
         for file in files:
-            image = _open(file, "RGB")
-            images.append(_resize(image, size))
-            if defect == "good":
-                test_mask.append(torch.zeros(size, size, dtype=torch.bool))
-            else:
-                test_mask.append(_mask(masks[file], file, image, size) if file in masks else None)
+            image = images.read(file, "RGB")
+            test_images.append(_resize(image, size))
+            mask_YX = _resize_mask(_mask(masks[file], file, image), size) if file in masks else None
+            test_mask.append(torch.zeros(size, size, dtype=torch.bool) if defect == "good" else mask_YX)
+            if defect != "good" and mask_YX is not None and not mask_YX.any():
+                lost.append(f"{defect}/{masks[file].name}")
+    if lost:
+        print(
+            f"At {size}x{size} pixels nothing is left of the defects in {len(lost)} of {masked} masks of {category}, "
+            f"which pixel measures take for normal: {listed(lost)}.",
+            file=sys.stderr,
+        )
     return Category(
         name=category,
-        train_NCYX=_stack([_resize(_open(file, "RGB"), size) for file in _images(folder / "train/good")], size),
-        test_NCYX=_stack(images, size),
+        train_NCYX=_stack([_resize(images.read(file, "RGB"), size) for file in _images(folder / "train/good")], size),
+        test_NCYX=_stack(test_images, size),
         test_defect=[defect for defect, files in tests.items() for _ in files],
         test_mask=test_mask,
-        card=_card(category, root),
+        card=_card(category, root, masked),
     )
 
 
-def _card(category: str, root: Path) -> DataCard:
-    """What is at hand of a category, and what that rules out."""
+def _card(category: str, root: Path, masks: int) -> DataCard:
+    """What is at hand of a category, this many masks of defects among it, and what that rules out."""
     source = catalogue.mvtec_category(category)
     card = survey(source, root)
     counts = card.counts | {"test defective": card.counts["test"] - card.counts["test good"]}
-    good, defective, masks = counts["test good"], counts["test defective"], counts["masks"]
+    good, defective = counts["test good"], counts["test defective"]
     note_file = root / catalogue.MVTEC.folder / "NOTE.txt"
     notes = [note_file.read_text(encoding="utf-8").strip()] if note_file.is_file() else []
     notes += [card.note] if card.note else []
@@ -209,14 +220,14 @@ def _card(category: str, root: Path) -> DataCard:
 
 
 def _masks(folder: Path, tests: dict[str, list[Path]]) -> dict[Path, Path]:
-    """The mask of each defective image that has one."""
+    """The mask of each test image that has one."""
     masks = {}
     for defect in _folders(folder):
-        images = {f"{file.stem}_mask": file for file in tests.get(defect, []) if defect != "good"}
+        masked = {f"{file.stem}_mask": file for file in tests.get(defect, [])}
         for mask in _images(folder / defect):
-            if mask.stem not in images:
-                raise ValueError(f"{mask} is the mask of no defective image (test/{defect}/NAME has NAME_mask)")
-            masks[images[mask.stem]] = mask
+            if mask.stem not in masked:
+                raise ValueError(f"{mask} is the mask of no test image (test/{defect}/NAME has NAME_mask)")
+            masks[masked[mask.stem]] = mask
     return masks
 
 
@@ -251,38 +262,22 @@ def _stack(images: list[UInt8[np.ndarray, "{size} {size} 3"]], size: int) -> UIn
     return images_NCYX
 
 
-def _open(file: Path, mode: str) -> Image.Image:
-    """An image file in a mode of 8 bits per channel.
-
-    Raises:
-        ValueError: If the file is damaged or has more than 8 bits per channel; the message names it.
-    """
-    try:
-        with Image.open(file) as image:
-            stored = image.mode
-            converted = image.convert(mode)
-    # Pillow's decoders answer damage with OSError, SyntaxError, ValueError, struct.error, KeyError and others.
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{file} is damaged or no image ({reason})") from error
-    if stored.startswith(("I", "F")):
-        # Pillow would cut 16 bits off at 255.
-        raise ValueError(f"{file} must have 8 bits per channel; its mode is {stored}")
-    return converted
-
-
 def _resize(image: Image.Image, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     return np.array(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
-def _mask(file: Path, image_file: Path, image: Image.Image, size: int) -> Bool[Tensor, "{size} {size}"]:
-    mask = _open(file, "L")
-    if mask.size != image.size:
-        raise ValueError(
-            f"{file} has {mask.width}x{mask.height} pixels for the {image.width}x{image.height} of {image_file}"
-        )
-    mask_YX = np.array(mask)
-    return _resize_mask(mask_YX > mask_YX.max() / 2, size)
+def _mask(file: Path, image_file: Path, image: Image.Image) -> Bool[np.ndarray, "y x"]:
+    """The anomalous pixels of an image, checked against it."""
+    mask_YX = images.read_mask(file)
+    height, width = mask_YX.shape
+    if (width, height) != image.size:
+        raise ValueError(f"{file} has {width}x{height} pixels for the {image.width}x{image.height} of {image_file}")
+    normal = image_file.parent.name == "good"
+    if normal and mask_YX.any():
+        raise ValueError(f"{file} marks anomalous pixels in {image_file}, which is a normal image")
+    if not normal and not mask_YX.any():
+        raise ValueError(f"{file} marks no pixel of the defect in {image_file}, which could not be measured so")
+    return mask_YX
 
 
 def _resize_mask(mask_YX: Bool[np.ndarray, "y x"], size: int) -> Bool[Tensor, "{size} {size}"]:

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 import expvae_book.data
-from expvae_book.data import catalogue, walkway
-from expvae_book.data.card import IMAGES, DataCard, survey
+from expvae_book.data import catalogue, images, walkway
+from expvae_book.data.card import IMAGES, DataCard, listed, survey, there
 
 DATA = ("auto", "real", "sample")
 MASK_RESIZES = ("nearest", "truncated")
@@ -57,24 +57,26 @@ def load(data: str = "auto", root: Path | None = None, mask_resize: str = "neare
     """Load Ped1 from `ROOT/UCSD_Anomaly_Dataset.v1p2/UCSDped1`, or the generated sample.
 
     Clips lie in Train/Train001, ... and Test/Test001, ..., masks in Test/Test001_gt, ... under the names of their
-    frames. A clip may have any number of frames, of any size and in any format of `card.IMAGES`. Frames
-    become grey (ITU-R 601 luma) and size x size by Pillow's bilinear interpolation, which widens its triangle to the
-    scale when it shrinks an image (what torchvision's Resize does by default).
+    frames. A clip may have any number of frames, of any size and in any format of `card.IMAGES`, which
+    `images.read` reads as a viewer shows them. Frames become grey (ITU-R 601 luma) and size x size by Pillow's bilinear
+    interpolation, which widens its triangle to the scale when it shrinks an image (what torchvision's Resize does by
+    default).
 
     Args:
         data: "real" (the files), "sample" (the generated clips) or "auto" (the files where there are any).
         root: Data root; by default `expvae_book.data.root()`.
-        mask_resize: How a mask, in which every pixel above 0 is anomalous, is resized. "nearest" takes the pixel
-            nearest to each centre. "truncated" is what published code comes to: bilinear as for frames, in
+        mask_resize: How a mask, whose anomalous pixels are those of `images.read_mask`, is resized. "nearest" takes
+            the pixel nearest to each centre. "truncated" is what published code comes to: bilinear as for frames, in
             [0, 1], then cut to a whole number, so that a pixel stays anomalous only where all that it was computed
-            from is, and every region loses its border.
+            from is, and every region loses its border. A frame whose mask is left without anomalous pixels counts as
+            normal, which is said on the error stream.
         size: Pixels along either side of a frame and of its mask, 8 or more. The network of the first report takes
             100, that of Brongers et al. 96.
 
     Raises:
         FileNotFoundError: If a folder is missing.
-        ValueError: If an argument is none of these, an image is damaged, a clip has no frames or its masks do not
-            fit its frames; the message names the file or folder.
+        ValueError: If an argument is none of these, an image is damaged or refused, a clip has no frames or
+            its masks do not fit its frames; the message names the file or folder.
     """
     if data not in DATA:
         raise ValueError(f"data must be one of {', '.join(DATA)}; got {data!r}")
@@ -87,14 +89,16 @@ def load(data: str = "auto", root: Path | None = None, mask_resize: str = "neare
     if data == "auto" and not folder.exists():
         # To the error stream: notebooks show it on a coloured ground, between code and results.
         print(
-            f"UCSD Ped1 is not in {folder}: using a generated SAMPLE of walkway scenes instead, and marking every "
-            f"result. `{command}` fetches UCSD Ped1.",
+            f"UCSD Ped1 is not in {folder}{there(folder, root)}: using a generated SAMPLE of walkway scenes "
+            f"instead, and marking every result. `{command}` fetches UCSD Ped1.",
             file=sys.stderr,
         )
         return sample(mask_resize=mask_resize, size=size)
     missing = [f"{name}/" for name in ("Train", "Test") if not (folder / name).is_dir()]
     if missing:
-        raise FileNotFoundError(f"{folder} lacks {' and '.join(missing)}; `{command}` fetches UCSD Ped1")
+        raise FileNotFoundError(
+            f"{folder} lacks {' and '.join(missing)}{there(folder, root)}; `{command}` fetches UCSD Ped1"
+        )
     return _real(folder, root, mask_resize, size)
 
 
@@ -201,14 +205,25 @@ def _real(folder: Path, root: Path, mask_resize: str, size: int) -> UCSD:
     counts = card.counts | {"train clips": len(train), "test clips": len(test), "masked clips": len(masks)}
     official = card.official | OFFICIAL_CLIPS
     kind = "complete" if card.kind == "complete" and counts == official else "partial"
-    test_frames, test_mask = [], []
+    test_frames, test_mask, lost = [], [], []
     for number, files in test.items():
         for file, mask_file in zip(files, masks.get(number, [None] * len(files)), strict=True):
-            frame = _grey(file)
+            frame = images.read(file, "L")
             test_frames.append(_resize(frame, size))
-            test_mask.append(None if mask_file is None else _mask(mask_file, frame, mask_resize, size))
+            test_mask.append(None)
+            if mask_file is not None:
+                mask_YX = _mask(mask_file, frame)
+                test_mask[-1] = _resize_mask(mask_YX, mask_resize, size)
+                if mask_YX.any() and not test_mask[-1].any():
+                    lost.append(f"{mask_file.parent.name}/{mask_file.name}")
+    if lost:
+        print(
+            f"At {size}x{size} pixels ({mask_resize}) nothing is left of the anomalies in {len(lost)} of "
+            f"{counts['masks']} masks, whose frames count as normal: {listed(lost)}.",
+            file=sys.stderr,
+        )
     return UCSD(
-        train_NYX=_stack([_resize(_grey(file), size) for files in train.values() for file in files]),
+        train_NYX=_stack([_resize(images.read(file, "L"), size) for files in train.values() for file in files]),
         train_clip_N=_numbers(train),
         test_NYX=_stack(test_frames),
         test_clip_N=_numbers(test),
@@ -223,10 +238,11 @@ def _clips(folder: Path, name: str) -> dict[int, list[Path]]:
         _number(clip.name): _images(clip) for clip in sorted(folder.glob(f"{name}[0-9][0-9][0-9]")) if clip.is_dir()
     }
     if not clips:
-        raise ValueError(f"{folder} holds no clips ({name}001, {name}002, ...)")
+        raise ValueError(f"{folder} holds no clips ({name}001, {name}002, ...){there(folder, folder)}")
     for number, files in clips.items():
         if not files:
-            raise ValueError(f"{folder / f'{name}{number:03d}'} holds no frames ({', '.join(sorted(IMAGES))})")
+            clip = folder / f"{name}{number:03d}"
+            raise ValueError(f"{clip} holds no frames ({', '.join(sorted(IMAGES))}){there(clip, clip)}")
     return clips
 
 
@@ -259,35 +275,16 @@ def _stack(frames: list[UInt8[np.ndarray, "size size"]]) -> UInt8[Tensor, "n siz
     return torch.from_numpy(np.stack(frames))
 
 
-def _grey(file: Path) -> Image.Image:
-    """An image file as 8-bit grey levels.
-
-    Raises:
-        ValueError: If the file is damaged or has more than 8 bits per channel; the message names it.
-    """
-    try:
-        with Image.open(file) as image:
-            mode = image.mode
-            grey = image.convert("L")
-    # Pillow's decoders answer damage with OSError, SyntaxError, ValueError, struct.error, KeyError and others.
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{file} is damaged or no image ({reason})") from error
-    if mode.startswith(("I", "F")):
-        # Pillow would cut 16 bits off at 255.
-        raise ValueError(f"{file} must have 8 bits per channel; its mode is {mode}")
-    return grey
-
-
 def _resize(grey: Image.Image, size: int) -> UInt8[np.ndarray, "{size} {size}"]:
     return np.array(grey.resize((size, size), Image.Resampling.BILINEAR))
 
 
-def _mask(file: Path, frame: Image.Image, mask_resize: str, size: int) -> Bool[Tensor, "{size} {size}"]:
-    mask = _grey(file)
-    if mask.size != frame.size:
-        raise ValueError(f"{file} has {mask.width}x{mask.height} pixels for a frame of {frame.width}x{frame.height}")
-    return _resize_mask(np.array(mask) > 0, mask_resize, size)
+def _mask(file: Path, frame: Image.Image) -> Bool[np.ndarray, "y x"]:
+    mask_YX = images.read_mask(file)
+    height, width = mask_YX.shape
+    if (width, height) != frame.size:
+        raise ValueError(f"{file} has {width}x{height} pixels for a frame of {frame.width}x{frame.height}")
+    return mask_YX
 
 
 def _resize_mask(mask_YX: Bool[np.ndarray, "y x"], mask_resize: str, size: int) -> Bool[Tensor, "{size} {size}"]:

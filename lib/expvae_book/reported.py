@@ -175,19 +175,9 @@ def beside(reported: pd.DataFrame, runs: Iterable[Run]) -> pd.DataFrame:
         if not groups:
             blank = dict.fromkeys(("configuration", "budget", "data", "outdated", "runs"), "")
             lines.append(row | blank | {"ours": _absent(row), "count": 0})
-    columns = [
-        "ours",
-        "our_value",
-        "our_low",
-        "our_high",
-        "count",
-        "configuration",
-        "budget",
-        "data",
-        "outdated",
-        "runs",
-    ]
-    return pd.DataFrame(lines, columns=[*reported.columns, *columns])
+    ours = ["ours", "our_value", "our_low", "our_high", "count"]
+    columns = [*reported.columns, *ours, "configuration", "budget", "data", "outdated", "runs"]
+    return pd.DataFrame(lines, columns=columns)
 
 
 def _absent(row: dict[str, Any]) -> str:
@@ -257,6 +247,7 @@ def _summary(found: Sequence[Measured], unit: str, exact: bool) -> dict[str, Any
         spread = f" ({_shown(low, unit, exact)}–{_shown(high, unit, exact)})"
     runs = [run for run, _, _, _ in found]
     outdated = sum(bool(run.outdated) for run in runs)
+    share = "" if outdated == len(runs) else f"{outdated} of {len(runs)} "
     summary = {
         "our_value": mean,
         "our_low": low,
@@ -264,11 +255,7 @@ def _summary(found: Sequence[Measured], unit: str, exact: bool) -> dict[str, Any
         "count": len(found),
         "budget": _budget(runs[0]),
         "data": _kind(runs[0]),
-        "outdated": ""
-        if not outdated
-        else "outdated"
-        if outdated == len(runs)
-        else f"{outdated} of {len(runs)} outdated",
+        "outdated": f"{share}outdated" if outdated else "",
         "runs": ", ".join(run.label for run in runs),
     }
     short = summary["budget"] if _cut_short(runs[0]) else ""

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,12 +17,14 @@ import papermill
 import pytest
 from click.testing import CliRunner
 from papermill.cli import papermill as command
+from papermill.iorw import load_notebook_node, papermill_io
+from papermill.parameterize import parameterize_notebook
 
-from expvae_book import chapters, runs
+from expvae_book import chapters, render, runs
 from expvae_book.data.card import DataCard
 from expvae_book.recipes import MNIST
 from expvae_book.render import PageError
-from pages import notices, outputs, printed
+from pages import HEADER, notices, outputs, page_text, printed
 
 PARAMETERS = """\
 digit: int = 1  # 0 | 1 | 2 | 3; the inlier class
@@ -177,6 +181,161 @@ def test_two_chapters_in_one_process_keep_their_own_parameters(folder):
     with pytest.raises(chapters.ChapterError, match=r"book/other.md has no parameter 'digit'; it has beta\."):
         papermill.execute_notebook("book/other.md", "out.ipynb", {"digit": 1}, **options)
     papermill.execute_notebook("book/small.md", "out.ipynb", {"digit": 1}, **options)
+
+
+@pytest.mark.filterwarnings("ignore:The specified file")  # of which threads cannot keep the others
+def test_chapters_read_side_by_side_keep_their_own_parameters(folder):
+    Path("book/other.md").write_text(chapter("beta: float = 1.0  # above 0", "print(beta)"))
+    Path("book/again.md").write_text(chapter("digit: int = 9  # 9 | 10", "print(digit)"))
+    given = {"small": {"digit": 2}, "other": {"beta": 2}, "again": {"digit": 10}}
+    all_read = threading.Barrier(len(given), timeout=60)
+
+    def injected_after_all_are_read(name):
+        notebook = load_notebook_node(f"book/{name}.md")
+        all_read.wait()
+        return injected(parameterize_notebook(notebook, given[name])).splitlines()[1:]
+
+    def prepared(name):
+        options = {"prepare_only": True, "progress_bar": False}
+        notebook = papermill.execute_notebook(f"book/{name}.md", None, given[name], **options)
+        with pytest.raises(chapters.ChapterError, match=f"^book/{name}.md has no parameter 'rate'"):
+            papermill.execute_notebook(f"book/{name}.md", None, {"rate": 1}, **options)
+        return injected(notebook).splitlines()[1:]
+
+    Path("book/small.md").write_text(chapter("digit: int = 1  # 1 | 2"))
+    lines = [["digit = 2"], ["beta = 2.0"], ["digit = 10"]]
+    try:
+        with ThreadPoolExecutor(len(given)) as pool:
+            assert list(pool.map(injected_after_all_are_read, given)) == lines
+            assert list(pool.map(prepared, list(given) * 3)) == lines * 3
+    finally:
+        papermill_io.get_handler("local").cwd(None)  # which papermill's threads take from each other
+
+
+# --- prepared notebooks, and paths and texts of other kinds ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", ["", "-p digit 2"])
+def test_a_prepared_notebook_is_a_notebook_like_any_other(folder, words):
+    done = CliRunner().invoke(command, ["book/small.md", "prepared.ipynb", "--prepare-only", *words.split()])
+    assert done.exit_code == 0
+    prepared = nbformat.read("prepared.ipynb", as_version=4)
+    nbformat.validate(prepared)
+    assert prepared.metadata.language_info.name == "python"
+    digit = 2 if words else 1
+    for more, expected in (("", digit), ("-p digit 3", 3)):
+        done = run_papermill("prepared.ipynb", "out.ipynb", *more.split())
+        assert done.returncode == 0, done.stderr
+        cells = nbformat.read("out.ipynb", as_version=4).cells
+        assert printed([cell.get("outputs", []) for cell in cells]).startswith(f"[{expected}, 'conv3'")
+    done = run_papermill("prepared.ipynb", "no.ipynb", "-p", "digit", "9")
+    assert done.stderr.splitlines()[-1].startswith("Error: book/small.md: digit = 9 is not allowed")
+    assert not Path("no.ipynb").exists()
+
+
+def test_a_chapter_prepared_in_python_or_into_a_pipe_names_its_language_too(folder):
+    notebook = papermill.execute_notebook("book/small.md", None, {"digit": 2}, prepare_only=True, progress_bar=False)
+    assert notebook.metadata.language_info.name == "python"
+    assert "digit = 3" in injected(papermill.execute_notebook(notebook, None, {"digit": 3}, prepare_only=True))
+    piped = run_papermill("book/small.md", "-", "--prepare-only")
+    assert nbformat.reads(piped.stdout, as_version=4).metadata.language_info.name == "python"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "jupytext --to ipynb --execute --output out.ipynb book/small.md",
+        "nbconvert --to notebook --execute --output out.ipynb prepared.ipynb",
+    ],
+)
+def test_jupytext_and_nbconvert_run_a_chapter_too(folder, words):
+    papermill.execute_notebook("book/small.md", "prepared.ipynb", prepare_only=True, progress_bar=False)
+    done = subprocess.run([sys.executable, "-m", *words.split()], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    cells = nbformat.read("out.ipynb", as_version=4).cells
+    assert printed([cell.get("outputs", []) for cell in cells]).startswith("[1, 'conv3', 0")
+
+
+@pytest.mark.parametrize(
+    ("start", "path"), [("book", "small.md"), ("..", "{name}/book/small.md"), (".", "copy.md"), (".", "book/small.md")]
+)
+def test_a_chapter_is_found_by_any_path(folder, monkeypatch, start, path):
+    Path("copy.md").write_text(chapter())
+    monkeypatch.chdir(start)
+    path = path.format(name=folder.name)
+    out = folder / "out.ipynb"
+    done = run_papermill(path, str(out), "-p", "digit", "3")
+    assert done.returncode == 0, done.stderr
+    assert "digit = 3" in injected(nbformat.read(out, as_version=4))
+    assert "does not end in" not in done.stderr
+    done = run_papermill(path, str(folder / "no.ipynb"), "-p", "digit", "9")
+    assert done.stderr.splitlines()[-1].startswith(f"Error: {path}: digit = 9 is not allowed")
+    done = run_papermill(path, "written.md", "--prepare-only")
+    assert done.stderr.splitlines()[-1].startswith("Error: The executed notebook cannot be written to written.md")
+    done = run_papermill("absent.md", "no.ipynb")
+    assert done.stderr.splitlines()[-1] == "Error: There is no chapter absent.md."
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_byte_order_mark_and_other_line_ends_change_nothing(folder, monkeypatch, mark, end):
+    plain = papermill.execute_notebook("book/small.md", None, {"digit": 3}, prepare_only=True, progress_bar=False)
+    parsed = render.parse(chapter(), Path("book/small.md"))
+    saved = mark + chapter().replace("\n", end).encode()
+    Path("book/small.md").write_bytes(saved)
+    read = papermill.execute_notebook("book/small.md", None, {"digit": 3}, prepare_only=True, progress_bar=False)
+    assert [cell.source for cell in read.cells] == [cell.source for cell in plain.cells]
+    again = render.parse(saved.decode(), Path("book/small.md"))
+    assert [cell.source for cell in again.cells] == [cell.source for cell in parsed.cells]
+    assert again.metadata == parsed.metadata
+    monkeypatch.setattr(chapters, "BOOK", folder / "book")
+    assert chapters.command("small", {"digit": 3}) == "papermill book/small.md out.ipynb -p digit 3"
+
+
+def test_a_chapter_in_another_encoding_gets_one_sentence(folder):
+    Path("book/small.md").write_bytes(chapter().encode("utf-16"))
+    with pytest.raises(chapters.ChapterError, match=r"^book/small.md is not a chapter .* not text in UTF-8\.$"):
+        papermill.execute_notebook("book/small.md", None, prepare_only=True)
+
+
+MAGICS = ["%matplotlib inline\nx = 1", "%%capture caught\nprint('caught')", "!echo from a shell", "files = !echo one"]
+
+
+def test_a_chapter_with_magics_runs_and_stores_its_run(folder, monkeypatch):
+    store = """\
+from expvae_book import chapters, runs
+from expvae_book.data.card import DataCard
+from expvae_book.recipes import MNIST
+%matplotlib inline
+def compute():
+    card = DataCard("mnist", "sample", {"train": 1}, {"train": 1}, "digest", "licence", "credit")
+    spent = {"budget": {"unit": "epochs", "asked": 1, "used": 1}, "seconds": {}, "device": "cpu"}
+    given = {"losses": {}, "arrays": {}, "figures": {}, "card": card, "recipe": MNIST["liu2020"]}
+    return runs.save("reuse", {"digit": digit}, metrics=[runs.row("units", x)], **given, **spent)
+chapters.run("reuse", {"digit": digit}, compute)
+print(files, caught.stdout)"""
+    text = page_text("digit: int = 1  # 1 | 2", options=":tags: [parameters]\n")
+    text += page_text(*MAGICS, store).removeprefix(HEADER)
+    Path("book/reuse.md").write_text(text)
+    monkeypatch.setenv("EXPVAE_RUNS", str(folder / "runs"))
+    monkeypatch.setattr(chapters, "BOOK", folder / "book")
+    done = papermill.execute_notebook("book/reuse.md", "out.ipynb", {"digit": 2}, progress_bar=False)
+    shown = printed([cell.get("outputs", []) for cell in done.cells]).split()
+    assert shown == ["from", "a", "shell", "['one']", "caught"]
+    assert runs.load("reuse", {"digit": 2}).record["metrics"][0]["value"] == 1
+    assert chapters.command("reuse", {"digit": 2}) == "papermill book/reuse.md out.ipynb -p digit 2"
+    read = render.parse(text.replace("digit: int = 1", "digit: int = 2"), Path("book/reuse.md"))
+    render.execute(read, Path("book/reuse.md"))
+    assert printed([cell.get("outputs", []) for cell in read.cells]).split() == shown
+
+
+@pytest.mark.parametrize("line", ["%matplotlib inline", "!pip list", "digit?", "get_ipython().magic('time')"])
+def test_a_magic_among_the_parameters_gets_one_sentence(folder, line):
+    Path("book/small.md").write_text(chapter(f"digit: int = 1\n{line}"))
+    with pytest.raises(chapters.ChapterError, match=r"^book/small.md: .* (parameters cell) .*") as raised:
+        papermill.execute_notebook("book/small.md", None, prepare_only=True)
+    assert line in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_paths_that_papermill_injects_are_no_unknown_parameters(folder):

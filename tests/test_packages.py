@@ -109,6 +109,15 @@ print(sorted(name for name in loaded if not name.startswith("_")))
     assert run(code).stdout == "['click', 'expvae_book']\n"
 
 
+def test_papermill_starts_with_what_it_is_taught_and_nothing_else_of_the_book():
+    code = """
+import sys, papermill
+print("expvae_book.engine" in sys.modules, {"torch", "jupytext", "myst_nb", "matplotlib"} & set(sys.modules))
+"""
+    assert run(code).stdout == "True set()\n"
+    assert run("import expvae_book.engine").returncode == 0  # also before papermill
+
+
 def test_without_a_repository_the_book_says_what_it_needs(tmp_path):
     installed = tmp_path / "python3" / "site-packages"
     shutil.copytree(LIB, installed)

@@ -10,6 +10,7 @@ A chapter is a MyST notebook (``book/<chapter>.md``). Its cell with the tag ``pa
 
 The types are int, float, str and bool. Papermill imports this module for every notebook it runs, and every chapter
 imports it too, so what is slow to import (papermill, jupytext, torch) is imported by the function that needs it.
+`expvae_book.engine` is what papermill is taught when it starts.
 """
 
 import ast
@@ -21,6 +22,7 @@ import tokenize
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -31,15 +33,13 @@ from expvae_book.places import REPOSITORY
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import ExecutionResult
     from nbformat import NotebookNode
-    from papermill.models import Parameter as PapermillParameter
 
     from expvae_book.runs import Run
 
 BOOK = REPOSITORY / "book"
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
-# Papermill looks up the code that writes parameters by the notebook's language. Chapters are handed over under this
-# spelling, which nothing else uses, so that plain notebooks in the same process keep papermill's own "python".
-LANGUAGE = "Python"
+# A chapter that papermill has read, and its parameters cell, have the chapter's path under this key of their metadata.
+CHAPTER = "expvae_chapter"
 INJECTED_PATHS = {"PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH"}  # papermill --inject-paths
 
 Value = int | float | str | bool
@@ -94,14 +94,15 @@ def declared(notebook: "NotebookNode", path: str) -> dict[str, Parameter]:
     Raises:
         ChapterError: If a line of the cell is no declaration, or a default does not keep its own declaration.
     """
-    cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    if not cells:
+    cell = _parameters_cell(notebook)
+    if cell is None:
         return {}
-    source = cells[0].source
+    source = cell.source
     try:
         statements = ast.parse(source).body
     except SyntaxError as error:
-        raise ChapterError(f"{path}: the parameters cell is not valid Python: {error}.") from None
+        line = (error.text or "").strip()
+        raise ChapterError(f"{path}: the parameters cell is not valid Python: {error.msg}, in {line!r}.") from None
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     parameters = [
@@ -139,24 +140,28 @@ class ChapterHandler:
     def read(path: str) -> str:
         """The file as the JSON of a notebook.
 
-        Reading a chapter also arranges that its parameters are checked when papermill writes them into the notebook,
-        which is before a kernel starts and before a file is written.
+        The notebook of a chapter says which chapter it is, so that its parameters are checked when papermill writes
+        them into it, which is before a kernel starts and before a file is written; see `expvae_book.engine`.
 
         Raises:
             ChapterError: If there is no such chapter, or its parameters cell is wrong.
         """
         if not path.endswith(".md"):
-            return _local_files().read(path)
+            return _local_files("read", path)
         from nbformat import writes
-        from papermill.translators import papermill_translators
 
+        import_module("expvae_book.engine")  # papermill has done that, unless the installation is older than the engine
         try:
-            text = _local_files().read(path)
+            text = _local_files("read", path)
         except FileNotFoundError:
             raise ChapterError(f"There is no chapter {path}.") from None
+        except UnicodeDecodeError:
+            raise ChapterError(f"{path} is not a chapter that can be run: it is not text in UTF-8.") from None
         notebook = _notebook(text, path)
-        notebook.metadata["language_info"] = {"name": LANGUAGE}
-        papermill_translators.register(LANGUAGE, _ParameterWriter(declared(notebook, path), path))
+        declared(notebook, path)
+        notebook.metadata["language_info"] = {"name": "python"}
+        for part in filter(None, [notebook, _parameters_cell(notebook)]):
+            part.metadata[CHAPTER] = path
         return writes(notebook)
 
     @staticmethod
@@ -168,12 +173,12 @@ class ChapterHandler:
         """
         if path.endswith(".md"):
             raise ChapterError(f"The executed notebook cannot be written to {path}: give a name that ends in .ipynb.")
-        _local_files().write(text, path)
+        _local_files("write", text, path)
 
     @staticmethod
     def listdir(path: str) -> list[str]:
         """The files in a folder."""
-        return _local_files().listdir(path)
+        return _local_files("listdir", path)
 
     @staticmethod
     def pretty_path(path: str) -> str:
@@ -319,31 +324,6 @@ def stop_page(markdown: str) -> None:
     shell.input_transformers_cleanup.append(lambda lines: [])
 
 
-@dataclass(frozen=True)
-class _ParameterWriter:
-    """Stands in for papermill's translator of parameters to Python, for one chapter."""
-
-    known: dict[str, Parameter]
-    path: str
-
-    def inspect(self, cell: "NotebookNode") -> list["PapermillParameter"]:
-        """The declared parameters, for papermill --help-notebook."""
-        from papermill.models import Parameter as PapermillParameter
-
-        return [
-            PapermillParameter(name, p.kind.__name__, repr(p.default), "; ".join(filter(None, (p.constraint, p.help))))
-            for name, p in self.known.items()
-        ]
-
-    def codify(self, parameters: dict[str, Any], comment: str = "Parameters") -> str:
-        """The source of the cell that sets the checked parameters."""
-        from papermill.translators import PythonTranslator
-
-        paths = {name: value for name, value in parameters.items() if name in INJECTED_PATHS}
-        given = {name: value for name, value in parameters.items() if name not in paths}
-        return PythonTranslator.codify(paths | check(given, self.known, self.path), comment)
-
-
 def _stop_where_lacking(markdown: str) -> None:
     """Let the first later cell that asks a run for something it lacks stop the page, without an error.
 
@@ -370,11 +350,17 @@ def _stop_where_lacking(markdown: str) -> None:
     shell.events.register("post_run_cell", forget)
 
 
-def _local_files() -> Any:
-    # Papermill's own handler and not a new one: papermill tells it in which folder relative paths begin.
+def _local_files(action: str, *arguments: str) -> Any:
+    # Papermill's own handler and not a new one: papermill tells it in which folder relative paths begin. Asked by its
+    # class, because `expvae_book.engine` lets the handler itself come here.
     from papermill.iorw import papermill_io
 
-    return papermill_io.get_handler("local")
+    handler = papermill_io.get_handler("local")
+    return getattr(type(handler), action)(handler, *arguments)
+
+
+def _parameters_cell(notebook: "NotebookNode") -> "NotebookNode | None":
+    return next((cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])), None)
 
 
 def _notebook(text: str, path: str) -> "NotebookNode":
@@ -383,6 +369,7 @@ def _notebook(text: str, path: str) -> "NotebookNode":
     from myst_nb.core.read import is_myst_markdown_notebook
     from yaml import YAMLError
 
+    text = text.removeprefix("\ufeff")  # which some editors write before UTF-8
     try:
         if not is_myst_markdown_notebook(text):
             raise ChapterError(f"{path} is not a chapter that can be run: its top does not say that it is a notebook.")

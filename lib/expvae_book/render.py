@@ -77,6 +77,7 @@ def parse(text: str, path: Path, config: MdParserConfig | None = None) -> Notebo
     Raises:
         PageError: If the top or the options of a cell are not valid, or a page of text holds code cells.
     """
+    text = io.StringIO(text.removeprefix("\ufeff"), newline=None).read()  # whatever mark and line ends an editor leaves
     try:
         notebook = read_myst_markdown_notebook(text, config, add_source_map=True, path=path)
     except MystMetadataParsingError as error:

@@ -1,0 +1,98 @@
+"""What papermill learns when it starts: to read chapters by any local path, and to check their parameters.
+
+Papermill loads this module as its engine "nbclient" (entry-point group ``papermill.engine``), whatever it is going to
+run. A notebook that `expvae_book.chapters.ChapterHandler` has not read is treated as it always was. One that it has
+read says so in its metadata and brings its own declarations, also after ``papermill --prepare-only``, so that nothing
+that is known of one chapter can be taken for what is known of another.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from expvae_book.chapters import CHAPTER, INJECTED_PATHS, ChapterHandler, Parameter, check, declared
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
+
+class Engine:
+    """Papermill's own engine, except that it lets the parameters of a chapter be checked.
+
+    It passes on instead of inheriting, because papermill may ask for it while papermill is being imported from here.
+    """
+
+    @staticmethod
+    def execute_notebook(nb: "NotebookNode", kernel_name: str, **options: Any) -> "NotebookNode":
+        """Run a notebook."""
+        from papermill.engines import NBClientEngine
+
+        return NBClientEngine.execute_notebook(nb, kernel_name, **options)
+
+    @staticmethod
+    def nb_kernel_name(nb: "NotebookNode", name: str | None = None) -> str:
+        """The kernel that a notebook asks for."""
+        from papermill.engines import NBClientEngine
+
+        return NBClientEngine.nb_kernel_name(nb, name)
+
+    @staticmethod
+    def nb_language(nb: "NotebookNode", language: str | None = None) -> str:
+        """The name under which papermill finds what writes a notebook's parameters, when it is about to write them."""
+        from papermill.engines import NBClientEngine
+        from papermill.translators import papermill_translators
+
+        path = nb.metadata.get(CHAPTER)
+        if path is None:
+            return NBClientEngine.nb_language(nb, language)
+        writer = _ParameterWriter(declared(nb, path), path)
+        papermill_translators.register(repr(writer), writer)
+        return repr(writer)
+
+
+@dataclass(frozen=True)
+class _ParameterWriter:
+    """Stands in for papermill's translator of parameters to Python, for one chapter."""
+
+    known: dict[str, Parameter]
+    path: str
+
+    def codify(self, parameters: dict[str, Any], comment: str = "Parameters") -> str:
+        """The source of the cell that sets the checked parameters."""
+        from papermill.translators import PythonTranslator
+
+        paths = {name: value for name, value in parameters.items() if name in INJECTED_PATHS}
+        given = {name: value for name, value in parameters.items() if name not in paths}
+        return PythonTranslator.codify(paths | check(given, self.known, self.path), comment)
+
+
+def _teach() -> None:
+    from nbformat.v4 import new_notebook
+    from papermill.engines import papermill_engines
+    from papermill.iorw import papermill_io
+    from papermill.models import Parameter as PapermillParameter
+    from papermill.translators import PythonTranslator, papermill_translators
+
+    class Translator(PythonTranslator):
+        """Papermill's own, except for the parameters that papermill --help-notebook lists of a chapter."""
+
+        @classmethod
+        def inspect(cls, parameters_cell: "NotebookNode") -> list[PapermillParameter]:
+            path = parameters_cell.metadata.get(CHAPTER)
+            if path is None:
+                return super().inspect(parameters_cell)
+            return [
+                PapermillParameter(
+                    p.name, p.kind.__name__, repr(p.default), "; ".join(filter(None, (p.constraint, p.help)))
+                )
+                for p in declared(new_notebook(cells=[parameters_cell]), path).values()
+            ]
+
+    papermill_translators.register("python", Translator)
+    papermill_engines.register(None, Engine)  # the one that is taken where none is named
+    papermill_engines.register("nbclient", Engine)
+    # Papermill knows handlers by how a path begins, and takes this one for "ucsd.md" and "elsewhere/ucsd.md".
+    local = papermill_io.get_handler("local")
+    local.read, local.write, local.pretty_path = ChapterHandler.read, ChapterHandler.write, ChapterHandler.pretty_path
+
+
+_teach()

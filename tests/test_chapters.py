@@ -15,6 +15,7 @@ import nbformat
 import numpy as np
 import papermill
 import pytest
+import torch
 from click.testing import CliRunner
 from papermill.cli import papermill as command
 from papermill.iorw import load_notebook_node, papermill_io
@@ -338,6 +339,53 @@ def test_a_magic_among_the_parameters_gets_one_sentence(folder, line):
     assert "\n" not in str(raised.value)
 
 
+# --- values that would fail later ------------------------------------------------------------------------------------
+
+
+CHAPTERS = sorted(path.stem for path in chapters.BOOK.glob("*.md") if "[parameters]" in path.read_text())
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_no_chapter_takes_a_whole_number_that_is_too_large_to_compute_with(name):
+    path = f"book/{name}.md"
+    known = chapters.declared(chapters._notebook((chapters.BOOK / f"{name}.md").read_text(), path), path)
+    assert known
+    for parameter in known.values():
+        if parameter.kind is int:
+            with pytest.raises(chapters.ChapterError, match=f"^{path}: {parameter.name} = .* is not allowed; give"):
+                chapters.check({parameter.name: 2**32}, known, path)
+    if "seed" in known:
+        assert chapters.check({"seed": 2**32 - 1}, known, path) == {"seed": 2**32 - 1}
+
+
+def absent_device() -> str:
+    return "mps" if not torch.backends.mps.is_available() else "cuda"
+
+
+@pytest.mark.parametrize("name", ["mnist", "mvtec15"])
+def test_a_device_that_is_not_there_stops_a_chapter_before_it_looks_for_data(folder, monkeypatch, name):
+    monkeypatch.setenv("EXPVAE_RUNS", str(folder / "runs"))  # and EXPVAE_DATA names an empty folder
+    given = {"data": "real", "device": absent_device()}
+    with pytest.raises(papermill.PapermillExecutionError, match=f"device='{absent_device()}' is not there"):
+        papermill.execute_notebook(chapters.BOOK / f"{name}.md", None, given, progress_bar=False)
+
+
+def test_a_device_that_is_not_there_computes_nothing(monkeypatch):
+    monkeypatch.delenv("EXPVAE_MODE", raising=False)
+    wanted = {"digit": 2, "device": absent_device()}
+    with pytest.raises(ValueError, match="is not there; this machine has: auto, "):
+        chapters.run("small", wanted, must_not_compute)
+    with pytest.raises(ValueError, match="is not there; this machine has: auto, "):
+        chapters.run_all("small", [wanted], must_not_compute_each)
+
+
+def test_ablations_of_one_image_are_refused_before_anything_is_computed(folder, monkeypatch):
+    monkeypatch.setenv("EXPVAE_RUNS", str(folder / "runs"))
+    given = {"frames": 1, "data": "real"}
+    with pytest.raises(papermill.PapermillExecutionError, match="must be 0, or 2 or more to resample"):
+        papermill.execute_notebook(chapters.BOOK / "ablations.md", None, given, progress_bar=False)
+
+
 def test_paths_that_papermill_injects_are_no_unknown_parameters(folder):
     words = ["book/small.md", "out.ipynb", "--prepare-only", "--inject-paths"]
     assert CliRunner().invoke(command, words).exit_code == 0
@@ -359,6 +407,8 @@ def test_paths_that_papermill_injects_are_no_unknown_parameters(folder):
         ("computed.md", chapter("digit: int = 1 + 1"), "the default of digit must be written out"),
         ("comment.md", chapter("digit: int = 1  # the digit"), "must begin with 'a | b | c'"),
         ("choices.md", chapter("digit: int = 1  # 1 | two"), "must begin with 'a | b | c'"),
+        ("range.md", chapter("digit: int = 1  # 0 to nine"), "'N to M' for a number"),
+        ("empty.md", chapter("digit: int = 1  # 9 to 0"), "the default of digit must be a whole number: 9 to 0:"),
     ],
 )
 def test_a_file_that_is_no_chapter_gets_one_sentence(folder, name, text, sentence):
@@ -389,6 +439,11 @@ def test_a_chapter_is_never_overwritten(folder):
         (int, "", "1_0", None),
         (int, "0 or more", 0, 0),
         (int, "above 0", 0, None),
+        (int, "0 to 8", 8, 8),
+        (int, "0 to 8", 9, None),
+        (int, "8 to 9", 7, None),
+        (float, "-1 to 0.5", 0.5, 0.5),
+        (float, "-1 to 0.5", "0.50001", None),
         (float, "", 2, 2.0),
         (float, "", "1e-3", 1e-3),
         (float, "", True, None),
@@ -422,6 +477,23 @@ def test_values(kind, constraint, given, expected):
         value = chapters.check({"name": given}, known, "x.md")["name"]
         assert value == expected
         assert type(value) is kind
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'unit: str = (\n    "spin"  # spin | binary; states\n)',
+        'unit: str = (  # spin |\n    "spin"  # binary; states\n)',
+        'unit: str = (\n    "spin"\n)  # spin | binary; states\nother: int = 1  # 1 | 2',
+    ],
+)
+def test_a_declaration_over_several_lines_keeps_its_comment(source):
+    cell = nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})
+    known = chapters.declared(nbformat.v4.new_notebook(cells=[cell]), "x.md")
+    assert known["unit"].choices == ("spin", "binary")
+    assert known["unit"].help == "states"
+    with pytest.raises(chapters.ChapterError, match=r"unit = 'spun' is not allowed; give text: spin \| binary\."):
+        chapters.check({"unit": "spun"}, known, "x.md")
 
 
 def test_a_chapter_without_parameters_takes_none():

@@ -287,6 +287,15 @@ def test_the_network_of_brongers_has_neither_choice(initial, encoder):
         localisation.network("brongers2021", initial, encoder)
 
 
+def test_what_cannot_be_had_is_refused_before_images_are_read(monkeypatch):
+    monkeypatch.setattr(localisation.mvtec, "load", lambda *_: pytest.fail("images were read"))
+    chosen = {"recipe": "brongers2021", "initial": "imagenet", "encoder": "fine-tuned"}
+    with pytest.raises(ValueError, match=r"^recipe='brongers2021' has a ResNet of its own"):
+        localisation.compute(
+            "mvtec15", chosen | {"category": "bottle", "data": "sample", "seed": 0}, torch.device("cpu")
+        )
+
+
 def test_imagenet_that_cannot_be_had_is_refused(monkeypatch):
     monkeypatch.setattr(localisation, "imagenet_weights", lambda: None)
     with pytest.raises(ValueError, match=r"^initial='imagenet' needs torchvision's weights .* initial='random' does"):

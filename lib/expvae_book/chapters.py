@@ -6,6 +6,7 @@ A chapter is a MyST notebook (``book/<chapter>.md``). Its cell with the tag ``pa
     layer: str = "conv3"  # conv1 | conv2 | conv3
     epochs: int = 100  # 1 or more; passes over the training images
     learning_rate: float = 1e-3  # above 0; step size of Adam
+    seed: int = 0  # 0 to 4294967295; fixes all that is drawn
     note: str = ""  # ; free text goes behind the first semicolon
 
 The types are int, float, str and bool. Papermill imports this module for every notebook it runs, and every chapter
@@ -56,9 +57,10 @@ class Parameter:
     name: str
     kind: type
     default: Value
-    constraint: str = ""  # as written: "0 | 1 | 2", "0 or more", "above 0" or nothing
+    constraint: str = ""  # as written: "0 | 1 | 2", "0 or more", "above 0", "0 to 9" or nothing
     choices: tuple[Value, ...] = ()
     lowest: float = -math.inf
+    highest: float = math.inf
     help: str = ""
 
     def __str__(self) -> str:
@@ -79,7 +81,7 @@ class Parameter:
             raise ValueError(f"{value!r} is not among the choices")
         if isinstance(value, float | int):
             excluded = self.constraint.startswith("above") and value == self.lowest
-            if value < self.lowest or excluded:
+            if not self.lowest <= value <= self.highest or excluded:
                 raise ValueError(f"{value!r} is out of range")
         return value
 
@@ -106,7 +108,8 @@ def declared(notebook: "NotebookNode", path: str) -> dict[str, Parameter]:
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     parameters = [
-        _declaration(statement, comments.get(statement.end_lineno or 0, ""), path) for statement in statements
+        _declaration(statement, " ".join(comments[line] for line in _lines(statement) if line in comments), path)
+        for statement in statements
     ]
     return {parameter.name: parameter for parameter in parameters}
 
@@ -207,6 +210,7 @@ def run(chapter: str, parameters: Mapping[str, Value], compute: Callable[[], "Ru
     from expvae_book import runs
 
     if not runs.reading():
+        _require_device(parameters)
         return compute()
     found = runs.load(chapter, dict(parameters))
     again = f"```bash\n{command(chapter, parameters)}\n```"
@@ -263,6 +267,9 @@ def run_all(
     """
     from expvae_book import runs
 
+    if not runs.reading():
+        for one in wanted:
+            _require_device(one)
     found = [runs.load(chapter, one) for one in wanted]
     if not runs.reading():
         missing = [i for i, run in enumerate(found) if run is None or run.outdated or not run.of_data_at_hand]
@@ -324,6 +331,14 @@ def stop_page(markdown: str) -> None:
     shell.input_transformers_cleanup.append(lambda lines: [])
 
 
+def _require_device(parameters: Mapping[str, Value]) -> None:
+    # Before anything is loaded or computed; papermill cannot ask, whose process need not be where the kernel is.
+    if "device" in parameters:
+        from expvae_book import devices
+
+        devices.choose_device(parameters["device"])
+
+
 def _stop_where_lacking(markdown: str) -> None:
     """Let the first later cell that asks a run for something it lacks stop the page, without an error.
 
@@ -381,6 +396,10 @@ def _notebook(text: str, path: str) -> "NotebookNode":
     return notebook
 
 
+def _lines(statement: ast.stmt) -> range:
+    return range(statement.lineno, (statement.end_lineno or statement.lineno) + 1)  # a formatter may break a long line
+
+
 def _declaration(statement: ast.stmt, comment: str, path: str) -> Parameter:
     line = ast.unparse(statement)
     kinds = {kind.__name__: kind for kind in KINDS}
@@ -392,22 +411,23 @@ def _declaration(statement: ast.stmt, comment: str, path: str) -> Parameter:
         case _:
             raise ChapterError(f"{path}: {line!r} in the parameters cell must read 'name: int|float|str|bool = value'.")
     constraint, _, text = (part.strip() for part in comment.partition(";"))
-    bound = re.fullmatch(r"above (\S+)|(\S+) or more", constraint) if kind in (int, float) else None
+    bound = re.fullmatch(r"above (\S+)|(\S+) or more|(\S+) to (\S+)", constraint) if kind in (int, float) else None
     try:
         choices = tuple(_convert(choice.strip(), kind) for choice in constraint.split("|")) if "|" in constraint else ()
-        lowest = float(bound[1] or bound[2]) if bound else -math.inf
+        lowest = float(bound[1] or bound[2] or bound[3]) if bound else -math.inf
+        highest = float(bound[4] or math.inf) if bound else math.inf
     except ValueError:
         choices, bound = (), None
     if constraint and not (choices or bound):
         raise ChapterError(
             f"{path}: the comment {comment!r} on {name} must begin with 'a | b | c' in the parameter's type, "
-            "with 'N or more' or 'above N' for a number, or with a semicolon."
+            "with 'N or more', 'above N' or 'N to M' for a number, or with a semicolon."
         )
     try:
         default = ast.literal_eval(value)
     except ValueError:
         raise ChapterError(f"{path}: the default of {name} must be written out, not computed: {line!r}.") from None
-    parameter = Parameter(name, kind, default, constraint, choices, lowest, text)
+    parameter = Parameter(name, kind, default, constraint, choices, lowest, highest, text)
     try:
         kept = isinstance(default, (int, float) if kind is float else kind) and parameter.value(default) == default
     except (ValueError, OverflowError):

@@ -444,6 +444,7 @@ def compute(chapter: str, parameters: Mapping[str, Any], device: torch.device) -
         parameters: What determines it: category, data, layer and preset beside what `fit` needs.
         device: Where to compute.
     """
+    network(parameters["recipe"], parameters["initial"], parameters["encoder"])  # refused before images are read
     category = mvtec.load(parameters["category"], parameters["data"])
     settings, seed = recipes.MVTEC[parameters["recipe"]], parameters["seed"]
     trained, facts = fit(category, parameters, device)

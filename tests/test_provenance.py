@@ -54,6 +54,68 @@ def test_commit_is_none_without_a_commit_a_checkout_or_git(repository, monkeypat
     assert provenance.commit() == {"commit": None, "dirty": None}
 
 
+def committed(folder):
+    git(folder, "init", "--quiet")
+    git(folder, "add", ".")
+    git(folder, "commit", "--quiet", "--allow-empty", "--message", f"of {folder.name}")
+    return git(folder, "rev-parse", "HEAD")
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_the_commit_of_a_repository_around_a_copy_is_not_its_own(repository, monkeypatch, tracked):
+    if tracked:
+        committed(repository)
+    (repository / "copy").mkdir()
+    for folder in ("lib", "book", "benchmarks"):
+        (repository / folder).rename(repository / "copy" / folder)
+    committed(repository)
+    monkeypatch.setattr(provenance, "REPOSITORY", repository / "copy")
+    assert provenance.commit() == {"commit": None, "dirty": None}
+    (repository / "copy" / ".git").mkdir()  # which is no repository
+    assert provenance.commit() == {"commit": None, "dirty": None}
+    (repository / "copy" / ".git").rmdir()
+    assert provenance.commit() == {"commit": None, "dirty": None}
+    head = committed(repository / "copy")
+    assert provenance.commit() == {"commit": head, "dirty": False}
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_variables_of_git_do_not_name_another_repository(repository, monkeypatch, tmp_path_factory, own):
+    other = tmp_path_factory.mktemp("other")
+    (other / "lib").mkdir()
+    (other / "lib" / "x.py").write_text("x = 3")
+    committed(other)
+    expected = {"commit": committed(repository), "dirty": False} if own else {"commit": None, "dirty": None}
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    assert provenance.commit() == expected
+    monkeypatch.setenv("GIT_WORK_TREE", str(repository))
+    assert provenance.commit() == expected
+    monkeypatch.delenv("GIT_DIR")
+    monkeypatch.setenv("GIT_WORK_TREE", str(other))
+    assert provenance.commit() == expected
+    monkeypatch.delenv("GIT_WORK_TREE")
+    monkeypatch.setenv("GIT_INDEX_FILE", str(other / ".git" / "index"))
+    assert provenance.commit() == expected
+
+
+def test_worktrees_and_submodules_have_commits_of_their_own(repository, monkeypatch, tmp_path_factory):
+    head = committed(repository)
+    around = tmp_path_factory.mktemp("around")
+    git(repository, "worktree", "add", "--quiet", "--detach", str(around / "tree"))
+    committed(around / "tree")
+    git(around, "init", "--quiet")
+    git(around, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(repository), "module")
+    git(around, "commit", "--quiet", "--message", "with a module")
+    monkeypatch.setattr(provenance, "REPOSITORY", around / "module")
+    assert provenance.commit() == {"commit": head, "dirty": False}
+    monkeypatch.setattr(provenance, "REPOSITORY", around / "tree")
+    tree = git(around / "tree", "rev-parse", "HEAD")
+    assert tree != head
+    assert provenance.commit() == {"commit": tree, "dirty": False}
+    (around / "tree" / "lib" / "new.py").write_text("x = 1")
+    assert provenance.commit() == {"commit": tree, "dirty": True}
+
+
 @pytest.mark.parametrize(
     ("cuda", "mps", "expected"),
     [(False, False, "cpu"), (True, False, "cuda"), (False, True, "mps"), (True, True, "cuda")],

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from expvae_book import probes, provenance, runs
+from expvae_book import places, probes, provenance, runs
 
 
 def main() -> None:
@@ -38,4 +38,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except places.SettingError as error:
+        sys.exit(f"{error}.")

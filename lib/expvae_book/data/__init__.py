@@ -4,18 +4,17 @@ One module per data set; `walkway` draws the frames that stand in for UCSD Ped1 
 images that stand in for MVTec AD.
 """
 
-import os
 from pathlib import Path
 
-from expvae_book.places import repository
+from expvae_book import places
 
 
 def root() -> Path:
-    """The folder that holds the data sets in their official layouts.
+    """The folder that holds the data sets in their official layouts: EXPVAE_DATA, or `data/` in the repository.
 
-    The environment variable EXPVAE_DATA names it; without it, it is `data/` in the repository. A relative name is
-    taken from the repository and never from the working directory, because papermill and Jupyter Book run the same
-    chapter in different folders.
+    See `expvae_book.places.setting` for what the variable may hold.
+
+    Raises:
+        expvae_book.places.SettingError: If it names a file.
     """
-    named = Path(os.environ.get("EXPVAE_DATA") or "data").expanduser()
-    return named if named.is_absolute() else repository() / named
+    return places.folder(places.setting("EXPVAE_DATA", "data"), "EXPVAE_DATA")

@@ -5,6 +5,7 @@
 #
 # Each makes the environment in .venv first, if it is not there; PYTHON=python3.12 chooses its interpreter.
 
+BIN := .venv/bin
 PYTHON ?= python3
 DIGITS ?= 1 3
 SEEDS ?= 0 1 2
@@ -12,17 +13,18 @@ SEEDS ?= 0 1 2
 UCSD_EPOCHS ?= 6
 # A few steps of two models: FactorVAE with the attention loss and without.
 DISENTANGLEMENT ?= -p gammas 40 -p steps 60 -p stride 8
+# The data sets of which files are there. The library says so, which needs nothing but Python for that: before .venv is
+# made too, and for a path that make would take apart.
+AT_HAND = $(eval AT_HAND := $(shell EXPVAE_DATA=$(call quoted,EXPVAE_DATA) PYTHONPATH=lib \
+  $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m expvae_book.data.at_hand))$(AT_HAND)
+quoted = '$(subst ','\'',$(value $(1)))'
 # Where MVTec AD is absent, one drawn category for each chapter and a few steps, for the same reason.
-DATA := $(or $(EXPVAE_DATA),data)
-MVTEC_THERE := $(wildcard $(DATA)/mvtec/*/train)
-MVTEC15 ?= $(if $(MVTEC_THERE),,-p categories bottle -p augmented 32 -p epochs 1)
-MVTEC10 ?= $(if $(MVTEC_THERE),,-p categories carpet -p augmented 32 -p epochs 1)
-ABLATIONS ?= $(if $(MVTEC_THERE),,-p frames 24 -p workpieces 6)
+MVTEC15 ?= $(if $(filter mvtec,$(AT_HAND)),,-p categories bottle -p augmented 32 -p epochs 1)
+MVTEC10 ?= $(if $(filter mvtec,$(AT_HAND)),,-p categories carpet -p augmented 32 -p epochs 1)
+ABLATIONS ?= $(if $(filter mvtec,$(AT_HAND)),,-p frames 24 -p workpieces 6)
 # Samples are too small to keep two cores busy: two chapters at a time then, each on one. Real data take all cores.
-REAL := $(wildcard $(DATA)/MNIST/raw/* $(DATA)/UCSD_Anomaly_Dataset*/* $(MVTEC_THERE))
-JOBS ?= $(if $(REAL),1,2)
+JOBS ?= $(if $(filter mnist ucsd mvtec,$(AT_HAND)),1,2)
 
-BIN := .venv/bin
 INSTALLED := .venv/installed
 EXECUTED := _build/executed
 

@@ -164,6 +164,50 @@ def test_make_reproduce_runs_every_chapter():
     assert steps.stdout.rstrip().splitlines()[-1].endswith('_build/html/index.html"')
 
 
+@pytest.mark.parametrize("name", ["plain", "my data", "it's", 'a "b"', "a$b", "#1", "a;b", "(a)", "~"])
+@pytest.mark.parametrize("given", ["environment", "argument"])
+def test_make_reproduce_finds_real_data_wherever_they_lie(name, given, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}
+    environment["HOME"] = str(tmp_path)
+    del environment["EXPVAE_DATA"]
+    folder = tmp_path if name == "~" else tmp_path / name
+    value = name if name == "~" else str(folder)
+    command = ["make", "-n", "reproduce", f"PYTHON={sys.executable}"]
+    if given == "environment":
+        environment["EXPVAE_DATA"] = value
+    else:
+        command.append(f"EXPVAE_DATA={value.replace('$', '$$').replace('#', chr(92) + '#')}")
+        if "$" in name or "#" in name:
+            pytest.skip("make itself reads these in its arguments")
+
+    def planned():
+        made = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+        assert made.stderr == ""
+        jobs = set(re.findall(r"-j(\d)", made.stdout))
+        return jobs, "-p categories bottle" in made.stdout, "-p workpieces" in made.stdout
+
+    assert planned() == ({"2"}, True, True)
+    (folder / "MNIST" / "raw").mkdir(parents=True)
+    (folder / "MNIST" / "raw" / "train-images-idx3-ubyte").touch()
+    assert planned() == ({"1"}, True, True)
+    (folder / "mvtec" / "bottle" / "train" / "good").mkdir(parents=True)
+    (folder / "mvtec" / "bottle" / "train" / "good" / "000.png").touch()
+    assert planned() == ({"1"}, False, False)
+
+
+def test_data_at_hand_are_told_before_anything_is_installed(tmp_path):
+    (tmp_path / "file").touch()
+    environment = {"PYTHONPATH": str(REPOSITORY / "lib"), "EXPVAE_DATA": str(tmp_path / "file")}
+    command = [sys.executable, "-S", "-B", "-m", "expvae_book.data.at_hand"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"EXPVAE_DATA must name a folder, and {tmp_path}/file is a file.\n"
+    done = subprocess.run(
+        command, env=environment | {"EXPVAE_DATA": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
+
+
 def store_run(store: Path, version: int) -> None:
     """Store a run of mnist for digit 4 that holds no result, made by this version of its protocol."""
     card = DataCard("mnist", "sample", {"train": 1}, {"train": 1}, "digest", "licence", "credit")

@@ -1,13 +1,16 @@
 import dataclasses
+import errno
 import gzip
 import hashlib
 import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,6 +27,7 @@ import expvae_book.data
 from expvae_book.data import catalogue, mnist
 from expvae_book.data.__main__ import main
 from expvae_book.data.card import DataCard, survey
+from expvae_book.places import SettingError
 
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
@@ -351,6 +355,24 @@ def test_root_that_is_a_file(release, tmp_path, capsys):
     assert str(tmp_path / "file") in sentence(capsys)
 
 
+@pytest.mark.parametrize("arguments", [["status"], ["fetch", "mnist"], ["fetch", "mvtec", "--categories", "bottle"]])
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_data_root_that_names_a_file_gets_one_sentence(arguments, below, monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    place = str(tmp_path / "file" / below)
+    said = f"must name a folder, and {tmp_path / 'file'} is a file."
+    monkeypatch.setenv("EXPVAE_DATA", place)
+    assert main(arguments) == 1
+    assert sentence(capsys) == f"EXPVAE_DATA {said}"
+    with pytest.raises(SettingError, match=f"^EXPVAE_DATA {said[:-1]}$"):
+        mnist.load("auto")
+    monkeypatch.setenv("EXPVAE_DATA", str(tmp_path))
+    assert main([*arguments, "--root", place]) == 1
+    assert sentence(capsys) == f"--root {said}"
+    assert main([*arguments, "--root", "~no-such-user"]) == 1
+    assert sentence(capsys).startswith("--root is '~no-such-user', and the home ~no-such-user is not known here")
+
+
 def test_unknown_data_set(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["fetch", "cifar"])
@@ -614,6 +636,132 @@ def test_status_lists_categories(mvtec, tmp_path, capsys):
     (tmp_path / "mvtec/cable/train/good/Thumbs.db").touch()
     assert main(["status", "--root", str(tmp_path)]) == 0
     assert "mvtec: 2 of 15 categories at hand: bottle, grid." in capsys.readouterr().out.splitlines()
+
+
+# Other disks
+
+
+def renaming(monkeypatch, other):
+    """Let a rename between a folder and the rest fail, as between two disks."""
+    replace = os.replace
+
+    def refuse(source, target):
+        if Path(source).resolve().is_relative_to(other) != Path(target).resolve().is_relative_to(other):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source), None, str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+
+
+@pytest.fixture(params=["simulated", "real"])
+def disk(request, tmp_path, monkeypatch):
+    """A folder on another disk than `tmp_path`."""
+    if request.param == "simulated":
+        (tmp_path / "disk").mkdir()
+        renaming(monkeypatch, tmp_path / "disk")
+        yield tmp_path / "disk"
+        return
+    memory = Path("/dev/shm")
+    if not (os.access(memory, os.W_OK) and memory.stat().st_dev != tmp_path.stat().st_dev):
+        pytest.skip("there is no second file system")
+    folder = Path(tempfile.mkdtemp(dir=memory))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def linked(root, name, to):
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).symlink_to(to)
+
+
+@pytest.mark.parametrize("link", ["mvtec", "mvtec/pill"])
+@pytest.mark.parametrize("made", [True, False])
+def test_categories_are_fetched_through_a_link_to_another_disk(link, made, mvtec, disk, tmp_path, capsys):
+    root = tmp_path / "root"
+    linked(root, link, disk / "there")
+    if made:
+        (disk / "there").mkdir()
+    assert fetch_categories(root, "pill") == 0, capsys.readouterr().err
+    assert (root / link).is_symlink()
+    assert everything(disk) == [path.removeprefix(f"{link}/").join(("there/", "")) for path in placed("pill")]
+    assert (root / "mvtec/pill" / PLACES[0]).read_bytes() == b"pill train/good/000.png"
+    assert everything(root) in ([], [link])
+    assert fetch_categories(root, "pill") == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_an_archive_is_fetched_through_a_link_to_another_disk(made, serve_archive, disk, tmp_path, capsys):
+    serve_archive(archive_of(*GOOD))
+    root = tmp_path / "root"
+    linked(root, INNER, disk / "there")
+    if made:
+        (disk / "there").mkdir()
+    assert fetch("ucsd", root) == 0, capsys.readouterr().err
+    assert everything(disk) == sorted(name.replace(INNER, "there") for name, _ in GOOD)
+    assert (root / GOOD[2][0]).read_bytes() == b"mask"
+
+
+@pytest.mark.parametrize("link", ["MNIST", "MNIST/raw"])
+def test_files_are_fetched_through_a_link_to_another_disk(link, release, files, disk, tmp_path, capsys):
+    root = tmp_path / "root"
+    linked(root, link, disk)
+    assert fetch("mnist", root) == 0, capsys.readouterr().err
+    assert {name: (root / "MNIST/raw" / name).read_bytes() for name in NAMES} == files
+    assert len(everything(disk)) == 4
+    (root / "MNIST/raw" / NAMES[0]).write_bytes(b"wrong")
+    assert fetch("mnist", root) == 0, capsys.readouterr().err
+    assert {name: (root / "MNIST/raw" / name).read_bytes() for name in NAMES} == files
+
+
+def test_a_link_on_the_same_disk_is_followed_too(serve_archive, tmp_path, capsys):
+    serve_archive(archive_of(*GOOD))
+    (tmp_path / "there").mkdir()
+    root = tmp_path / "root"
+    linked(root, INNER, tmp_path / "there")
+    assert fetch("ucsd", root) == 0, capsys.readouterr().err
+    assert len(everything(tmp_path / "there")) == len(GOOD)
+
+
+def test_what_could_not_be_moved_into_place_is_not_downloaded(mvtec, server, disk, tmp_path, capsys):
+    root = tmp_path / "root"
+    linked(root, "mvtec/pill", disk)
+    assert fetch_categories(root, "bottle", "pill") == 1  # on two disks
+    said = sentence(capsys)
+    assert said.startswith("nothing was downloaded, because there is no folder from which MVTec AD could be moved to ")
+    assert f"{root / 'mvtec'} and {disk} (" in said
+    assert server.asked == []
+    assert [path.name for path in root.rglob("*")] == ["mvtec", "pill"]
+    assert list(disk.iterdir()) == []
+
+
+def test_a_place_where_nothing_may_be_written_is_found_before_the_download(
+    release, server, read_only, open_place, capsys
+):
+    (open_place / "root/MNIST/raw").mkdir(parents=True)
+    with read_only(open_place / "root"):
+        assert fetch("mnist", open_place / "root") == 1
+    assert "Permission denied" in sentence(capsys)
+    assert server.asked == []
+
+
+# Rights
+
+
+def test_fetched_files_follow_the_umask(umask, odd_modes, mvtec, release, monkeypatch, server, tmp_path):
+    files = dict(server.files)
+    private = tarfile.TarInfo("pill/test/good/private.png")
+    private.mode = 0o400
+    mvtec(*workpiece("pill"), private)
+    server.files |= files | {"/plain": b"content"}
+    download = catalogue.Download((f"{server.url}/plain",), digest(b"content"), target="plain")
+    monkeypatch.setitem(catalogue.SOURCES, "dsprites", dataclasses.replace(catalogue.DSPRITES, downloads=(download,)))
+    root = tmp_path / "root"
+    assert fetch("mnist", root) == 0
+    assert fetch("dsprites", root) == 0
+    assert fetch_categories(root, "pill") == 0
+    assert len(everything(root)) == len(NAMES) + 1 + len(PLACES) + 1
+    assert odd_modes(root) == {}
 
 
 # Status

@@ -12,7 +12,7 @@ import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import expvae_book.data
+from expvae_book import places
 from expvae_book.data.card import DataCard, sha256, survey
 from expvae_book.data.catalogue import MVTEC_OFFICIAL, SOURCES, Download, Source, mvtec_category
 
@@ -33,7 +34,7 @@ class FetchError(Exception):
 def fetch(source: Source, root: Path) -> DataCard | None:
     """Download what is missing of a data set, check it, unpack it and move it into place.
 
-    Everything happens in a temporary folder below the root, on the same disk, and is renamed at the end; after a
+    Everything happens in a temporary folder on the disk where the data are to lie, and is renamed at the end; after a
     failure the data are as they were before.
 
     Args:
@@ -53,15 +54,15 @@ def fetch(source: Source, root: Path) -> DataCard | None:
         return survey(source, root)
     for download in missing:
         target = folder / download.target
-        if target.is_dir() and any(target.iterdir()):
+        if target.is_dir() and (download.target or any(target.iterdir())):
             raise _taken(target, source.title)
         if target.exists() and not target.is_dir():
             print(f"{target} is not the file of the release: replacing it.")
-    with _workshop(root, source) as workshop:
-        ready = [(_unpack(_download(item, source, workshop), item, workshop), item.target) for item in missing]
-        for unpacked, target in ready:
-            (folder / target).parent.mkdir(parents=True, exist_ok=True)
-            unpacked.replace(folder / target)
+    ends = [_end(folder / download.target, bool(download.target)) for download in missing]
+    with _workshop(root, source, ends) as workshop:
+        ready = [_unpack(_download(item, source, workshop), item, workshop) for item in missing]
+        for unpacked, end in zip(ready, ends, strict=True):
+            _place(unpacked, end)
     card = survey(source, root)
     if card is not None:
         print(f"{source.title} ({card.kind}: {_counts(card)}) is in {folder}.")
@@ -95,14 +96,14 @@ def fetch_categories(categories: list[str], root: Path) -> None:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise _taken(target, f"{source.title} {category}")
     (download,) = source.downloads
-    with _workshop(root, source) as workshop:
+    ends = [_end(folder / category, False) for category in missing]
+    with _workshop(root, source, ends) as workshop:
         unpacked = _unpack(_download(download, source, workshop), download, workshop, missing)
         for category in missing:
             if not (unpacked / category).is_dir():
                 raise FetchError(f"{download.urls[0].rsplit('/', 1)[-1]} holds no folder {category}")
-        folder.mkdir(exist_ok=True)
-        for category in missing:
-            (unpacked / category).replace(folder / category)
+        for category, end in zip(missing, ends, strict=True):
+            _place(unpacked / category, end)
     print(f"{source.title} ({', '.join(missing)}) is in {folder}.")
 
 
@@ -146,12 +147,14 @@ def main(arguments: list[str] | None = None) -> int:
     for command in (fetching, showing):
         command.add_argument(
             "--root",
-            type=Path,
-            default=expvae_book.data.root(),
-            help="data root (default: EXPVAE_DATA, now %(default)s)",
+            help="data root (default: EXPVAE_DATA, or data/ in the repository)",
         )
     options = parser.parse_args(arguments)
-    root = options.root.expanduser().absolute()
+    try:
+        root = _root(options.root)
+    except places.SettingError as error:
+        print(f"{error}.", file=sys.stderr)
+        return 1
     try:
         if options.command == "status":
             return status(root)
@@ -197,22 +200,80 @@ def _taken(target: Path, title: str) -> FetchError:
     )
 
 
+def _root(typed: str | None) -> Path:
+    if typed is None:
+        return expvae_book.data.root()
+    return places.folder(places.expanded(typed, "--root").absolute(), "--root")
+
+
+def _end(target: Path, is_file: bool) -> Path:
+    """Where a target really lies, which is elsewhere where a link is on the way to it.
+
+    A folder cannot be renamed over a link to a folder; a file takes the place of a link.
+    """
+    return target.parent.resolve() / target.name if is_file else target.resolve()
+
+
+def _nearest(path: Path) -> Path:
+    """The folder that is there already, of those that a path is in or is."""
+    return next(part for part in (path, *path.parents) if part.is_dir())
+
+
 @contextmanager
-def _workshop(root: Path, source: Source) -> Iterator[Path]:
-    """A temporary folder below the root for one fetch at a time; what a killed fetch left in it is removed."""
-    folder = root / f".fetch-{source.name}"
+def _workshop(root: Path, source: Source, ends: list[Path]) -> Iterator[Path]:
+    """A temporary folder from which what is made in it can be renamed to its ends, for one fetch at a time.
+
+    It lies below the root, or where the ends are on another disk, there; that it serves is tried before anything is
+    downloaded.
+    """
+    nearest = list(dict.fromkeys(map(_nearest, ends)))
+    problem = None
+    with ExitStack() as stack:
+        for place in (root, *nearest):
+            try:
+                work = stack.enter_context(_hidden(place, source))
+                for folder in nearest:
+                    trial = work / "trial"
+                    trial.mkdir()
+                    trial.replace(folder / f".trial-{source.name}").rmdir()
+                break
+            except OSError as error:
+                problem = error
+                stack.close()
+        else:
+            raise FetchError(
+                f"nothing was downloaded, because there is no folder from which {source.title} could be moved to "
+                f"{' and '.join(map(str, nearest))} ({problem})"
+            )
+        yield work
+
+
+@contextmanager
+def _hidden(place: Path, source: Source) -> Iterator[Path]:
+    """A temporary folder for one fetch at a time; what a killed fetch left in it is removed."""
+    folder = place / f".fetch-{source.name}"
     folder.mkdir(parents=True, exist_ok=True)
     work = folder / "work"
     try:
         with FileLock(folder / "lock", timeout=0):
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir()
             try:
+                shutil.rmtree(work, ignore_errors=True)
+                work.mkdir()
                 yield work
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
     except Timeout:
-        raise FetchError(f"another fetch of {source.title} into {root} is running") from None
+        raise FetchError(f"another fetch of {source.title} into {place} is running") from None
+
+
+def _place(made: Path, end: Path) -> None:
+    """Rename a file or a folder to its end; where there is an empty folder already, which may be a disk, into that."""
+    end.parent.mkdir(parents=True, exist_ok=True)
+    if made.is_dir() and end.is_dir():
+        for path in made.iterdir():
+            path.replace(end / path.name)
+    else:
+        made.replace(end)
 
 
 def _download(download: Download, source: Source, folder: Path) -> Path:
@@ -261,7 +322,8 @@ def _unpack(archive: Path, download: Download, folder: Path, chosen: list[str] |
             unpacked.mkdir()
             with tarfile.open(archive) as tar, tqdm(tar, desc="unpacking", unit=" files") as bar:
                 members = (
-                    member
+                    # Rights as the umask has them and not the archive; the filter knows a device by its own.
+                    member.replace(mode=None, deep=False) if member.isfile() else member
                     for member in bar
                     if chosen is None or PurePosixPath(member.name).parts[:1] in {(name,) for name in chosen}
                 )
@@ -273,12 +335,12 @@ def _unpack(archive: Path, download: Download, folder: Path, chosen: list[str] |
             with gzip.open(archive) as packed, unpacked.open("wb") as file:
                 shutil.copyfileobj(packed, file)
             return unpacked
+        return Path(shutil.copyfile(archive, unpacked))  # pooch makes private files
     except tarfile.FilterError as error:
         raise FetchError(f"{archive.name} is refused, because a member of it is unsafe: {error}") from error
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = str(error).partition("\n")[0].rstrip(":")
         raise FetchError(f"{archive.name} cannot be unpacked: {reason}") from error
-    return archive
 
 
 def _categories(root: Path) -> str:

@@ -145,7 +145,7 @@ FAULTS = r"""
 >tests/test_runs.py::test_a_failed_save_leaves_the_earlier_run_alone
 -folder.parent.mkdir(parents=True, exist_ok=True)
 +shutil.rmtree(folder, ignore_errors=True)
-+    folder.parent.mkdir(parents=True, exist_ok=True)
++        folder.parent.mkdir(parents=True, exist_ok=True)
 # store-takes-nan lib/expvae_book/runs.py
 >tests/test_runs.py::test_what_json_cannot_hold_is_refused
 -json.dumps(value, allow_nan=False)

@@ -1,6 +1,7 @@
 import math
 import shutil
 from collections import OrderedDict
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import combinations, pairwise
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from expvae import Method, attention, discriminator_loss, overlap, permute_latents, total_correlation
 from expvae.models import DSpritesVAE
 from expvae.models._dsprites import LAYERS
-from expvae_book import disentanglement, factorvae
+from expvae_book import disentanglement, factorvae, training, weights
 from expvae_book.data import dsprites
 from expvae_book.factorvae import VARIANTS, AttentionPenalty, Candidate
 from expvae_book.recipes import StepRecipe
@@ -678,7 +679,7 @@ def test_what_another_process_trained_while_this_one_waited_is_not_trained_again
     candidates = [Candidate(gamma=2.0, seed=seed) for seed in range(2)]
     first = train(candidates, sprites.images, steps=2)
 
-    class Waited(factorvae.FileLock):
+    class Waited(weights.FileLock):
         def __enter__(self):
             for path in cache.glob("*.safetensors"):
                 shutil.copy(path, tmp_path / "waited")
@@ -688,9 +689,68 @@ def test_what_another_process_trained_while_this_one_waited_is_not_trained_again
         raise AssertionError("a step was taken")
 
     monkeypatch.setenv("EXPVAE_CACHE", str(tmp_path / "waited"))
-    monkeypatch.setattr(factorvae, "FileLock", Waited)
+    monkeypatch.setattr(weights, "FileLock", Waited)
     for ours, theirs in zip(train(candidates, refuse, steps=2), first, strict=True):
         assert_same_model(ours, theirs)
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_where_the_cache_cannot_be_written_models_are_trained_without(
+    readable, sprites, monkeypatch, read_only, open_place, capsys
+):
+    monkeypatch.setattr(factorvae, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setenv("EXPVAE_CACHE", str(open_place / "cache"))
+    expected = train(KILLED, sprites.images, steps=3)
+    if readable:
+        with read_only(open_place / "cache"):
+            train(KILLED, lambda index_B: pytest.fail("a step was taken"), steps=3)
+        assert capsys.readouterr().err == ""
+        (open_place / "cache" / expected[0].file).unlink()  # which stood alone
+    before = sorted((open_place / "cache").iterdir())
+    with read_only(open_place / "cache", 0o555 if readable else 0):
+        results = train(KILLED, sprites.images, steps=3)
+    assert sorted((open_place / "cache").iterdir()) == before
+    for ours, theirs in zip(results, expected, strict=True):
+        assert_same_model(ours, theirs)
+        assert curves(ours) == curves(theirs)
+        assert (ours.key, ours.candidate, ours.file) == (theirs.key, theirs.candidate, theirs.file)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"Trained weights cannot be kept in {open_place}/cache (Permission denied): ")
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(sprites, cache, monkeypatch, full_disk):
+    monkeypatch.setattr(factorvae, "CHECKPOINT_SECONDS", 0.0)
+    drawn = []
+
+    def draw(index_B):
+        drawn.append(len(index_B))
+        return sprites.images(index_B)
+
+    def limited(*arguments):
+        with full_disk() if len(drawn) == 3 else nullcontext():
+            save(*arguments)
+
+    save = training.save_file
+    monkeypatch.setattr(training, "save_file", limited)
+    with pytest.raises(OSError, match=r"FactorVAE-\w+\.checkpoint could not be written \(.*\); nothing was lost, "):
+        train([Candidate()], draw, steps=4)
+    assert sorted(path.suffix for path in cache.iterdir()) == [".checkpoint", ".lock"]
+    monkeypatch.setattr(training, "save_file", save)
+    train([Candidate()], draw, steps=4)
+    assert len(drawn) == 3 + 2
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "checkpoint"])
+def test_a_damaged_file_is_named(ending, sprites, cache, monkeypatch):
+    train([Candidate()], sprites.images, steps=1)
+    (path,) = cache.glob("*.safetensors")
+    (lock,) = cache.glob("*.lock")
+    damaged = path if ending == "safetensors" else lock.with_suffix(".checkpoint")
+    content = path.read_bytes()
+    path.unlink()
+    damaged.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=rf"^{damaged} is damaged \(.*\); delete it and run again$"):
+        train([Candidate()], sprites.images, steps=1)
 
 
 def test_the_source_and_the_own_steps_of_a_recipe_are_not_part_of_a_key(sprites):

@@ -16,7 +16,7 @@ from expvae_book import contrastive, probes, protocols, provenance, runs, weight
 from expvae_book.data import mnist
 from expvae_book.recipes import MNIST
 from expvae_book.recipes import RBM as RBM_RECIPES
-from expvae_book.training import to_unit
+from expvae_book.training import read_tensors, to_unit, write_tensors
 
 CPU = torch.device("cpu")
 
@@ -151,6 +151,34 @@ def test_what_a_verification_lacks_is_named(trained, images, monkeypatch):
     (weights.folder() / trained.file).unlink()
     with pytest.raises(probes.CannotVerifyError, match="its weights are not in the cache, "):
         probes.verify(run)
+
+
+def test_a_run_whose_weights_could_not_be_kept_stays_unverified(images, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("EXPVAE_CACHE", str(tmp_path / "file" / "cache"))
+    x_NCYX = images.train_NYX[:48, None]
+    recipe = replace(MNIST["liu2020"], batch_size=16, latent_dim=3)
+    data, options = (x_NCYX[:40], x_NCYX[40:]), {"epochs": 1, "seed": 0, "device": CPU, "progress": False}
+    vae = weights.trained(lambda: MNISTVAE(3), *data, recipe, **options)
+    stack = contrastive.trained(lambda: Stack([RBM(784, 6, "spin")]), *data, RBM_RECIPES["ours"], **options)
+    for trained, layer, chapter in ((vae, "encoder.conv2", "mnist"), (stack, "maps.0", "rbm")):
+        run = save(trained, images, layer, chapter)
+        assert probes.verify(run, images.test_NYX[:, None].__getitem__).state == "unverified"
+        assert "verified" not in runs.load(chapter, run.parameters).record
+        with pytest.raises(probes.CannotVerifyError, match="its weights are not in the cache, "):
+            probes.verify(run)
+
+
+def test_a_checkpoint_of_a_stack_verifies_nothing(images, monkeypatch):
+    x_NCYX = images.train_NYX[:48, None]
+    options = {"epochs": 1, "seed": 0, "device": CPU, "progress": False}
+    recipe = RBM_RECIPES["ours"]
+    stack = contrastive.trained(lambda: Stack([RBM(784, 6, "spin")]), x_NCYX[:40], x_NCYX[40:], recipe, **options)
+    run = save(stack, images, "maps.0", "rbm")
+    path = contrastive.file(weights.folder() / stack.file, 0)
+    tensors, metadata = read_tensors(path)
+    write_tensors(path, tensors, metadata | {"total": "99"})
+    assert probes.verify(run, images.test_NYX[:, None].__getitem__).state == "unverified"
 
 
 def main(monkeypatch, *words):

@@ -1,6 +1,6 @@
 import itertools
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -879,6 +879,53 @@ def test_a_damaged_file_is_named(cache):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"layer1\.safetensors is damaged \(.*\); delete it and run again"):
         trained()
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(cache, monkeypatch, full_disk):
+    written, save = [], training.save_file
+
+    def limited(tensors, path, metadata):
+        with full_disk() if len(written) == 2 else nullcontext():
+            save(tensors, path, metadata)
+        written.append(path)
+
+    monkeypatch.setattr(training, "save_file", limited)
+    with pytest.raises(OSError, match=r"layer2\.safetensors could not be written \(.*\); nothing was lost, "):
+        trained()
+    (folder,) = cache.glob("Stack-*[!k]")
+    assert sorted(path.name for path in folder.iterdir()) == ["layer0.safetensors", "layer1.safetensors"]
+    monkeypatch.setattr(training, "save_file", save)
+    with killed_after(12):  # the last machine alone
+        trained()
+
+
+def test_where_the_cache_cannot_be_written_a_stack_is_trained_without(monkeypatch, read_only, open_place, capsys):
+    monkeypatch.setenv("EXPVAE_CACHE", str(open_place / "cache"))
+    expected = trained()
+    with read_only(open_place / "cache"), killed_after(0):
+        again = trained()
+    assert_same_training((again.model, again.histories[1]), (expected.model, expected.histories[1]))
+    assert capsys.readouterr().err == ""
+
+    folder = open_place / "cache" / expected.file
+    for path in folder.iterdir():
+        path.unlink()
+    with killed_after(14), pytest.raises(KilledError):
+        trained()
+    before = sorted((open_place / "cache").rglob("*"))
+    with read_only(open_place / "cache"):
+        again = trained()
+    assert_same_training((again.model, again.histories[1]), (expected.model, expected.histories[1]))
+    assert (again.key, again.file) == (expected.key, expected.file)
+    assert sorted((open_place / "cache").rglob("*")) == before
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"Trained weights cannot be kept in {open_place}/cache (Permission denied): ")
+
+    (open_place / "file").touch()
+    monkeypatch.setenv("EXPVAE_CACHE", str(open_place / "file" / "cache"))
+    again = trained()
+    assert_same_training((again.model, again.histories[1]), (expected.model, expected.histories[1]))
+    assert "/file/cache (Not a directory): " in capsys.readouterr().err
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 import dataclasses
+import io
 import json
 import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +81,11 @@ def test_what_is_saved_is_found_again(store):
         "reuse/digit=1,seed=0/figures/panel.png",
         "reuse/digit=1,seed=0/record.json",
     ]
-    assert run.folder.stat().st_mode & 0o777 == 0o755
+
+
+def test_files_and_folders_follow_the_umask(store, umask, odd_modes):
+    runs.amend(save(), {"note": 1})
+    assert odd_modes(store) == {}
 
 
 def test_the_record_says_where_the_run_comes_from():
@@ -381,6 +387,120 @@ def test_a_damaged_record_is_named(content):
         assert str(caught.value).startswith(str(path))
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_are_not_finite_are_refused_in_a_record(number):
+    run = save(value=0.8125)
+    path = run.folder / "record.json"
+    path.write_text(path.read_text().replace("0.8125", number))
+    for act in (runs.find, lambda: runs.load("reuse", PARAMETERS)):
+        with pytest.raises(
+            ValueError, match=rf"{number} is no finite number.*; delete its folder and run the"
+        ) as caught:
+            act()
+        assert str(caught.value).startswith(f"{path} is damaged")
+    with pytest.raises(ValueError, match=f"{number} is no finite number"):
+        runs.amend(run, {"note": 1})
+    assert number in path.read_text()
+
+
+def halved(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def altered(path):
+    content = bytearray(path.read_bytes())
+    content[content.index(b"curve.npy") + 40] ^= 0xFF
+    path.write_bytes(content)
+
+
+def with_a_text(path):
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("notes.txt", "no array")
+
+
+def with_half_an_array(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("curve.npy", b"\x93NUMPY\x01\x00")
+
+
+def one_array():
+    content = io.BytesIO()
+    np.save(content, np.zeros(3))
+    return content.getvalue()
+
+
+DAMAGES = [
+    lambda path: path.write_bytes(b""),
+    lambda path: path.write_bytes(b"no archive"),
+    lambda path: path.write_bytes(b"PK\x03\x04 nor this"),
+    lambda path: path.write_bytes(one_array()),
+    lambda path: path.write_bytes(one_array()[:20]),
+    halved,
+    altered,
+    with_a_text,
+    with_half_an_array,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=range(len(DAMAGES)))
+def test_damaged_arrays_are_named(damage):
+    path = save().folder / "arrays.npz"
+    damage(path)
+    run = runs.load("reuse", PARAMETERS)
+    with pytest.raises(ValueError, match=r"is damaged \(.*\); delete its folder and run the chapter again$") as caught:
+        _ = run.arrays
+    assert str(caught.value).startswith(f"{path} is damaged")
+
+
+def test_arrays_damaged_at_any_place_are_named_or_read():
+    run = save(arrays={"curve": np.arange(20, dtype=np.float32)})
+    path = run.folder / "arrays.npz"
+    content = path.read_bytes()
+    named = 0
+    for damaged in [content[:size] for size in range(0, len(content), 3)] + [
+        content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :] for at in range(len(content))
+    ]:
+        path.write_bytes(damaged)
+        try:
+            _ = runs.load("reuse", PARAMETERS).arrays
+        except ValueError as error:
+            assert str(error).startswith(f"{path} is damaged")
+            named += 1
+    assert named > len(content) // 3
+
+
+def test_a_full_disk_keeps_the_stored_run(store, full_disk):
+    run = save(value=0.5)
+    kept = {name: (store / name).read_bytes() for name in files(store)}
+    for act in (lambda: save(value=0.75), lambda: runs.amend(run, {"note": "x" * 999})):
+        with (
+            full_disk(),
+            pytest.raises(OSError, match=rf"^{run.folder}.* could not be written \(.*\); nothing was lost"),
+        ):
+            act()
+        assert {name: (store / name).read_bytes() for name in files(store)} == kept
+        assert sorted(path.name for path in run.folder.parent.iterdir()) == [".lock", "digit=1,seed=0"]
+
+
+# --- where nothing may be written ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_lock", [True, False])
+def test_a_store_that_may_only_be_read_is_read(with_lock, read_only, open_place, monkeypatch):
+    monkeypatch.setenv("EXPVAE_RUNS", str(open_place / "store"))
+    folder = save().folder
+    if not with_lock:
+        (folder.parent / ".lock").unlink()
+    before = files(open_place)
+    with read_only(open_place / "store"):
+        run = runs.load("reuse", PARAMETERS)
+        assert run.arrays.keys() == {"curve", "count"}
+        assert run.figure("panel").exists()
+        assert runs.load("reuse", {"digit": 7}) is None
+        assert [one.folder for one in runs.find()] == [folder]
+    assert files(open_place) == before
+
+
 # --- validity --------------------------------------------------------------------------------------------------------
 
 
@@ -474,6 +594,74 @@ def test_a_reader_waits_for_a_writer_between_its_two_renames(part):
     else:
         assert run.arrays.keys() == {"curve", "count"}
     writer.join()
+
+
+class KilledError(BaseException):
+    pass
+
+
+def killed_between_the_renames(end):
+    """Save a run in the place of another; `end` is called when the old one is set aside and the new one not there."""
+    rename = Path.rename
+
+    def renamed(path, target):
+        if path.name.startswith(".writing-"):
+            end()
+        return rename(path, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", renamed)
+        save(value=0.75)
+
+
+def killed(how):
+    if how == "raised":
+
+        def end():
+            raise KilledError
+
+        with pytest.raises(KilledError):
+            killed_between_the_renames(end)
+    else:
+        code = f"import os, {HERE.stem} as t; t.killed_between_the_renames(lambda: os._exit(9))"
+        assert subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, check=False).returncode == 9
+
+
+@pytest.mark.parametrize("how", ["raised", "killed"])
+def test_a_kill_between_the_two_renames_leaves_a_run_that_is_found(how, store):
+    folder = save(value=0.5).folder
+    killed(how)
+    assert not folder.exists()
+    (found,) = runs.find("reuse")
+    assert found.metric("AUROC", "ours", "digit 7")["value"] == 0.5
+    assert found.folder == folder == runs.load("reuse", PARAMETERS).folder
+    assert found.arrays["curve"][0] == 0.5
+    assert found.figure("panel").exists()
+    assert files(folder) == ["arrays.npz", "figures/panel.png", "record.json"]
+
+    killed(how)
+    assert runs.load("reuse", PARAMETERS).metric("AUROC", "ours", "digit 7")["value"] == 0.5
+    killed(how)
+    assert save(value=0.25).metric("AUROC", "ours", "digit 7")["value"] == 0.25
+    (found,) = runs.find("reuse")
+    assert found.arrays["curve"][0] == 0.25
+    assert [path.name for path in folder.parent.iterdir() if not path.name.startswith(".writing-")] in (
+        [".lock", folder.name],
+        [folder.name, ".lock"],
+    )
+
+
+def test_a_kill_between_the_two_renames_is_no_hindrance_where_a_store_may_only_be_read(
+    read_only, open_place, monkeypatch
+):
+    monkeypatch.setenv("EXPVAE_RUNS", str(open_place / "store"))
+    save(value=0.5)
+    killed("raised")
+    with read_only(open_place / "store"):
+        for run in (*runs.find("reuse"), runs.load("reuse", PARAMETERS)):
+            assert run.metric("AUROC", "ours", "digit 7")["value"] == 0.5
+            assert run.arrays["curve"][0] == 0.5
+            assert run.figure("panel").exists()
 
 
 def write_often(name, value, count):

@@ -379,7 +379,7 @@ def test_another_seed_gives_another_training():
     assert not torch.equal(weights[0]["conv.weight"], weights[1]["conv.weight"])
 
 
-def test_a_failed_write_leaves_the_earlier_file_alone(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_earlier_file_alone(tmp_path, monkeypatch, full_disk):
     path = tmp_path / "weights"
     training.write_tensors(path, {"value": torch.ones(3)}, {"step": "1"})
 
@@ -391,9 +391,24 @@ def test_a_failed_write_leaves_the_earlier_file_alone(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         training.write_tensors(path, {"value": torch.zeros(3)}, {"step": "2"})
     assert [file.name for file in tmp_path.iterdir()] == ["weights"]
+
+    monkeypatch.undo()
+    with full_disk(), pytest.raises(OSError, match=rf"^{path} could not be written \(.*\); nothing was lost, .*again$"):
+        training.write_tensors(path, {"value": torch.zeros(99)}, {"step": "2"})
+    assert [file.name for file in tmp_path.iterdir()] == ["weights"]
     tensors, metadata = training.read_tensors(path)
     assert tensors["value"].tolist() == [1, 1, 1]
     assert metadata == {"step": "1"}
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+def test_a_file_that_is_found_damaged_is_named(tmp_path, kept):
+    path = tmp_path / "weights"
+    training.write_tensors(path, {"value": torch.ones(99)}, {"step": "1"})
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * kept)])
+    with pytest.raises(ValueError, match=rf"^{path} is damaged \(.*\); delete it and run again$"):
+        training.read_tensors(path)
 
 
 # --- divergence ------------------------------------------------------------------------------------------------------

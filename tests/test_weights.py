@@ -264,6 +264,104 @@ def test_a_damaged_checkpoint_is_named():
     assert not trained().reused
 
 
+def test_a_full_disk_keeps_the_last_checkpoint(frequent_checkpoints, full_disk, monkeypatch, tmp_path):
+    taken, save = [], training.save_file
+
+    def grow(step):
+        if step == 7:
+            monkeypatch.setattr(training, "save_file", limited)
+
+    def limited(*arguments):
+        with full_disk():
+            save(*arguments)
+
+    with pytest.raises(OSError, match=r"\.checkpoint could not be written \(.*\); nothing was lost") as caught:
+        trained(lambda: TinyVAE(grow))
+    (checkpoint,) = stored(".checkpoint")
+    assert str(caught.value).startswith(f"{checkpoint} could")
+    assert "damaged" not in str(caught.value)
+    assert sorted(path.suffix for path in weights.folder().iterdir()) == [".checkpoint", ".lock"]
+    monkeypatch.setattr(training, "save_file", save)
+    resumed = trained(lambda: TinyVAE(taken.append))
+    assert len(taken) == STEPS - 6
+    monkeypatch.setenv("EXPVAE_CACHE", str(tmp_path / "empty cache"))
+    assert_same_model(resumed, trained())
+
+
+# --- where nothing may be written ------------------------------------------------------------------------------------
+
+
+def test_weights_are_read_from_a_cache_that_may_only_be_read(read_only, open_place, monkeypatch, capsys):
+    monkeypatch.setenv("EXPVAE_CACHE", str(open_place / "cache"))
+    first = trained()
+    for with_lock in (True, False):
+        if not with_lock:
+            stored(".lock")[0].unlink()
+        with read_only(weights.folder()):
+            second = trained(lambda: TinyVAE(lambda step: pytest.fail("trained again")))
+        assert second.reused
+        assert_same_model(first, second)
+    assert capsys.readouterr().err == ""
+
+
+def test_in_a_cache_that_may_only_be_read_a_model_is_trained_without(
+    read_only, open_place, monkeypatch, capsys, frequent_checkpoints
+):
+    monkeypatch.setenv("EXPVAE_CACHE", str(open_place / "cache"))
+    expected, other = trained(), trained(seed=1)
+    stored()[0].unlink(), stored()[0].unlink()
+    before = sorted(weights.folder().iterdir())
+    with read_only(weights.folder()):
+        results = trained(), trained(seed=1)
+    assert sorted(weights.folder().iterdir()) == before
+    for ours, theirs in zip(results, (expected, other), strict=True):
+        assert not ours.reused
+        assert not ours.model.training
+        assert_same_model(ours, theirs)
+        assert (ours.key, ours.file, ours.device) == (theirs.key, theirs.file, theirs.device)
+        assert ours.history.kl == theirs.history.kl
+    (said,) = capsys.readouterr().err.splitlines()  # once, for both
+    assert said.startswith(f"Trained weights cannot be kept in {weights.folder()} (Permission denied): ")
+    assert "starts from the beginning when it is cut off" in said
+
+
+@pytest.mark.parametrize("variable", ["EXPVAE_CACHE", "HOME"])
+def test_where_no_cache_can_be_made_a_model_is_trained_without(variable, monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("EXPVAE_CACHE")
+    monkeypatch.setenv(variable, str(tmp_path / "file" / "home"))
+    result = trained()
+    assert not result.reused
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"Trained weights cannot be kept in {weights.folder()} (Not a directory): ")
+    monkeypatch.setenv("EXPVAE_CACHE", str(tmp_path / "cache"))
+    assert_same_model(result, trained())
+
+
+def test_a_cache_that_may_not_be_entered_is_as_none(read_only, open_place, monkeypatch, capsys):
+    monkeypatch.setenv("EXPVAE_CACHE", str(open_place / "cache"))
+    first = trained()
+    with read_only(weights.folder(), 0):
+        second = trained()
+        with weights.cached_only(), pytest.raises(weights.NotCachedError):
+            trained()
+    assert not second.reused
+    assert_same_model(first, second)
+    assert "(Permission denied): training goes on without." in capsys.readouterr().err
+
+
+def test_the_files_of_the_cache_follow_the_umask(umask, odd_modes, frequent_checkpoints):
+    seen = []
+
+    def look(step):
+        seen.extend(path for path in weights.folder().glob("*.checkpoint") if step > 2)
+        assert odd_modes(weights.folder()) == {}
+
+    trained(lambda: TinyVAE(look))
+    assert seen
+    assert odd_modes(weights.folder()) == {}
+
+
 # --- bfloat16 --------------------------------------------------------------------------------------------------------
 
 

@@ -23,9 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from jaxtyping import Float, Int64, UInt8
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -179,6 +177,7 @@ def train(
     Raises:
         TrainingDivergedError: If a weight stops being finite; the checkpoint is the last good one.
         ValueError: If the checkpoint is damaged or of a training with another number of steps.
+        OSError: If a checkpoint cannot be written; the one before it stays.
     """
     device = model.weight.device
     train, validation = train.to(device), validation.to(device)
@@ -285,7 +284,7 @@ def train_stack(
                 recipe,
                 epochs=epochs,
                 seed=seed,
-                checkpoint=None if folder is None else folder / f"layer{index}.safetensors",
+                checkpoint=None if folder is None else file(folder, index),
                 checkpoint_seconds=checkpoint_seconds,
                 progress=progress,
             )
@@ -327,7 +326,8 @@ def trained(
 
     See expvae_book.weights for the cache.
 
-    Two processes that ask for the same stack at once train it once: the second waits for the first.
+    Two processes that ask for the same stack at once train it once: the second waits for the first. Where the cache
+    cannot be written, a stack that is not whole there is trained without, and a line on stderr says so.
 
     Args:
         make: Builds the untrained stack.
@@ -342,6 +342,7 @@ def trained(
     Raises:
         TrainingDivergedError: If a weight stops being finite.
         ValueError: If a file of the cache is damaged.
+        OSError: If the disk is full; the last checkpoint stays.
     """
     stack = build(make, seed).to(device)
     hyper_parameters = dataclasses.asdict(recipe)
@@ -357,14 +358,28 @@ def trained(
     }
     key = hashlib.sha256(json.dumps(determinants, sort_keys=True).encode()).hexdigest()
     folder = weights.folder() / f"Stack-{key[:20]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        for half_written in folder.glob("*.tmp"):  # by a process that was killed
-            half_written.unlink()
+    with weights.held(folder.with_suffix(".lock"), folder, "*.tmp") as problem:
+        kept: Path | None = folder
+        if problem and not all(finished(file(folder, index)) for index in range(len(stack.layers))):
+            weights.say_not_kept(problem)
+            kept = None
         histories = train_stack(
-            stack, train_NCYX, validation_NCYX, recipe, epochs=epochs, seed=seed, folder=folder, progress=progress
+            stack, train_NCYX, validation_NCYX, recipe, epochs=epochs, seed=seed, folder=kept, progress=progress
         )
     return Trained(stack.eval(), histories, key, folder.name)
+
+
+def finished(path: Path) -> bool:
+    """Whether a file of the cache holds a machine at the end of its training, and no checkpoint on the way there."""
+    if not weights.there(path):
+        return False
+    _, metadata = read_tensors(path)
+    return metadata["step"] == metadata["total"]
+
+
+def file(folder: Path, index: int) -> Path:
+    """Where the folder of a stack keeps one of its machines."""
+    return folder / f"layer{index}.safetensors"
 
 
 @dataclass
@@ -421,10 +436,7 @@ def _save(path: Path, model: Machine, generator: torch.Generator, state: _State)
 
 
 def _load(path: Path, model: Machine, generator: torch.Generator) -> _State:
-    try:
-        tensors, metadata = read_tensors(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
+    tensors, metadata = read_tensors(path)
     device = model.weight.device
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "velocity": {}}
     for key, value in tensors.items():

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from filelock import FileLock
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from tqdm import tqdm
@@ -43,6 +42,7 @@ from expvae_book.training import TrainingDivergedError, build, read_tensors, wri
 Pairs = Literal["consecutive", "all", "random"]
 Alpha = Literal["second_order", "constant"]
 Draw = Callable[[Int64[Tensor, " b"]], UInt8[Tensor, "b 1 64 64"]]
+Stored = tuple[dict[str, Tensor], dict[str, str]]  # what the file of a model holds: tensors and metadata
 
 SIDE = 64  # of the images
 POINTS = 100  # of each curve of losses
@@ -485,7 +485,8 @@ def train(
     Each candidate draws its images (with replacement), noise, permutations and random pairs from a generator of its
     own, so that it ends with the weights that it would have alone, to rounding. Trained weights lie in the cache
     (expvae_book.weights), one file for each candidate; what stands there is not trained again. A group that is killed
-    goes on from its checkpoint, and ends, on the CPU, with the same weights to the last bit.
+    goes on from its checkpoint, and ends, on the CPU, with the same weights to the last bit. Where the cache cannot be
+    written, models are trained without, and a line on stderr says so.
 
     Args:
         candidates: What to train.
@@ -502,7 +503,8 @@ def train(
 
     Raises:
         TrainingDivergedError: If a loss stops being finite.
-        ValueError: If two candidates are equal, or the precision is unknown.
+        ValueError: If two candidates are equal, the precision is unknown, or a file of the cache is damaged.
+        OSError: If the disk is full; the last checkpoint stays.
     """
     if len(set(candidates)) < len(candidates):
         raise ValueError("candidates must differ from each other; two are equal")
@@ -520,15 +522,20 @@ def train(
         "measurements": measurements,
     }
     keys = {one: _digest(shared | {"candidate": dataclasses.asdict(one)}) for one in candidates}
-    missing = [one for one in candidates if not _path(keys[one]).exists()]
+    missing = [one for one in candidates if not weights.there(_path(keys[one]))]
     groups = grouped(missing)
+    not_kept: dict[Candidate, Stored] = {}
     with tqdm(
         total=steps * len(candidates), unit="step", disable=not progress, mininterval=2, dynamic_ncols=True
     ) as bar:
         bar.update(steps * (len(candidates) - len(missing)))
         for members in groups:
-            _train_group(members, keys, draw, train_N, recipe, steps, device, precision, measure, measurements, bar)
-    return [_load_trained(one, keys[one], recipe, device) for one in candidates]
+            not_kept |= _train_group(
+                members, keys, draw, train_N, recipe, steps, device, precision, measure, measurements, bar
+            )
+    # Also models trained just now go through the file, so that both ways give the same models to the last bit.
+    stored = (not_kept.get(one) or read_tensors(_path(keys[one])) for one in candidates)
+    return [_rebuilt(one, keys[one], *its, recipe, device) for one, its in zip(candidates, stored, strict=True)]
 
 
 def _train_group(
@@ -543,13 +550,16 @@ def _train_group(
     measure: Callable[[DSpritesVAE], Mapping[str, float]] | None,
     measurements: int,
     bar: tqdm,
-) -> None:
-    checkpoint = weights.folder() / f"FactorVAE-{_digest([keys[one] for one in members])[:20]}.checkpoint"
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(checkpoint.with_suffix(".lock")):
-        if all(_path(keys[one]).exists() for one in members):  # another process made them while this one waited
+) -> dict[Candidate, Stored]:
+    """Train a group and write it into the cache; returns what could not be kept there."""
+    file = weights.folder() / f"FactorVAE-{_digest([keys[one] for one in members])[:20]}.checkpoint"
+    with weights.held(file.with_suffix(".lock"), file.parent, f"{file.name}.*.tmp") as problem:
+        if all(weights.there(_path(keys[one])) for one in members):  # another process made them while this one waited
             bar.update(steps * len(members))
-            return
+            return {}
+        if problem:
+            weights.say_not_kept(problem)
+        checkpoint = None if problem else file
         group = Group.made(members, recipe, device)
         done, curves, totals = _resume(checkpoint, group, device)
         bar.update(done * len(members))
@@ -580,11 +590,12 @@ def _train_group(
                 for index, curve in enumerate(curves):
                     curve.measured[str(done)] = dict(measure(group.vae(index, recipe.latent_dim)))
                 started = time.monotonic()
-            if time.monotonic() - written >= CHECKPOINT_SECONDS and done < steps:
+            if checkpoint and time.monotonic() - written >= CHECKPOINT_SECONDS and done < steps:
                 lap()
                 _save(checkpoint, group, done, curves, totals)
                 written = time.monotonic()
         lap()
+        not_kept: dict[Candidate, Stored] = {}
         for index, (one, curve) in enumerate(zip(members, curves, strict=True)):
             curve.beside = len(members)
             tensors = {
@@ -593,18 +604,25 @@ def _train_group(
                 for key, value in network.alone(index).items()
             }
             described = {"curves": json.dumps(dataclasses.asdict(curve)), "device": devices.describe_device(device)}
-            write_tensors(_path(keys[one]), tensors, described)
-        checkpoint.unlink(missing_ok=True)
+            if checkpoint:
+                write_tensors(_path(keys[one]), tensors, described)
+            else:
+                not_kept[one] = tensors, described
+        if checkpoint:
+            checkpoint.unlink(missing_ok=True)
+        return not_kept
 
 
-def _record(curves: Sequence[Curves], totals: Mapping[str, Tensor], done: int, over: int, checkpoint: Path) -> None:
+def _record(
+    curves: Sequence[Curves], totals: Mapping[str, Tensor], done: int, over: int, checkpoint: Path | None
+) -> None:
     """Append the mean of each part over the last steps to the curves."""
     means = {name: (total / over).tolist() for name, total in totals.items()}
     for index, curve in enumerate(curves):
         curve.step.append(done)
         for name, values in means.items():
             if values[index] - values[index] != 0:  # NaN and both infinities
-                kept = f"; the last good checkpoint is {checkpoint}" if checkpoint.exists() else ""
+                kept = f"; the last good checkpoint is {checkpoint}" if checkpoint and checkpoint.exists() else ""
                 raise TrainingDivergedError(
                     f"{name} is no longer finite by step {done}: try a smaller learning_rate or weight{kept}"
                 )
@@ -627,9 +645,9 @@ def _save(path: Path, group: Group, done: int, curves: Sequence[Curves], totals:
     write_tensors(path, tensors, described)
 
 
-def _resume(path: Path, group: Group, device: torch.device) -> tuple[int, list[Curves], dict[str, Tensor]]:
+def _resume(path: Path | None, group: Group, device: torch.device) -> tuple[int, list[Curves], dict[str, Tensor]]:
     """Put a group where its checkpoint left it; where there is none, it stays at the start."""
-    if not path.exists():
+    if path is None or not path.exists():
         return 0, [Curves() for _ in group.candidates], {}
     tensors, metadata = read_tensors(path)
     with torch.no_grad():
@@ -651,9 +669,15 @@ def _resume(path: Path, group: Group, device: torch.device) -> tuple[int, list[C
     return int(metadata["done"]), [Curves(**curve) for curve in json.loads(metadata["curves"])], totals
 
 
-def _load_trained(one: Candidate, key: str, recipe: StepRecipe, device: torch.device) -> Trained:
-    # Also models trained just now go through the file, so that both ways give the same models to the last bit.
-    tensors, metadata = read_tensors(_path(key))
+def _rebuilt(
+    one: Candidate,
+    key: str,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    recipe: StepRecipe,
+    device: torch.device,
+) -> Trained:
+    """A model and how it came about, from what its file holds."""
     vae, critic = DSpritesVAE(recipe.latent_dim), discriminator(recipe.latent_dim)
     parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}, "critic": {}}
     for name, value in tensors.items():

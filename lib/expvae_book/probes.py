@@ -28,7 +28,7 @@ from expvae.models import (
     MVTecVAE,
     Stack,
 )
-from expvae_book import protocols, provenance, runs, weights
+from expvae_book import contrastive, protocols, provenance, runs, weights
 from expvae_book.data import dsprites, mnist, mvtec, ucsd
 from expvae_book.training import read_tensors, to_unit
 
@@ -91,7 +91,11 @@ def verify(run: runs.Run, draw: Draw | None = None) -> runs.Run:
 
     Args:
         run: A stored run.
-        draw: Its images where they are in memory; by default they are loaded.
+        draw: Its images where they are in memory, as in the chapter that has just stored it; by default they are
+            loaded.
+
+    Returns:
+        The run with what came of it. Where images are given and the cache could not keep the weights, it is as it was.
 
     Raises:
         CannotVerifyError: If the run has no probe, or its weights or its data are not here.
@@ -99,7 +103,9 @@ def verify(run: runs.Run, draw: Draw | None = None) -> runs.Run:
     facts = run.record.get("probe")
     if facts is None:
         raise CannotVerifyError("it has no probe")
-    if not (weights.folder() / facts["weights"]).exists():
+    if not _cached(facts):
+        if draw is not None:
+            return run
         raise CannotVerifyError(f"its weights are not in the cache, {weights.folder()}")
     draw = draw or _images(run, facts)
     differences = [
@@ -147,6 +153,13 @@ def _described(model: nn.Module) -> dict[str, Any]:
     return {"model": "Stack", "layers": layers, "units": model.units, "shape": list(model.shape)}
 
 
+def _cached(facts: dict[str, Any]) -> bool:
+    path = weights.folder() / facts["weights"]
+    if facts["model"] != "Stack":
+        return weights.there(path)
+    return all(contrastive.finished(contrastive.file(path, number)) for number in range(len(facts["layers"])))
+
+
 def _loaded(facts: dict[str, Any]) -> nn.Module:
     """The model of a probe, from the cache."""
     path = weights.folder() / facts["weights"]
@@ -160,7 +173,7 @@ def _loaded(facts: dict[str, Any]) -> nn.Module:
     for number, described in enumerate(facts["layers"]):
         described = {name: tuple(value) if isinstance(value, list) else value for name, value in described.items()}
         layer = (ConvRBM if "kernel" in described else RBM)(**described, units=facts["units"])
-        tensors, _ = read_tensors(path / f"layer{number}.safetensors")
+        tensors, _ = read_tensors(contrastive.file(path, number))
         layer.load_state_dict({name: tensors[f"model/{name}"] for name in layer.state_dict()})
         layers.append(layer)
     return Stack(layers, tuple(facts["shape"])).eval()

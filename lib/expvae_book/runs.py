@@ -7,16 +7,22 @@ A run is a folder runs/<chapter>/<name=value,...>/ that holds
     arrays.npz    the few maps and curves that the figures show (compressed; float16, float32 or integers)
     figures/      panels that show inputs, drawn when the run was computed
 
-A run is written to a temporary folder that is renamed when it is whole. The environment variable EXPVAE_RUNS names
-another folder for the store.
+A run is written to a temporary folder that is renamed when it is whole. The one that it replaces is set aside before,
+and the next reader puts it back if the writer was killed in between. To read, nothing need be written. The environment
+variable EXPVAE_RUNS names another folder for the store.
 """
 
 import json
+import math
 import os
 import shutil
-import tempfile
+import struct
 import time
+import uuid
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from itertools import product
@@ -29,11 +35,11 @@ from filelock import FileLock
 from matplotlib.animation import Animation, PillowWriter
 from matplotlib.figure import Figure
 
-from expvae_book import protocols, provenance
+from expvae_book import places, protocols, provenance
 from expvae_book.data import root as data_root
 from expvae_book.data.card import DataCard, survey
 from expvae_book.data.catalogue import source
-from expvae_book.places import repository
+from expvae_book.files import not_written, replacing
 from expvae_book.recipes import RBMRecipe, Recipe, StepRecipe
 
 if TYPE_CHECKING:
@@ -73,13 +79,12 @@ class Run:
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        """Maps and curves, by name."""
+        """Maps and curves, by name.
 
-        def read() -> dict[str, np.ndarray]:
-            with np.load(self.folder / "arrays.npz", allow_pickle=False) as file:
-                return dict(file)
-
-        return _whole(self.folder, read)
+        Raises:
+            ValueError: If their file is damaged; the message names it.
+        """
+        return _whole(self.folder, _arrays)
 
     @property
     def card(self) -> DataCard:
@@ -241,13 +246,14 @@ def reading() -> bool:
 
 def root() -> Path:
     """The folder of the store: EXPVAE_RUNS, or runs/ in the repository."""
-    return Path(os.environ.get("EXPVAE_RUNS") or repository() / "runs")
+    return places.folder(places.setting("EXPVAE_RUNS", "runs"), "EXPVAE_RUNS")
 
 
 def find(chapter: str | None = None, **parameters: Any) -> list[Run]:
     """All stored runs, of one chapter or of all, that have the parameters given; ordered by their folders."""
-    paths = sorted(root().glob(f"{chapter or '*'}/*/record.json"))
-    runs = [_read(path.parent) for path in paths if not path.parent.name.startswith(".")]
+    folders = (path.parent for path in root().glob(f"{chapter or '*'}/*/record.json"))
+    of_runs = {folder.with_name(folder.name.removeprefix(_ASIDE)) for folder in folders}
+    runs = [_read(folder) for folder in sorted(of_runs) if not folder.name.startswith(".")]
     return [run for run in runs if run is not None and parameters.items() <= run.parameters.items()]
 
 
@@ -305,6 +311,7 @@ def save(
     Raises:
         ValueError: If a number is not finite, an array holds Python objects, or a parameter cannot be part of a
             folder's name or is still "auto".
+        OSError: If the run cannot be written.
     """
     became = {"data": "sample" if card.generated else "real", "device": device.partition(":")[0], **(resolved or {})}
     stored = _determining(parameters)
@@ -344,9 +351,10 @@ def save(
         if np.asarray(array).dtype.hasobject:  # NumPy would pickle it
             raise ValueError(f"arrays[{name!r}] of the run {folder.name} holds Python objects; give it a numeric type")
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+    temporary = folder.with_name(f".writing-{uuid.uuid4().hex}")
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
         (temporary / "record.json").write_text(text + "\n", encoding="utf-8")
         np.savez_compressed(temporary / "arrays.npz", **arrays)
         (temporary / "figures").mkdir()
@@ -355,8 +363,9 @@ def save(
                 figure.save(temporary / "figures" / f"{name}.gif", writer=PillowWriter(fps=FRAMES_PER_SECOND))
             else:
                 figure.savefig(temporary / "figures" / f"{name}.png")
-        temporary.chmod(0o755)  # mkdtemp makes private folders
         _replace(temporary, folder)
+    except OSError as error:
+        raise not_written(folder, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return _read(folder)
@@ -376,44 +385,88 @@ def amend(run: Run, entries: Mapping[str, Any]) -> Run:
     """Add entries to the record of a stored run, or replace them, and give the run as it is then."""
     path = run.folder / "record.json"
     with FileLock(run.folder.parent / ".lock"):
-        record = json.loads(path.read_text(encoding="utf-8")) | dict(entries)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        record = _parsed(path.read_text(encoding="utf-8")) | dict(entries)
+        text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
+        with replacing(path) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
     return Run(run.chapter, run.parameters, record, run.folder)
 
 
 def _replace(new: Path, folder: Path) -> None:
     """Put a whole folder in the place of another; a folder cannot be renamed over one that holds files."""
     with FileLock(folder.parent / ".lock"):
-        old = folder.with_name(f".old-{new.name}")
+        old = _aside(folder)
         if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)  # left by a process that was killed
             folder.rename(old)
         new.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
 
 
+def _aside(folder: Path) -> Path:
+    """Where a run lies from the moment that it makes way for another until that one is in its place."""
+    return folder.with_name(_ASIDE + folder.name)
+
+
 def _read(folder: Path) -> Run | None:
     path = folder / "record.json"
     try:
-        record = json.loads(_whole(folder, lambda: path.read_text(encoding="utf-8")))
-        return Run(record["chapter"], record["parameters"], record, folder)
+        text, at = _whole(folder, lambda at: ((at / path.name).read_text(encoding="utf-8"), at))
+        record = _parsed(text)
+        return Run(record["chapter"], record["parameters"], record, at)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:  # neither JSON nor UTF-8, or JSON of another form
         raise ValueError(f"{path} is damaged ({error!r}); delete its folder and run the chapter again") from error
 
 
-def _whole(folder: Path, read: Callable[[], T]) -> T:
-    """What `read` finds in the folder of a run, also while another process puts a new run in its place."""
+def _parsed(text: str) -> dict[str, Any]:
+    """The record in a text; NaN and infinity, which JSON has not and `save` refuses, are a ValueError."""
+
+    def finite(number: str) -> float:
+        if not math.isfinite(float(number)):
+            raise ValueError(f"{number} is no finite number")
+        return float(number)
+
+    return json.loads(text, parse_constant=finite, parse_float=finite)
+
+
+def _arrays(folder: Path) -> dict[str, np.ndarray]:
+    path = folder / "arrays.npz"
+    with path.open("rb") as opened:
+        try:
+            archive = np.load(opened, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("it is no archive")
+            with archive:
+                arrays = dict(archive)
+            if strange := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+                raise ValueError(f"{strange[0]} in it is no array")
+        except _DAMAGE as error:
+            raise ValueError(f"{path} is damaged ({error!r}); delete its folder and run the chapter again") from error
+    return arrays
+
+
+def _whole(folder: Path, read: Callable[[Path], T]) -> T:
+    """What `read` finds in the folder of a run.
+
+    Also while another process puts a new run in its place, or after one was killed when it had set the old one aside.
+    """
     try:
-        return read()
+        return read(folder)
     except FileNotFoundError:
         lock = folder.parent / ".lock"
         if not lock.exists():  # nothing was ever written beside it
             raise
-        with FileLock(lock):
-            return read()
+    old, at = _aside(folder), folder
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(lock))
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+        except OSError:  # the store may only be read: where it was left, then
+            at = old if old.exists() and not folder.exists() else folder
+        return read(at)
 
 
 def _commit(git: Mapping[str, Any]) -> str:
@@ -435,4 +488,7 @@ def _folder_name(parameters: Mapping[str, Any]) -> str:
     return ",".join(parts) or "default"
 
 
+_ASIDE = ".old-"
+# What zipfile, zlib and NumPy raise, by the place that is damaged.
+_DAMAGE = (EOFError, KeyError, OSError, RuntimeError, ValueError, struct.error, zipfile.BadZipFile, zlib.error)
 _SAFE = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._+-=")

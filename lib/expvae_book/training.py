@@ -6,7 +6,6 @@ latents) comes from one generator on the CPU, whose state is part of every check
 """
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,12 +13,13 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int64, UInt8
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from expvae import elbo_terms
+from expvae_book.files import replacing
 from expvae_book.recipes import Recipe
 
 VALIDATION_BATCH = 512
@@ -127,6 +127,8 @@ def train(
 
     Raises:
         TrainingDivergedError: If the loss or a weight stops being finite; the checkpoint is the last good one.
+        ValueError: If the checkpoint is damaged.
+        OSError: If a checkpoint cannot be written; the one before it stays.
     """
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last).train()
@@ -243,18 +245,20 @@ def _load(path: Path, model: nn.Module, optimizer: torch.optim.Adam, generator: 
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors to a safetensors file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    """Write tensors to a safetensors file that appears whole or not at all; see `expvae_book.files.replacing`."""
+    with replacing(path) as temporary:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors and the metadata of a safetensors file."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    return load_file(path), metadata
+    """Read the tensors and the metadata of a safetensors file.
+
+    Raises:
+        ValueError: If it is damaged; the message names it.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        return load_file(path), metadata
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error

@@ -2,27 +2,30 @@
 
 A file is named by a digest of what determines its content: the model's class and shapes, the recipe, the number of
 epochs, the seed, the images, and the version of the protocol of training. It lies outside the repository, in
-the folder that the environment variable EXPVAE_CACHE names (default: ~/.cache/expvae), as safetensors.
+the folder that the environment variable EXPVAE_CACHE names (default: ~/.cache/expvae), as safetensors. What is there
+can be read where nothing may be written; where the cache cannot be made or written, models are trained without it.
 """
 
 import dataclasses
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from filelock import FileLock
 from jaxtyping import UInt8
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from expvae import models
-from expvae_book import devices, protocols, training
+from expvae_book import devices, places, protocols, training
 from expvae_book.recipes import Recipe
 
 CHECKPOINT_SECONDS = 180.0  # what a kill may cost; a checkpoint of the largest network is a gigabyte to write
@@ -56,7 +59,52 @@ class Trained:
 
 def folder() -> Path:
     """Where weights are kept: EXPVAE_CACHE, or ~/.cache/expvae."""
-    return Path(os.environ.get("EXPVAE_CACHE") or Path.home() / ".cache" / "expvae")
+    return places.setting("EXPVAE_CACHE", "~/.cache/expvae")
+
+
+def there(path: Path) -> bool:
+    """Whether the cache holds this and it can be read."""
+    return os.access(path, os.R_OK)
+
+
+@contextmanager
+def held(lock: Path, folder: Path, half_written: str) -> Iterator[OSError | None]:
+    """Hold a part of the cache against other processes, as far as it can be written.
+
+    Args:
+        lock: The file that stands for the part.
+        folder: Where its files are; made where it is missing.
+        half_written: Pattern of the files in it that a process which was killed may have left; they are removed.
+
+    Yields:
+        None, or why nothing can be written there. Then nothing is held, and what is there can still be read.
+    """
+    problem = None
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(lock))
+            TemporaryFile(dir=folder).close()  # a lock can be had where nothing else may be written
+            for file in folder.glob(half_written):
+                file.unlink()
+        except OSError as error:
+            problem = error
+        yield problem
+
+
+def say_not_kept(problem: OSError) -> None:
+    """Say, once in a process, that a training is not kept because of what `held` gave, and what that costs."""
+    _say_not_kept(folder(), problem.strerror or str(problem))
+
+
+@cache
+def _say_not_kept(folder: Path, reason: str) -> None:
+    print(
+        f"Trained weights cannot be kept in {folder} ({reason}): training goes on without. It starts from the "
+        "beginning when it is cut off or asked for again, and its run stays unverified. EXPVAE_CACHE names another "
+        "folder.",
+        file=sys.stderr,
+    )
 
 
 @contextmanager
@@ -88,7 +136,8 @@ def trained(
     """Train a model, or read its weights where the same training has been done before.
 
     A training that was cut off goes on from its last checkpoint. Two processes that ask for the same weights at
-    once train them once: the second waits for the first.
+    once train them once: the second waits for the first. Where the cache cannot be written, the model is trained
+    without, and a line on stderr says so.
 
     Args:
         make: Builds the untrained model, such as the class of a model.
@@ -108,6 +157,7 @@ def trained(
         expvae_book.training.TrainingDivergedError: If the loss stops being finite.
         NotCachedError: Within `cached_only`, if the weights are not in the cache.
         ValueError: If the model is none of this library's, the precision is unknown, or a file of the cache is damaged.
+        OSError: If the disk is full; the last checkpoint stays.
     """
     if precision not in devices.PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(devices.PRECISIONS)}; got {precision!r}")
@@ -125,17 +175,16 @@ def trained(
     key = _key(model, train_NCYX, validation_NCYX, recipe, epochs, seed, options)
     path = folder() / f"{kind.__name__}-{key[:20]}.safetensors"
     checkpoint = path.with_suffix(".checkpoint")
-    if not (_may_train.get() or path.exists()):
+    if not (_may_train.get() or there(path)):
         raise NotCachedError(f"{path} is not there, and nothing is to be trained here")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        for half_written in path.parent.glob(f"{path.stem}.*.tmp"):  # by a process that was killed
-            half_written.unlink()
-        reused = path.exists()
+    with held(path.with_suffix(".lock"), path.parent, f"{path.stem}.*.tmp") as problem:
+        reused = there(path)
         if not reused:
+            if problem:
+                say_not_kept(problem)
             # Without the cache of cast weights, which would keep those of the first step for all the others.
             mixed = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False)
-            with _naming(checkpoint), mixed:
+            with mixed:
                 history = training.train(
                     model,
                     train_NCYX,
@@ -143,7 +192,7 @@ def trained(
                     recipe,
                     epochs=epochs,
                     seed=seed,
-                    checkpoint=checkpoint,
+                    checkpoint=None if problem else checkpoint,
                     checkpoint_seconds=CHECKPOINT_SECONDS,
                     progress=progress,
                 )
@@ -152,9 +201,12 @@ def trained(
                 "history": json.dumps(vars(history)),
                 "device": devices.describe_device(device),
             }
-            training.write_tensors(path, model.state_dict(), metadata)
-        checkpoint.unlink(missing_ok=True)
-        with _naming(path):
+            tensors = model.state_dict()
+            if not problem:
+                training.write_tensors(path, tensors, metadata)
+        if not problem:
+            checkpoint.unlink(missing_ok=True)
+        if reused or not problem:
             tensors, metadata = training.read_tensors(path)
     # Also a model trained just now goes through the file, so that both ways give the same model to the last bit.
     model = training.build(make, seed).to(device)
@@ -171,15 +223,6 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     digest = hashlib.sha256(f"{tuple(content.shape)} {content.dtype}".encode())
     digest.update(content.view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Name the file that turns out to be damaged."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
 
 
 def _key(

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -164,8 +165,14 @@ def test_make_reproduce_runs_every_chapter():
     assert steps.stdout.rstrip().splitlines()[-1].endswith('_build/html/index.html"')
 
 
-@pytest.mark.parametrize("name", ["plain", "my data", "it's", 'a "b"', "a$b", "#1", "a;b", "(a)", "~"])
-@pytest.mark.parametrize("given", ["environment", "argument"])
+NAMES = ["plain", "my data", "it's", 'a "b"', "a;b", "(a)", "~"]
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    # Make itself reads a dollar and a hash in its arguments.
+    [*product(["environment", "argument"], NAMES), ("environment", "a$b"), ("environment", "#1")],
+)
 def test_make_reproduce_finds_real_data_wherever_they_lie(name, given, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}
     environment["HOME"] = str(tmp_path)
@@ -176,9 +183,7 @@ def test_make_reproduce_finds_real_data_wherever_they_lie(name, given, tmp_path)
     if given == "environment":
         environment["EXPVAE_DATA"] = value
     else:
-        command.append(f"EXPVAE_DATA={value.replace('$', '$$').replace('#', chr(92) + '#')}")
-        if "$" in name or "#" in name:
-            pytest.skip("make itself reads these in its arguments")
+        command.append(f"EXPVAE_DATA={value}")
 
     def planned():
         made = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)

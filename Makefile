@@ -108,6 +108,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  echo ".venv was made with $$($(BIN)/python -V), and $(PYTHON) is $$($(PYTHON) -V): remove it with rm -r .venv" >&2; exit 1; fi
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.5,<1"
-	$(BIN)/uv pip uninstall --quiet --python $(BIN)/python expvae-book # what this distribution was called before
+	@# What this distribution was called before: its entry points lead nowhere, and papermill would load them all.
+	$(BIN)/uv pip uninstall --quiet --python $(BIN)/python expvae-book
+	rm -rf expvae_book.egg-info
 	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable ".[test]"
 	@touch $@

@@ -19,6 +19,7 @@ With A the output of the layer and s_i a score (a function of the latents, see M
 How α is computed, and how fast, is the business of expvae._gradients.
 """
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,6 +30,7 @@ from typing import Literal, get_args
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -252,23 +254,27 @@ def attention(
     named = f"layer={layer!r}" if isinstance(layer, str) else f"layer={type(layer).__name__}(...)"
     with torch.inference_mode(False), torch.enable_grad():
         x_BCYX = x_BCYX.clone() if x_BCYX.is_inference() else x_BCYX
-        with _outputs(module, leaf=graph == "none") as outputs:
-            encoded = encode(x_BCYX)
+        with _outputs(module, graph != "none") as outputs:
+            encoded = _as_written(encode, _recorded(x_BCYX, module))
         if len(outputs) != 1:
             times = f"is reached {len(outputs)} times" if outputs else "is not reached"
-            compiled = "" if outputs else " (of a compiled model, give the model before it was compiled)"
-            raise ValueError(f"{named} {times} on the way from the images to the latents; it must be once{compiled}")
-        A_BCHW = outputs[0]
-        if not isinstance(A_BCHW, Tensor) or A_BCHW.ndim != 4:
-            shape = list(A_BCHW.shape) if isinstance(A_BCHW, Tensor) else type(A_BCHW).__name__
-            raise ValueError(f"{named} puts out {shape}, not the [B, C, H, W] of a convolution")
+            here = "" if outputs else " by the calling thread (of nn.DataParallel or a script, give the model in it)"
+            raise ValueError(f"{named} {times} on the way from the images to the latents; it must be once{here}")
+        (output,) = outputs
+        if not isinstance(output, _Output):
+            raise ValueError(f"{named} puts out {output}, not the [B, C, H, W] of a convolution")
+        A_BCHW = output.values_BCHW
         encoded = (encoded,) if isinstance(encoded, Tensor) else encoded
         _require_latents(encoded)
         latents_BD = _latents(encoded, method.score, normal, generator)
         score_BI = _scores(latents_BD, method.score, latents)
-        flow = Flow.between(A_BCHW, score_BI.sum(0))
+        flow = Flow.between(output.edge, A_BCHW.shape, score_BI.sum(0)) if output.edge is not None else None
         if flow is None:
-            raise ValueError(f"{named}: the latents do not depend on its output, or encode does not record gradients")
+            raise ValueError(
+                f"{named}: the latents do not depend on its output, or encode does not record gradients, as under "
+                "torch.no_grad, torch.inference_mode or checkpoint(..., use_reentrant=True): take these away"
+            )
+        output.require_one_value(named, flow)
         values_BCHW = A_BCHW
         if method.tensor != "before":
             activation = flow.activation()
@@ -320,22 +326,75 @@ def _find(encode: Callable, layer: str | nn.Module) -> nn.Module:
     return modules[layer]
 
 
+@dataclass(frozen=True)
+class _Output:
+    """What the layer put out, found where autograd recorded it: whoever reads it, and whichever way, comes after.
+
+    The encoder goes on with the very tensor, except where a change of it in place would lead past its place in the
+    graph: autograd has a view change its base, and takes no change of a leaf. Then it goes on with a copy.
+
+    Attributes:
+        tensor: The tensor itself.
+        edge: Its place in the graph; None where gradients were not recorded.
+        values_BCHW: Its values, safe from changes in place.
+        copy: What the encoder went on with instead, if it did.
+        version: Autograd's count of the tensor's changes in place, as it was put out.
+    """
+
+    tensor: Tensor
+    edge: GradientEdge | None
+    values_BCHW: Tensor
+    copy: Tensor | None
+    version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor, attached: bool) -> "_Output":
+        """The output, whose values are part of the graph if attached."""
+        if not torch.is_grad_enabled():
+            return cls(tensor, None, tensor, None, 0)
+        leaf = tensor.is_leaf
+        edge = get_gradient_edge(tensor.requires_grad_())
+        copy = tensor.clone() if leaf or tensor._is_view() else None
+        return cls(tensor, edge, (tensor if attached else tensor.detach()).clone(), copy, tensor._version)
+
+    def require_one_value(self, named: str, flow: Flow) -> None:
+        """Refuse a copy where the encoder changed one of the two in place and read the other."""
+        if self.copy is None:
+            return
+        base = self.tensor._base
+        others = [] if base is None or not base.requires_grad else flow.users.get(get_gradient_edge(base).node, [])
+        read_too = len(flow.users[self.edge.node]) > 1 or others
+        if self.tensor._version != self.version or (self.copy._version and read_too):
+            raise ValueError(
+                f"{named}: its output shares memory with a tensor that is read or changed in place beside it; "
+                "take away the change in place, as of ReLU(inplace=True), or have the layer put out a .clone()"
+            )
+
+
+def _recorded(x_BCYX: Tensor, module: nn.Module) -> Tensor:
+    """The images, so that autograd records what the layer does even where none of its own parameters asks for it."""
+    learns = any(parameter.requires_grad for parameter in module.parameters())
+    if learns or x_BCYX.requires_grad or not x_BCYX.is_floating_point():
+        return x_BCYX
+    return x_BCYX.detach().requires_grad_().clone()  # no leaf, which the encoder could not change in place
+
+
 @contextmanager
-def _outputs(module: nn.Module, leaf: bool) -> Iterator[list]:
-    """Collect what the module puts out, as a leaf of the graph from there to the latents if asked to."""
+def _outputs(module: nn.Module, attached: bool) -> Iterator[list]:
+    """Collect what the module puts out."""
     outputs, here = [], threading.get_ident()
 
     def keep(_module: nn.Module, _inputs: tuple, output: object) -> object:
         if threading.get_ident() != here:  # another thread uses the same model
             return output
-        if not isinstance(output, Tensor):
-            outputs.append(output)
+        if not isinstance(output, Tensor) or output.ndim != 4:
+            outputs.append(list(output.shape) if isinstance(output, Tensor) else type(output).__name__)
             return output
-        # Copies on both sides: what the layer was given may be what it puts out (Identity), and may change as well as
-        # what goes on from here, by an activation in place (ReLU(inplace=True)).
-        kept = (output.detach() if leaf else output).clone()
-        outputs.append(kept if kept.requires_grad else kept.requires_grad_())
-        return outputs[-1].clone()
+        output = output.clone() if output.is_inference() and torch.is_grad_enabled() else output
+        if torch.is_grad_enabled() and not output.requires_grad:
+            hooks.callback(output.requires_grad_, False)
+        outputs.append(_Output.of(output, attached))
+        return output if outputs[-1].copy is None else outputs[-1].copy
 
     def refuse(normalisation: nn.Module, _inputs: tuple) -> None:
         uses_batch = isinstance(normalisation, _BatchNorm) and (
@@ -351,6 +410,26 @@ def _outputs(module: nn.Module, leaf: bool) -> Iterator[list]:
         hooks.callback(module.register_forward_hook(keep).remove)
         hooks.callback(register_module_forward_pre_hook(refuse).remove)
         yield outputs
+
+
+_eager_lock, _eager = threading.Lock(), []  # of all threads, each one's own over those of who came before
+
+
+def _as_written(encode: Callable, x_BCYX: Tensor) -> object:
+    """What encode puts out, not as torch.compile made it: compiled code calls no hook, or keeps it for good."""
+    if "torch._dynamo" not in sys.modules:  # who has compiled has imported it
+        return encode(x_BCYX)
+    return torch.compiler.disable(_forced_eager)(encode, x_BCYX)
+
+
+def _forced_eager(encode: Callable, x_BCYX: Tensor) -> object:
+    with _eager_lock:
+        _eager.append(torch.compiler.set_stance("force_eager"))
+    try:
+        return encode(x_BCYX)
+    finally:
+        with _eager_lock:  # who leaves last restores what there was before the first
+            _eager.pop().__exit__(None, None, None)
 
 
 def _require_latents(encoded: object) -> None:

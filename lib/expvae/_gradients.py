@@ -106,22 +106,22 @@ class Flow:
     users: dict[Node, list[tuple[Node, int]]]
 
     @classmethod
-    def between(cls, A_BCHW: Float[Tensor, "b c h w"], score_I: Float[Tensor, " i"]) -> "Flow | None":
-        """The flow from A, which requires grad, to the scores; None if no score depends on A."""
+    def between(cls, target: GradientEdge, shape: torch.Size, score_I: Float[Tensor, " i"]) -> "Flow | None":
+        """The flow to the scores from A of this shape, where the target is; None if no score depends on A."""
         if not score_I.requires_grad:
             return None
-        target = get_gradient_edge(A_BCHW)
         users, seen, waiting = defaultdict(list), {target.node}, [get_gradient_edge(score_I).node]
         while waiting:
             node = waiting.pop()
             if node in seen:
                 continue
             seen.add(node)
-            for place, (below, _) in enumerate(node.next_functions):
-                if below is not None:
+            for place, (below, output_nr) in enumerate(node.next_functions):
+                # A may be one of several outputs of its node: those who use another do not use A.
+                if below is not None and (below != target.node or output_nr == target.output_nr):
                     users[below].append((node, place))
                     waiting.append(below)
-        return cls(score_I, target, A_BCHW.shape, dict(users)) if target.node in users else None
+        return cls(score_I, target, shape, dict(users)) if target.node in users else None
 
     def activation(self) -> Node | None:
         """The activation that alone uses the target, directly; None if there is no such one."""
@@ -178,6 +178,8 @@ class Flow:
                 )
             with torch.no_grad():
                 return self._pooled(linear), route
+        if route == "batched" and _checks_nan():
+            raise ValueError("route='batched' cannot run under torch.autograd.detect_anomaly; choose 'auto' or 'loop'")
         parts = []
         for gradient_IB in self._gradients(self.target, route == "batched", second_order):
             gradient_IBCHW = gradient_IB.reshape(-1, *self.shape)  # an activation may come after a flattening
@@ -206,6 +208,8 @@ class Flow:
 
     def _batchable(self, start: Node) -> bool:
         """Whether vmap takes all operations from there to the scores."""
+        if _checks_nan():
+            return False
         waiting, seen = [start], set()
         while waiting:
             for node, _ in self.users.get(waiting.pop(), ()):
@@ -254,6 +258,11 @@ class Flow:
                 parts.append(torch.bmm(G_BIK, V.expand(len(G_BIK), -1, -1).mT))
             alphas.append(torch.cat(parts))
         return torch.cat(alphas, 1) / (h * w)
+
+
+def _checks_nan() -> bool:
+    """Whether anomaly detection reads every gradient for NaN, which vmap does not let it do."""
+    return torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled()
 
 
 def widened(tensor: Tensor) -> Tensor:

@@ -135,6 +135,22 @@ def test_what_a_parent_keeps_is_followed():
     require_followed(encode, net.layer)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("graph", ["constant_alpha", "second_order"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_values_in_the_graph_come_before_the_latents(graph, inplace, frozen):
+    net = Net(inplace=inplace).requires_grad_(not frozen)
+    result = attention(net, "layer", X, graph=graph)
+    (slope_BCHW,) = torch.autograd.grad(result.latents_BD[:, 1].sum(), result.values_BCHW)
+    torch.testing.assert_close(slope_BCHW.mean((2, 3)), result.alpha_BIC[:, 1])
+    net = kept_by_hook(lambda A: A, inplace)
+    if inplace:  # the values would not be those that the latents come from
+        with pytest.raises(ValueError, match="its output shares memory with a tensor that is read or changed in place"):
+            attention(net, "layer", X, graph=graph)
+    else:
+        torch.testing.assert_close(attention(net, "layer", X, graph=graph).alpha_BIC, slow_alpha(net, net.layer, X))
+
+
 def test_one_of_several_outputs_of_an_operation():
     """Those who use another one do not use the layer's."""
     net = Net()

@@ -331,7 +331,8 @@ class _Output:
     """What the layer put out, found where autograd recorded it: whoever reads it, and whichever way, comes after.
 
     The encoder goes on with the very tensor, except where a change of it in place would lead past its place in the
-    graph: autograd has a view change its base, and takes no change of a leaf. Then it goes on with a copy.
+    graph (autograd has a view change its base, and takes no change of a leaf) or spoil values that are part of the
+    graph. Then it goes on with a copy.
 
     Attributes:
         tensor: The tensor itself.
@@ -349,13 +350,13 @@ class _Output:
 
     @classmethod
     def of(cls, tensor: Tensor, attached: bool) -> "_Output":
-        """The output, whose values are part of the graph if attached."""
+        """The output; if attached, its values are part of the graph and come before all that follows."""
         if not torch.is_grad_enabled():
             return cls(tensor, None, tensor, None, 0)
         leaf = tensor.is_leaf
         edge = get_gradient_edge(tensor.requires_grad_())
-        copy = tensor.clone() if leaf or tensor._is_view() else None
-        return cls(tensor, edge, (tensor if attached else tensor.detach()).clone(), copy, tensor._version)
+        copy = tensor.clone() if attached or leaf or tensor._is_view() else None
+        return cls(tensor, edge, tensor if attached else tensor.detach().clone(), copy, tensor._version)
 
     def require_one_value(self, named: str, flow: Flow) -> None:
         """Refuse a copy where the encoder changed one of the two in place and read the other."""
@@ -391,7 +392,7 @@ def _outputs(module: nn.Module, attached: bool) -> Iterator[list]:
             outputs.append(list(output.shape) if isinstance(output, Tensor) else type(output).__name__)
             return output
         output = output.clone() if output.is_inference() and torch.is_grad_enabled() else output
-        if torch.is_grad_enabled() and not output.requires_grad:
+        if torch.is_grad_enabled() and not output.requires_grad and not attached:
             hooks.callback(output.requires_grad_, False)
         outputs.append(_Output.of(output, attached))
         return output if outputs[-1].copy is None else outputs[-1].copy

@@ -11,6 +11,7 @@ from expvae.metrics import (
     Protocol,
     active_by_kl,
     active_by_variance,
+    active_units,
     dci,
     draw_votes,
     factor_vae_metric,
@@ -168,6 +169,57 @@ def test_constant_latents_are_left_out(active_I):
     result = factor_vae_metric(constant_NI, SMALL, QUICK, active_I=active_I, generator=seeded())
     assert result.score == expected.score and result.active == 7
     assert (result.votes_IK[0] == 0).all()
+
+
+def with_rounding(mu_NI, value, dtype):
+    """Beside the latents, one that is constant but for its last bit, which depends on the point."""
+    constant_N = torch.full((len(mu_NI),), value, dtype=dtype)
+    above_N = torch.nextafter(constant_N, torch.full_like(constant_N, torch.inf))
+    last_N = torch.where(mu_NI[:, 0] > mu_NI[:, 0].mean(), above_N, constant_N)
+    assert len(last_N.unique()) == 2
+    return torch.cat([mu_NI.to(dtype), last_N[:, None]], dim=1)
+
+
+@pytest.mark.parametrize("value", [0.3, -7e5, 1e9])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_varies_by_rounding_alone_is_constant(value, dtype):
+    sizes = (4, 3, 2)
+    plain_NI = mixed_code(sizes).to(dtype)
+    mu_NI = with_rounding(plain_NI, value, dtype)
+    constant_NI = torch.cat([plain_NI, torch.full_like(plain_NI[:, :1], value)], dim=1)
+    protocol = Protocol(factors=(0, 1, 2), votes=300, held_out=0, batch=8, balanced=False)
+
+    def scored(mu_NI):
+        votes = factor_vae_metric(mu_NI, sizes, protocol, generator=seeded())
+        mig = mutual_information_gap(mu_NI, sizes, points=None, generator=seeded())
+        importance = dci(mu_NI, sizes, train=16, held_out=8, generator=seeded())
+        return votes.active, votes.votes_IK, mig.gap_K, importance.importance_IK
+
+    for ours, expected in zip(scored(mu_NI), scored(constant_NI), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+    assert scored(mu_NI)[0] == plain_NI.shape[1]
+    for threshold in (0.05, 1e-12):
+        assert not active_by_variance(mu_NI, threshold)[-1]
+    assert active_units(mu_NI[:, -1:]) == 0
+
+
+@pytest.mark.parametrize("bins", [2, 20, 1000])
+def test_bins_that_are_narrower_than_rounding_are_not_cut(bins):
+    mu_NI = perfect_code((4, 3), 0, seeded()).double()
+    for steps, gap in ((1, 0.0), (bins, 0.0), (8 * bins, 1.0 if bins > 2 else 0.579)):
+        mu_NI[:, 1] = 1 + (torch.arange(12) % 3).double() * (steps * torch.finfo(torch.float64).eps / 2)
+        gap_K = mutual_information_gap(mu_NI, (4, 3), points=None, bins=bins, generator=seeded()).gap_K
+        assert gap_K == pytest.approx([1.0 if bins > 2 else 0.5, gap], abs=1e-3)
+
+
+def test_small_spreads_beyond_rounding_count():
+    mu_NI = perfect_code((4, 3), 1, seeded()).double()
+    small_NI = 1 + 1e-12 * mu_NI
+    expected, ours = (
+        mutual_information_gap(values_NI, (4, 3), points=None, generator=seeded()).score
+        for values_NI in (mu_NI, small_NI)
+    )
+    assert ours == pytest.approx(expected, abs=0.05)
 
 
 def test_without_active_latents_the_score_is_zero():

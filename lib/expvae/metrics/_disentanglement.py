@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float, Int64, Num, Shaped
 from scipy.stats import entropy
 from torch import Tensor
 
-from expvae.metrics._inputs import Array, require_level
+from expvae.metrics._inputs import Array, require_level, require_plain
+from expvae.metrics._latent import varying
 from expvae.metrics._pixel import Interval, fraction_interval
 
 NUMBERS_PER_CHUNK = 2**22  # bounds a temporary array to 32 MB
@@ -157,7 +158,8 @@ def active_by_variance(mu_NI: Float[Array, "n i"], threshold: float = 0.05) -> B
     """
     if len(mu_NI) < 2:
         raise ValueError(f"mu_NI must hold two points or more to have a variance, got {len(mu_NI)}.")
-    return (_finite("mu_NI", mu_NI).double().std(dim=0) >= threshold).cpu().numpy()
+    mu_NI = _finite("mu_NI", mu_NI)
+    return ((mu_NI.double().std(dim=0) >= threshold) & varying(mu_NI)).cpu().numpy()
 
 
 def factor_vae_metric(
@@ -186,8 +188,8 @@ def factor_vae_metric(
         sizes: Number of values of every factor.
         protocol: `REFERENCE`, `PUBLISHED` or another.
         active_I: False for latents to leave out, see `active_by_kl` and `active_by_variance`; all count where nothing
-            is said. A latent that is constant over the grid is always left out, its ratio being 0/0. With no latent
-            left the score is 0, as in disentanglement_lib.
+            is said. A latent that is constant over the grid, up to rounding, is always left out, its ratio being 0/0.
+            With no latent left the score is 0, as in disentanglement_lib.
         generator: Source of the draws; training votes come first. The same state gives the same score.
 
     Raises:
@@ -310,7 +312,7 @@ def mutual_information_gap(
     value_KN = [_value(point_N, sizes, factor).numpy() for factor in factors]
     bin_IN = [
         np.digitize(mu_N, np.histogram_bin_edges(mu_N, bins)[:-1])
-        for mu_N in mu_NI[point_N.to(mu_NI.device)].double().cpu().numpy().T
+        for mu_N in _levelled(mu_NI[point_N.to(mu_NI.device)], bins).double().cpu().numpy().T
     ]
     information_IK = np.array([[mutual_info_score(value_N, bin_N) for value_N in value_KN] for bin_N in bin_IN])
     second_K, first_K = np.sort(information_IK, axis=0)[-2:]
@@ -367,7 +369,7 @@ def dci(
     _require(("points in train", train, 1), ("points in held_out", held_out, 1), ("trees", trees, 1))
     _require(("points in the grid, train + held_out", len(mu_NI), train + held_out))
     point_N = torch.randperm(len(mu_NI), generator=generator, device=generator.device)[: train + held_out].cpu()
-    x_NI = mu_NI[point_N.to(mu_NI.device)].float().cpu().numpy()
+    x_NI = _levelled(mu_NI[point_N.to(mu_NI.device)]).float().cpu().numpy()
     importance_IK = np.empty((mu_NI.shape[1], len(factors)))
     accuracy_K = np.empty(len(factors))
     for k, factor in enumerate(factors):
@@ -475,12 +477,18 @@ def _finite(name: str, values: Float[Array, "*n"]) -> Float[Tensor, "*n"]:
 
 def _tensor(values: Shaped[Array, "*n"]) -> Shaped[Tensor, "*n"]:
     """The values as a tensor; arrays are copied, because torch shares none that is read-only or runs backwards."""
+    require_plain(values)
     return values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.array(values, order="C"))
+
+
+def _levelled(mu_NI: Num[Tensor, "n i"], bins: int = 1) -> Num[Tensor, "n i"]:
+    """The means, with those of latents that are constant up to rounding set to zero: they tell of nothing."""
+    return mu_NI * varying(mu_NI, bins)
 
 
 def _active(mu_NI: Float[Tensor, "n i"], active_I: Bool[Array, " j"] | None) -> Bool[Tensor, " i"]:
     """The latents that count: those asked for, less the constant ones."""
-    varies_I = mu_NI.amax(dim=0) > mu_NI.amin(dim=0)
+    varies_I = varying(mu_NI)
     if active_I is None:
         return varies_I
     active_I = _tensor(active_I).to(mu_NI.device)

@@ -18,25 +18,52 @@ Masks = Shaped[Array, "n ..."] | Sequence[Shaped[Array, "..."] | None]
 
 
 def as_array(values: Shaped[Array, "..."]) -> Shaped[np.ndarray, "..."]:
-    """The values as an array; NumPy has no bfloat16, so small floats of torch become float32, which is exact."""
+    """The values as an array; NumPy has no bfloat16, so small floats of torch become float32, which is exact.
+
+    Raises:
+        ValueError: If some of the values are masked, or a tensor is nested or sparse.
+    """
     torch = sys.modules.get("torch")  # who has a tensor has imported it
+    require_plain(values)
     if torch is not None and isinstance(values, torch.Tensor):
         values = values.detach().cpu()
         return (values.float() if values.is_floating_point() and values.itemsize < 4 else values).numpy()
     return np.asarray(values)
 
 
+def require_plain(values: Any) -> None:
+    """Raise a ValueError where an array of the values would not be all that they say."""
+    torch = sys.modules.get("torch")
+    tensor = torch is not None and isinstance(values, torch.Tensor)
+    if _masked(values) or (tensor and isinstance(values, torch.masked.MaskedTensor)):
+        raise ValueError(
+            "masked values would count as if they were not; give plain arrays, with `where` (True at what counts) "
+            "if the measure takes it, else without the masked values."
+        )
+    if tensor and (values.is_nested or values.layout != torch.strided):
+        kind = "nested" if values.is_nested else "sparse"
+        raise ValueError(f"a {kind} tensor has no value at every place; give a dense one.")
+
+
+def _masked(values: Any) -> bool:
+    within = isinstance(values, list | tuple) and any(map(_masked, values))  # np.ma looks into arrays alone
+    return within or np.ma.is_masked(values)
+
+
 def checked(score: Shaped[Array, "..."], truth: Shaped[Array, "..."]) -> tuple[np.ndarray, np.ndarray]:
     """Score and truth as arrays.
 
     Raises:
-        ValueError: If the shapes differ, truth is not boolean or a score is NaN or infinite.
+        ValueError: If the shapes differ, truth is not boolean, a score is no number, NaN or infinite, or values are
+            masked.
     """
     score, truth = as_array(score), as_array(truth)
     if score.shape != truth.shape:
         raise ValueError(f"score and truth must have the same shape, got {score.shape} and {truth.shape}.")
     if truth.dtype != bool:
         raise ValueError(f"truth must be boolean (for a mask: mask > 0), got {truth.dtype}.")
+    if score.dtype.kind not in "biuf":  # missing values of pandas, say, make objects
+        raise ValueError(f"score must hold real numbers, got {score.dtype}.")
     # The extremes are NaN or infinite if any score is, and need no array of flags.
     if score.size and not (np.isfinite(score.min()) and np.isfinite(score.max())):
         raise ValueError(f"score must be finite, got {int((~np.isfinite(score)).sum())} NaN or infinite values.")

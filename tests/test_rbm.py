@@ -535,6 +535,43 @@ def test_validation_in_parts_is_that_of_the_whole(monkeypatch):
     assert contrastive.validate(model, images[8:], images[:8]) == pytest.approx(whole, rel=1e-4)
 
 
+@pytest.mark.parametrize("units", ["binary", "spin"])
+@pytest.mark.parametrize("bad", [1.5, -1.5, float("nan"), float("inf")])
+def test_what_is_no_mean_of_units_is_refused(units, bad):
+    stack = conv_stack(units)
+    x = images()
+    x[1, 0, 2, 2] = bad
+    for take in (stack.encode, stack.reconstruct, stack.visible, partial(rbm.visible_values, units=units)):
+        with pytest.raises(ValueError, match=r"x must lie in \[0, 1\] and hold no NaN, got values from"):
+            take(x)
+    bottom, least = stack.layers[0], {"binary": 0, "spin": -1}[units]
+    flat = RBM(x[0].numel(), 3, units).to(x.dtype)
+    for machine, v in ((bottom, x), (flat, x.flatten(1))):
+        h = machine.hidden_fields(v)
+        for take in (
+            machine,
+            machine.free_energy,
+            machine.pseudo_log_likelihood,
+            lambda v, machine=machine, h=h: machine.energy(v, h),
+            lambda v, machine=machine: rbm.gibbs(machine, v, 1, seeded()),
+            lambda v, machine=machine: rbm.one_bit_pseudo_log_likelihood(machine, v, torch.zeros(len(v)).long()),
+            lambda v, machine=machine: contrastive.start_biases(machine, v),
+            lambda v, machine=machine: contrastive.validate(machine, v, v),
+        ):
+            with pytest.raises(ValueError, match=rf"must lie in \[{least}, 1\] and hold no NaN, got values from"):
+                take(v)
+        good = torch.full_like(v, 0.5)
+        for name, given in (("train", (v, good)), ("validation", (good, v))):
+            with pytest.raises(ValueError, match=rf"{name} must lie in \[{least}, 1\]"):
+                contrastive.train(machine, *given, RECIPE, epochs=1, seed=0, progress=False)
+
+
+def test_the_bounds_of_means_are_means():
+    for units, least in (("binary", 0.0), ("spin", -1.0)):
+        assert RBM(2, 2, units)(torch.tensor([[least, 1.0]])).isfinite().all()
+    assert conv_stack().encode(images().round()).isfinite().all()
+
+
 def test_the_seed_fixes_a_training():
     first, again, other = (fit(machine("rbm"), seed=seed) for seed in (2, 2, 3))
     assert_same_training(first, again)

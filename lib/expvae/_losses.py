@@ -10,7 +10,10 @@ from torch.nn import functional as F
 
 
 def reconstruction_loss(logits_BCYX: Float[Tensor, "b c y x"], x_BCYX: Float[Tensor, "b c y x"]) -> Float[Tensor, " b"]:
-    """Binary cross-entropy -Σ [x log p + (1-x) log(1-p)], p = sigmoid(logits), summed over channels and pixels."""
+    """Binary cross-entropy -Σ [x log p + (1-x) log(1-p)], p = sigmoid(logits), summed over channels and pixels.
+
+    x has to lie in [0, 1], which is not checked here: a check in every step of a training would wait for the device.
+    """
     return F.binary_cross_entropy_with_logits(logits_BCYX, x_BCYX, reduction="none").flatten(1).sum(1)
 
 

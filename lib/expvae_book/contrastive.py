@@ -27,7 +27,16 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
-from expvae.models import ConvRBM, Machine, Stack, hard, in_units, one_bit_pseudo_log_likelihood, visible_values
+from expvae.models import (
+    ConvRBM,
+    Machine,
+    Stack,
+    hard,
+    in_units,
+    one_bit_pseudo_log_likelihood,
+    require_means,
+    visible_values,
+)
 from expvae_book import protocols, weights
 from expvae_book.recipes import RBMRecipe
 from expvae_book.training import TrainingDivergedError, build, read_tensors, write_tensors
@@ -110,6 +119,7 @@ def start_biases(model: Machine, images: Images) -> None:
         model: The machine; its weights stay as they are.
         images: Training images, as for `train`.
     """
+    _require_means("images", images, model)
     sums = sum(_visible(model, part).sum(0).cpu().double() for part in images.split(VALIDATION_BATCH))
     mean = (sums / len(images)).reshape(len(model.visible_bias), -1).mean(1)
     p = mean if model.units == "binary" else (mean + 1) / 2
@@ -176,10 +186,13 @@ def train(
 
     Raises:
         TrainingDivergedError: If a weight stops being finite; the checkpoint is the last good one.
-        ValueError: If the checkpoint is damaged or of a training with another number of steps.
+        ValueError: If the checkpoint is damaged or of a training with another number of steps, or if images as floats
+            are outside [0, 1], or [-1, 1] for spins, or NaN.
         OSError: If a checkpoint cannot be written; the one before it stays.
     """
     device = model.weight.device
+    _require_means("train", train, model)
+    _require_means("validation", validation, model)
     train, validation = train.to(device), validation.to(device)
     count = len(train)
     steps_per_epoch = -(-count // recipe.batch_size)
@@ -392,6 +405,11 @@ class _State:
     chain: Tensor | None
     step: int = 0
     history: History = field(default_factory=History)
+
+
+def _require_means(name: str, images: Images, model: Machine) -> None:
+    if images.dtype != torch.uint8:
+        require_means(name, images, model.units)
 
 
 def _visible(model: Machine, images: Images) -> Tensor:

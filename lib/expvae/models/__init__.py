@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from expvae.models._rbm import hard as hard
     from expvae.models._rbm import in_units as in_units
     from expvae.models._rbm import one_bit_pseudo_log_likelihood as one_bit_pseudo_log_likelihood
+    from expvae.models._rbm import require_means as require_means
     from expvae.models._rbm import visible_values as visible_values
     from expvae.models._ucsd import UCSDVAE as UCSDVAE
     from expvae.models._ucsd import BrongersUCSDVAE as BrongersUCSDVAE
@@ -37,6 +38,7 @@ __getattr__, __all__ = attach(
             "hard",
             "in_units",
             "one_bit_pseudo_log_likelihood",
+            "require_means",
             "visible_values",
         ],
         "_ucsd": ["BrongersUCSDVAE", "UCSDVAE"],

@@ -47,6 +47,18 @@ def in_units(p: Float[Tensor, "..."], units: Units) -> Float[Tensor, "..."]:
     return p if units == "binary" else 2 * p - 1
 
 
+def require_means(name: str, values: Float[Tensor, "..."], units: Units) -> None:
+    """Raise a ValueError unless the values can be means of units. Waits for the device: where data come in, only."""
+    if not values.numel():
+        return
+    least = 0 if units == "binary" else -1
+    lowest, highest = values.detach().aminmax()  # NaN if any value is
+    if not ((lowest >= least) & (highest <= 1)):
+        raise ValueError(
+            f"{name} must lie in [{least}, 1] and hold no NaN, got values from {lowest:.9g} to {highest:.9g}"
+        )
+
+
 def visible_values(
     x: UInt8[Tensor, "..."] | Float[Tensor, "..."], units: Units, generator: torch.Generator | None = None
 ) -> Float[Tensor, "..."]:
@@ -56,7 +68,12 @@ def visible_values(
         x: Grey levels 0…255 as bytes, or [0, 1] as floats.
         units: Means are x in [0, 1] for "binary" and 2x - 1 in [-1, 1] for "spin".
         generator: Draws each unit in one of its two states, on with probability x.
+
+    Raises:
+        ValueError: If floats are outside [0, 1] or NaN.
     """
+    if x.dtype != torch.uint8:
+        require_means("x", x, "binary")
     p = x.to(torch.float32).div_(255) if x.dtype == torch.uint8 else x
     if generator is not None:
         draw = torch.rand(p.shape, generator=generator, device=generator.device).to(p.device)
@@ -172,10 +189,12 @@ class Machine(nn.Module):
 
     def energy(self, v: Float[Tensor, "b ..."], h: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
         """E(v, h) = -bᵀv - cᵀh - hᵀWv, in nats."""
+        require_means("v", v, self.units)
         return -self._biased(v) - (h * self.hidden_fields(v)).flatten(1).sum(1)
 
     def free_energy(self, v: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
         """F(v) = -bᵀv - Σ_j log(1 + exp(a_j)), and -bᵀv - Σ_j log 2cosh(a_j) for spins, with a = c + Wv, in nats."""
+        require_means("v", v, self.units)
         return -self._biased(v) - self._log_sums(self.hidden_logits(v)).flatten(1).sum(1)
 
     def forward(
@@ -194,8 +213,10 @@ class Machine(nn.Module):
             generator: Source of the noise.
 
         Raises:
-            ValueError: If the temperature is not positive, or one of temperature and generator lacks the other.
+            ValueError: If the temperature is not positive, one of temperature and generator lacks the other, or v is
+                outside the range of means of the units, or NaN.
         """
+        require_means("v", v, self.units)
         if (temperature is None) != (generator is None):
             raise ValueError("temperature and generator belong together; give both for relaxed units, none for means")
         fields = self.hidden_fields(v)
@@ -264,6 +285,7 @@ class RBM(Machine):
     @torch.no_grad()
     def pseudo_log_likelihood(self, v_BV: Float[Tensor, "b v"]) -> Float[Tensor, " b"]:
         """Σ_i log p(v_i | all other visible units), in nats; see Machine. Takes V·H steps for each image."""
+        require_means("v_BV", v_BV, self.units)
         total_B = v_BV.new_zeros(len(v_BV))
         logits_B1H = self.hidden_logits(v_BV).unsqueeze(1)
         before_B11 = self._log_sums(logits_B1H).sum(2, keepdim=True)
@@ -333,6 +355,7 @@ class ConvRBM(Machine):
         Pixels as far apart as the kernel is wide share no window: flipped at once, they do not touch each other's
         hidden units, so that all pixels take as many passes as a filter has weights.
         """
+        require_means("v_BCYX", v_BCYX, self.units)
         total_B = v_BCYX.new_zeros(len(v_BCYX))
         logits_BKHW = self.hidden_logits(v_BCYX)
         before_BKHW = self._log_sums(logits_BKHW)
@@ -379,6 +402,7 @@ def one_bit_pseudo_log_likelihood(
 @torch.no_grad()
 def gibbs(model: Machine, v: Float[Tensor, "b ..."], steps: int, generator: torch.Generator) -> Float[Tensor, "b ..."]:
     """Visible units after so many steps of Gibbs sampling, each h ~ p(h|v), then v ~ p(v|h)."""
+    require_means("v", v, model.units)
     for _ in range(steps):
         h = in_units(hard(model.hidden_logits(v), generator), model.units)
         v = in_units(hard(model.visible_logits(h), generator), model.units)
@@ -440,7 +464,8 @@ class Stack(nn.Module):
         With one, each layer puts out a relaxed sample instead. Both can be differentiated with respect to the images.
 
         Raises:
-            ValueError: If the temperature is not positive, or one of temperature and generator lacks the other.
+            ValueError: If the temperature is not positive, one of temperature and generator lacks the other, or the
+                images are outside [0, 1] or NaN.
         """
         values = self.visible(x_BCYX)
         for layer, arrange in zip(self.layers, self.maps, strict=True):

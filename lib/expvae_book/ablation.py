@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64, Shaped, UInt8
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from tqdm import tqdm
 
 from expvae import (
@@ -217,17 +216,13 @@ def per_latent(
         score: "each_mean" or "each_sample".
         generator: Source of the sample's noise.
     """
-    places = []
-    hook = model.get_submodule(layer).register_forward_hook(lambda _layer, _x, A: places.append(get_gradient_edge(A)))
-    try:  # one score takes one pass, and with a graph it leaves the latents
-        found = attention(model.encode, layer, x_BCYX, Method(score="sum_of_means"), graph="constant_alpha")
-    finally:
-        hook.remove()
+    # One score takes one pass, and with a graph it leaves the latents together with the layer's output.
+    found = attention(model.encode, layer, x_BCYX, Method(score="sum_of_means"), graph="constant_alpha")
     mu_BI, logvar_BI = found.encoded
     latent_BI = mu_BI if score == "each_mean" else sample_latents(mu_BI, logvar_BI, generator)
     parts = {normaliser: [] for normaliser in get_args(Normaliser)}
     for latent_B in latent_BI.unbind(1):
-        (gradient_BCHW,) = torch.autograd.grad(latent_B.sum(), places[0], retain_graph=True)
+        (gradient_BCHW,) = torch.autograd.grad(latent_B.sum(), found.values_BCHW, retain_graph=True)
         alpha_BC, square_B = gradient_BCHW.mean((2, 3)), gradient_BCHW.square().mean((1, 2, 3))
         parts["none"].append(alpha_BC)
         parts["image"].append(alpha_BC / (square_B.sqrt()[:, None] + RMS_EPSILON))

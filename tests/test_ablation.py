@@ -14,7 +14,7 @@ from torch import nn
 from expvae import PRESETS, Method, attention, models
 from expvae.metrics import PixelCounts, auroc_difference
 from expvae.models import MNISTVAE, UCSDVAE
-from expvae_book import ablation, chapters, localisation, recipes, reported, runs, training, weights
+from expvae_book import ablation, chapters, judges, localisation, recipes, runs, training, weights
 from expvae_book.ablation import AUROC, IOU, REFERENCES
 from expvae_book.data import mnist, mvtec, ucsd
 from expvae_book.data.card import DataCard
@@ -97,10 +97,10 @@ def test_without_an_activation_nothing_weighs_what_comes_after_it():
 
 
 def test_what_the_verdict_reads_is_measured():
-    for switches in reported.ABLATION_STEPS.values():
+    for switches in judges.ABLATION_STEPS.values():
         for name, reference in switches:
             assert name in ablation.changes(reference, activation=False)
-    assert set(reported.ABLATION_DATA_SETS) == set(ablation.MODELS)
+    assert set(judges.ABLATION_DATA_SETS) == set(ablation.MODELS)
 
 
 # Maps
@@ -247,7 +247,7 @@ def test_trainings_are_those_that_the_chapters_do_by_default():
 
 
 def test_the_chapters_margin_is_the_verdicts():
-    assert declared("ablations")["margin"] == reported.ABLATION_MARGIN
+    assert declared("ablations")["margin"] == judges.ABLATION_MARGIN
 
 
 def test_the_chapter_names_every_change():

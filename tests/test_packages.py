@@ -83,11 +83,11 @@ def test_a_second_copy_of_a_package_is_refused(name):
 def test_records_are_read_and_drawn_as_tables_without_torch():
     code = """
 import sys
-from expvae_book import chapters, figures, reported, runs, sprite_tables, tables
+from expvae_book import chapters, claims, figures, matching, publications, report, runs, sprite_tables, tables
 stored = runs.find()
 assert stored
-reported.verdicts(stored)
-reported.to_html(reported.wide(reported.beside(reported.read(), stored)), "all")
+claims.verdicts(stored)
+report.to_html(report.wide(matching.beside(publications.read(), stored)), "all")
 tables.every_run("mvtec15")
 sprite_tables.every_run(runs.find("disentanglement"))
 figures.training_curves(runs.find("mnist")[0].record["losses"])
@@ -121,7 +121,7 @@ print("expvae_book.engine" in sys.modules, {"torch", "jupytext", "myst_nb", "mat
 def test_without_a_repository_the_book_says_what_it_needs(tmp_path):
     installed = tmp_path / "python3" / "site-packages"
     shutil.copytree(LIB, installed)
-    for code in ("runs.find()", "reported.read()", "data.root()"):
+    for code in ("runs.find()", "publications.read()", "data.root()"):
         module = code.partition(".")[0]
         done = run(
             f"from expvae_book import {module}; {code}", cwd=tmp_path, path=tmp_path / "python3" / "site-packages"

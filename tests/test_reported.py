@@ -11,10 +11,13 @@ import scipy.stats
 from bs4 import BeautifulSoup
 from pybtex.database import parse_file
 
-from expvae_book import reported
+from expvae_book import judges, publications, report
+from expvae_book.claims import CLAIMS, decide, verdicts
 from expvae_book.data.card import DataCard
+from expvae_book.matching import NO_RUN, beside
+from expvae_book.publications import COLUMNS, read
 from expvae_book.recipes import MNIST
-from expvae_book.reported import CLAIMS, COLUMNS, NO_RUN, beside, decide, read, to_html, verdicts, wide
+from expvae_book.report import to_html, wide
 from expvae_book.runs import Run, row
 
 BOOK = Path(__file__).resolve().parents[1] / "book"
@@ -71,7 +74,7 @@ def claim(name):
 def test_every_number_has_a_source_that_can_be_cited():
     table = read()
     assert set(table["table"]) == {"datasets", "dsprites", "mnist", "mvtec", "training", "ucsd"}
-    assert set(table["source"]) == set(reported.SOURCES)
+    assert set(table["source"]) == set(publications.SOURCES)
     assert not table[["where", "metric", "dataset", "published"]].eq("").any(axis=None)
     keys = set(parse_file(BOOK / "references.bib").entries)
     assert {"liu2020", "report1", "report2", "brongers2021", "expvae_code"} <= keys
@@ -307,7 +310,7 @@ def test_tables_show_the_papers_number_once_and_no_nan():
     carpet = table[(table["Setting"] == "carpet") & (table["Quantity"] == "IoU")].iloc[0]
     assert (carpet["Liu et al. 2020"], carpet["Report 1"], carpet["Report 2"]) == ("0.10", "0.007", "0.51")
     assert "Brongers et al." not in table
-    page = to_html(reported.listing(lines), "All <numbers>")
+    page = to_html(report.listing(lines), "All <numbers>")
     assert "nan" not in page.lower()
     assert page.count("<tr") == len(lines) + 1
     assert ">All &lt;numbers&gt;</caption>" in page
@@ -705,8 +708,8 @@ def sprite_run(
     given = {"beta": beta, "gamma": gamma, "lambda": weight, "seed": seed, "recipe": "report2", "steps": used}
     given |= {"attention": "liu2020" if weight else "none", "layer": variant, "alpha": variant, "pairs": variant}
     metrics = [
-        row(reported.SPRITE_METRIC[0], score, *reported.SPRITE_METRIC[1:]),
-        row(reported.SPRITE_OVERLAP[0], overlap, *reported.SPRITE_OVERLAP[1:]),
+        row(judges.SPRITE_METRIC[0], score, *judges.SPRITE_METRIC[1:]),
+        row(judges.SPRITE_OVERLAP[0], overlap, *judges.SPRITE_OVERLAP[1:]),
         row("reconstruction per image", cost),
     ]
     run = make_run(chapter="disentanglement", kind=kind, metrics=metrics)
@@ -728,7 +731,7 @@ def sprite_grid(scores, *, weights=(0, 1), seeds=2, **options):
             **{name: values[weight] for name, values in named.items()},
             **options,
         )
-        for gamma in reported.DSPRITES_GAMMAS
+        for gamma in judges.DSPRITES_GAMMAS
         for weight in weights
         for seed in range(seeds)
     ]
@@ -820,7 +823,7 @@ def test_whether_maps_come_apart(overlaps, outcome):
 
 
 def test_whether_the_largest_weight_is_best():
-    weights = reported.DSPRITES_LAMBDAS
+    weights = judges.DSPRITES_LAMBDAS
     rising = sprite_grid(dict(zip(weights, (0.6, 0.7, 0.8), strict=True)), weights=weights)
     assert decide(claim("dSprites λ"), rising, read()).verdict == "held"
     falling = sprite_grid(dict(zip(weights, (0.6, 0.8, 0.7), strict=True)), weights=weights)
@@ -829,11 +832,11 @@ def test_whether_the_largest_weight_is_best():
 
 def test_interval_over_seeds_is_students():
     values = [0.1, 0.4, 0.2, 0.6]
-    low, high = reported.seed_interval(values)
+    low, high = judges.seed_interval(values)
     expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (low, high) == pytest.approx((expected.low, expected.high))
     with pytest.raises(ValueError, match="two or more, got 1"):
-        reported.seed_interval([0.5])
+        judges.seed_interval([0.5])
 
 
 # Discrepancies
@@ -856,14 +859,14 @@ HARDLY, LARGE, WIDE = (-0.004, 0.009), (0.012, 0.02), (0.002, 0.02)
 )
 def test_hardly_any_effect_takes_an_interval_close_to_zero(interval, outcome):
     low, high = interval
-    assert reported.effect(row("change", (low + high) / 2, low=low, high=high), 0.01) == outcome
+    assert judges.effect(row("change", (low + high) / 2, low=low, high=high), 0.01) == outcome
 
 
 def ablation_run(dataset, relu, normaliser, *, in_code=None, kind="complete", used=100, measured=50):
     """A run with these intervals of the changes, in the rule of the code others than in the paper's if given."""
     steps = {"ReLU": relu, "normalised gradients": normaliser}
     metrics = []
-    for step, switches in reported.ABLATION_STEPS.items():
+    for step, switches in judges.ABLATION_STEPS.items():
         for (name, reference), ends in zip(switches, (steps[step], in_code or steps[step]), strict=True):
             metrics.append(row("pixel AUROC, change", sum(ends) / 2, name, reference, low=ends[0], high=ends[1]))
     run = make_run(metrics=metrics, kind=kind, used=used, chapter="ablations")
@@ -890,7 +893,7 @@ def test_whether_discrepancies_hardly_matter(relu, normaliser, in_code, outcome)
     verdict = decide(claim("discrepancies"), models, read())
     assert verdict.verdict == outcome
     assert len(verdict.runs) == 3
-    shown = reported.effect(models[-1].metric("pixel AUROC, change", "channels=abs_of_sum", "liu2020_paper"), 0.01)
+    shown = judges.effect(models[-1].metric("pixel AUROC, change", "channels=abs_of_sum", "liu2020_paper"), 0.01)
     low, high = relu
     assert (
         f"mvtec one: ReLU {(low + high) / 2:+.3f} ({low:+.3f} to {high:+.3f}; {shown}) in the paper's rule, "
@@ -909,7 +912,7 @@ def test_one_data_set_can_refute_but_not_confirm_that_discrepancies_hardly_matte
     ("change", "reason"), [({"kind": "partial"}, "partial data"), ({"used": 30}, "30 of 100 epochs")]
 )
 def test_ablations_that_do_not_count_are_named_with_their_numbers(change, reason):
-    models = [ablation_run(name, LARGE, LARGE, **change) for name in reported.ABLATION_DATA_SETS]
+    models = [ablation_run(name, LARGE, LARGE, **change) for name in judges.ABLATION_DATA_SETS]
     verdict = decide(claim("discrepancies"), models, read())
     assert verdict.verdict == "not yet tested"
     assert verdict.runs == ()
@@ -918,7 +921,7 @@ def test_ablations_that_do_not_count_are_named_with_their_numbers(change, reason
 
 
 def test_of_several_ablations_of_a_model_the_largest_counts():
-    models = [ablation_run(name, HARDLY, HARDLY) for name in reported.ABLATION_DATA_SETS]
+    models = [ablation_run(name, HARDLY, HARDLY) for name in judges.ABLATION_DATA_SETS]
     for measured, outcome in ((49, "held"), (51, "did not hold")):
         again = ablation_run("mnist", LARGE, LARGE, measured=measured)
         assert decide(claim("discrepancies"), [*models, again], read()).verdict == outcome

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from expvae.metrics import CONVENTIONS
-from expvae_book import localisation, reported, tables
+from expvae_book import localisation, publications, tables
 from expvae_book.data.card import DataCard
 from expvae_book.localisation import ATTENTION, BASELINES, METHODS
 from expvae_book.runs import Run, row
@@ -175,7 +175,7 @@ def test_every_category_has_a_line_on_mirroring():
 
 def test_the_papers_line_in_the_literature_is_the_mean_of_its_table():
     table = tables.literature().set_index("Method")
-    given = reported.read()
+    given = publications.read()
     given = given[(given["source"] == "paper") & (given["quoted_by"] == "R2") & (given["metric"] == "pixel AUROC")]
     given = given[given["dataset"] == "MVTec AD"]
     assert table.loc["VAE, gradient attention", "Pixel AUROC"] == f"{given['value'].mean():.3f}"

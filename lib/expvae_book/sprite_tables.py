@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from expvae_book import names, reported
+from expvae_book import judges, names, publications
 from expvae_book.names import COLLAPSED, METRIC, OVERLAP, PAIRS, PUBLISHED, REFERENCE, SPATIAL
 from expvae_book.runs import Run, order
 
@@ -80,13 +80,13 @@ def _mean(values: Sequence[float]) -> str:
         return ""
     if len(values) == 1:
         return f"{values[0]:+.3f}"
-    low, high = reported.seed_interval(values)
+    low, high = judges.seed_interval(values)
     return f"{np.mean(values):+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def seed_spread() -> float:
     """How far the seeds of one FactorVAE of Brongers et al. lie apart in their metric."""
-    table = reported.read()
+    table = publications.read()
     table = table[(table["source"] == "brongers") & (table["metric"] == "disentanglement metric")]
     values = table[table["setting"].str.startswith("FactorVAE")]["value"]
     return float(values.max() - values.min())
@@ -109,7 +109,7 @@ def points(found: Sequence[Run]) -> pd.DataFrame:
         }
         for run in found
     ]
-    table = reported.read()
+    table = publications.read()
     table = table[table["table"] == "dsprites"]
     costs = table[table["metric"] == "reconstruction loss"].set_index("setting")["value"]
     for row in table[table["metric"] == "disentanglement metric"].itertuples():
@@ -118,7 +118,7 @@ def points(found: Sequence[Run]) -> pd.DataFrame:
         kind, _, rest = model.partition(", ")
         lines.append(
             {
-                "source": reported.SOURCES[row.source],
+                "source": publications.SOURCES[row.source],
                 "kind": kind,
                 "label": rest.split(" ")[1] if row.source == "paper" else "",
                 "score": row.value,

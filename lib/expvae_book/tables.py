@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from expvae.metrics import CONVENTIONS
-from expvae_book import names, reported, runs
+from expvae_book import names, publications, runs
 from expvae_book.data.catalogue import MOTIFS
 from expvae_book.names import ATTENTION, BASELINES, METHODS
 from expvae_book.places import REPOSITORY
@@ -32,7 +32,7 @@ def published(report: str, metric: str) -> dict[tuple[str, str], float]:
         report: "R1" or "R2", who quotes the paper.
         metric: "pixel AUROC" or "IoU".
     """
-    table = reported.read()
+    table = publications.read()
     rows = table[(table["dataset"] == "MVTec AD") & (table["metric"] == metric) & (table["quoted_by"] == report)]
     return {(row.source, row.setting): row.value for row in rows.itertuples()}
 
@@ -54,7 +54,7 @@ def results(report: str, found: Found, command: Callable[[str], str]) -> pd.Data
         for metric, ours in (("pixel AUROC", "pixel AUROC"), ("IoU", "best IoU (oracle)")):
             for source in ("paper", report):
                 value = given[metric].get((source, title(category)))
-                line[f"{metric}, {reported.SOURCES[source]}"] = "" if value is None else f"{value:.3g}"
+                line[f"{metric}, {publications.SOURCES[source]}"] = "" if value is None else f"{value:.3g}"
             line[f"{metric}, ours"] = _measured(run, ours)
             if run is not None and run.text(ours, ATTENTION, lacking=""):
                 ours_of[metric].append((category, run.metric(ours, ATTENTION)["value"]))
@@ -67,7 +67,7 @@ def results(report: str, found: Found, command: Callable[[str], str]) -> pd.Data
             for source in ("paper", report):
                 values = [given[metric].get((source, title(category))) for category, _ in pairs]
                 values = [value for value in values if value is not None]
-                line[f"{metric}, {reported.SOURCES[source]}"] = f"{np.mean(values):.3f}" if values else ""
+                line[f"{metric}, {publications.SOURCES[source]}"] = f"{np.mean(values):.3f}" if values else ""
             line[f"{metric}, ours"] = f"{np.mean([value for _, value in pairs]):.3f}"
         lines.append(line)
     return pd.DataFrame(lines).fillna("")
@@ -128,7 +128,7 @@ def conventions(found: Found, report: str) -> pd.DataFrame:
                     for category, value in ours.items()
                     if (source, title(category)) in given
                 ]
-                line[f"Distance from {reported.SOURCES[source]}"] = f"{np.mean(gaps):.3f}" if gaps else ""
+                line[f"Distance from {publications.SOURCES[source]}"] = f"{np.mean(gaps):.3f}" if gaps else ""
             lines.append(line)
     return pd.DataFrame(lines)
 
@@ -153,7 +153,7 @@ def trivial(found: Found, report: str) -> pd.DataFrame:
                 "ours, best ": run.text("IoU, pooled, both", ATTENTION, "best"),
                 "Both classes, nothing flagged, defective images": f"{(1 - shares[1]) / 2:.3f}",
                 "ours, best  ": run.text("IoU, per defective image, both", ATTENTION, "best"),
-                f"IoU, {reported.SOURCES[report]}": "" if value is None else f"{value:.3g}",
+                f"IoU, {publications.SOURCES[report]}": "" if value is None else f"{value:.3g}",
             }
         )
     return pd.DataFrame(lines)

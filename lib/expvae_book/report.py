@@ -1,0 +1,94 @@
+"""Tables of the pages, as HTML."""
+
+import html
+import re
+from collections.abc import Sequence
+
+import pandas as pd
+
+from expvae_book import claims, runs
+from expvae_book.matching import NO_RUN
+from expvae_book.publications import QUOTED_BY, SOURCES
+
+CELL = "text-align: left; vertical-align: top; white-space: normal"
+
+
+def wide(table: pd.DataFrame) -> pd.DataFrame:
+    """One line per setting and metric, one column per source and one for ours; for reading, not for computing.
+
+    Args:
+        table: Lines of `beside`.
+    """
+    lines = []
+    for (setting, metric), group in table.groupby(["setting", "metric"], sort=False):
+        line = {"Setting": setting, "Quantity": metric}
+        for source, name in SOURCES.items():
+            if (table["source"] == source).any():
+                # The reports quote the same number of the paper with other digits: 0.1 is 0.10.
+                given = group[group["source"] == source].drop_duplicates(["value", "low", "high"])
+                line[name] = ", ".join(given["published"])
+        group = group[group["ours"] != NO_RUN]
+        ours = group["ours"]
+        if group["chapter"].nunique() > 1:  # the same quantity by the protocols of two chapters
+            ours = group["chapter"] + ": " + ours
+        ours = ours.unique()
+        lines.append(line | {"Ours": "\n".join(ours) or NO_RUN})
+    result = pd.DataFrame(lines)
+    return result if result["Setting"].any() else result.drop(columns="Setting")
+
+
+def listing(table: pd.DataFrame) -> pd.DataFrame:
+    """Every line of `beside` with the place where the number was printed; for reading, not for computing."""
+    return pd.DataFrame(
+        {
+            "Data set": table["dataset"],
+            "Setting": table["setting"],
+            "Quantity": table["metric"],
+            "Source": table["source"].map(SOURCES),
+            "Published": table["published"],
+            "Ours": table["ours"],
+            "Read in": table["quoted_by"].map(QUOTED_BY) + ", " + table["where"],
+            "Note": table["note"],
+        }
+    )
+
+
+def to_html(table: pd.DataFrame, caption: str, *, pages: str | None = None, below: Sequence[str] = ()) -> str:
+    """A table as HTML that scrolls sideways on a narrow screen; a newline in a cell becomes a line break.
+
+    Args:
+        table: What is shown.
+        caption: What it shows.
+        pages: The column that names pages of the book, if there is one; its cells become links.
+        below: Columns of long texts; each stands under its row, across the whole table, after its name.
+    """
+    caption = html.escape(caption)
+    texts, table = table[list(below)], table.drop(columns=list(below))
+    if pages is not None:
+        table = table.assign(**{pages: "page:" + table[pages]})
+    with pd.option_context("display.max_colwidth", None):  # otherwise pandas cuts long texts
+        body = table.to_html(index=False, na_rep="", border=0, justify="left", classes="published")
+    if pages is not None:
+        body = re.sub(r"<td>page:(\w+)</td>", r'<td><a href="\1.html">\1</a></td>', body)
+    if below:
+        head, *rows = body.split("    </tr>\n")
+        wide = f'    <tr>\n      <td colspan="{len(table.columns)}">{{}}</td>\n    </tr>\n'
+        lines = [
+            wide.format("<br>".join(f"<em>{html.escape(name)}.</em> {html.escape(row[name])}" for name in below))
+            for row in texts.to_dict("records")
+        ]
+        body = head + "".join(f"    </tr>\n{line}{rest}" for line, rest in zip(["", *lines], rows, strict=True))
+    body = body.replace("\\n", "<br>").replace("<th>", '<th scope="col">').replace("<td", f'<td style="{CELL}"')
+    width = (5 if below else 7) * len(table.columns)  # long texts are read across a narrow screen, not scrolled
+    body = body.replace("<table", f'<table style="min-width: {width}rem"', 1)
+    body = body.replace("<thead>", f'<caption style="text-align: left">{caption}</caption>\n  <thead>', 1)
+    return f'<div style="overflow-x: auto" role="region" tabindex="0" aria-label="{caption}">\n{body}\n</div>'
+
+
+def what_held(chapter: str) -> str:
+    """The verdicts on the claims that a chapter tests, each with its evidence and criterion beneath, as HTML."""
+    verdicts = claims.verdicts(runs.find())
+    columns = {"claim": "Claim", "claimed_by": "Claimed by", "verdict": "Verdict"}
+    columns |= {"evidence": "Evidence", "criterion": "Criterion"}
+    table = verdicts.loc[verdicts["chapter"] == chapter, list(columns)].rename(columns=columns)
+    return to_html(table, "Verdicts, by code, from the stored runs on real data.", below=["Evidence", "Criterion"])

@@ -37,7 +37,8 @@ from expvae import (
     attention,
     sample_latents,
 )
-from expvae.metrics import Array, Interval, as_array, confusion, ious, thresholds
+from expvae.metrics import Array, Interval, as_array, confusion, ious, percentile_interval, thresholds
+from expvae.metrics import resampled_weights as weights_of_units
 from expvae.models import MNISTVAE, UCSDVAE
 from expvae_book import devices, localisation, recipes, runs, training, truth, weights
 from expvae_book.augmentation import PAPER_COUNT
@@ -251,11 +252,7 @@ def resampled_weights(unit_M: Shaped[Array, " m"], resamples: int, seed: int) ->
     unit_U, unit_M = np.unique(np.asarray(unit_M), return_inverse=True)
     if len(unit_U) < 2:
         raise ValueError(f"unit_M must name at least two units to resample, got {len(unit_U)}.")
-    rng = np.random.default_rng(seed)
-    count_RU = [
-        np.bincount(rng.integers(len(unit_U), size=len(unit_U)), minlength=len(unit_U)) for _ in range(resamples)
-    ]
-    return np.stack([np.ones(len(unit_U)), *count_RU])[:, unit_M]
+    return weights_of_units(len(unit_U), resamples, seed).astype(np.float64)[:, unit_M]
 
 
 def resampled(
@@ -284,8 +281,7 @@ def resampled(
 
 def interval(value_R: Float[np.ndarray, " r"], n: int) -> Interval:
     """The 95 % percentile interval of what the resamples gave, around the value of the sample, which comes first."""
-    low, high = np.nanquantile(value_R[1:], [0.025, 0.975])
-    return Interval(float(value_R[0]), float(low), float(high), n)
+    return percentile_interval(value_R[0], value_R[1:], 0.95, n)
 
 
 # Models and their test images -----------------------------------------------------------------------------------------

@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING
 from .._lazy import attach
 
 if TYPE_CHECKING:
+    from expvae.metrics._bootstrap import Interval as Interval
+    from expvae.metrics._bootstrap import percentile_interval as percentile_interval
+    from expvae.metrics._bootstrap import resampled_weights as resampled_weights
     from expvae.metrics._disentanglement import PUBLISHED as PUBLISHED
     from expvae.metrics._disentanglement import REFERENCE as REFERENCE
     from expvae.metrics._disentanglement import Protocol as Protocol
@@ -25,7 +28,6 @@ if TYPE_CHECKING:
     from expvae.metrics._iou import ious as ious
     from expvae.metrics._iou import thresholds as thresholds
     from expvae.metrics._latent import active_units as active_units
-    from expvae.metrics._pixel import Interval as Interval
     from expvae.metrics._pixel import auroc as auroc
     from expvae.metrics._pixel import auroc_interval as auroc_interval
     from expvae.metrics._pixel import auroc_per_image as auroc_per_image
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 __getattr__, __all__ = attach(
     __name__,
     {
+        "_bootstrap": ["Interval", "percentile_interval", "resampled_weights"],
         "_disentanglement": [
             "PUBLISHED",
             "REFERENCE",
@@ -55,7 +58,7 @@ __getattr__, __all__ = attach(
         "_inputs": ["Array", "as_array"],
         "_iou": ["CONVENTIONS", "confusion", "iou_intervals", "ious", "thresholds"],
         "_latent": ["active_units"],
-        "_pixel": ["Interval", "auroc", "auroc_interval", "auroc_per_image", "fraction_interval"],
+        "_pixel": ["auroc", "auroc_interval", "auroc_per_image", "fraction_interval"],
         "_segmentation": ["PixelMetrics"],
         "_streaming": ["PixelCounts", "auroc_difference", "difference_intervals"],
     },

@@ -17,9 +17,10 @@ from jaxtyping import Bool, Float, Int64, Num, Shaped
 from scipy.stats import entropy
 from torch import Tensor
 
+from expvae.metrics._bootstrap import Interval
 from expvae.metrics._inputs import Array, require_level, require_plain
 from expvae.metrics._latent import varying
-from expvae.metrics._pixel import Interval, fraction_interval
+from expvae.metrics._pixel import fraction_interval
 
 NUMBERS_PER_CHUNK = 2**22  # bounds a temporary array to 32 MB
 

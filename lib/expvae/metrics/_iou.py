@@ -26,8 +26,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int64, Num, Shaped
 
+from expvae.metrics._bootstrap import Interval, percentile_interval, resampled_weights
 from expvae.metrics._inputs import Array, as_array, checked, require_both_classes, require_resampling
-from expvae.metrics._pixel import Interval
 from expvae.metrics._segmentation import GRID
 
 Average = Literal["pooled", "per image", "per defective image"]
@@ -212,18 +212,15 @@ def iou_intervals(
     table = confusion(score_NYX, truth_NYX, chosen["best"])
     columns = {choice: np.searchsorted(table.threshold_T, threshold_T) for choice, threshold_T in chosen.items()}
 
-    rng = np.random.default_rng(seed)
-    weight_RN = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(resamples)])
-    both_R = (weight_RN @ table.positive_N > 0) & (weight_RN @ table.negative_N > 0)
-    weight_RN = np.concatenate([np.ones((1, n), dtype=np.int64), weight_RN[both_R]])  # the images themselves come first
+    weight_RN = resampled_weights(n, resamples, seed).astype(np.int64)
+    weight_RN = weight_RN[(weight_RN @ table.positive_N > 0) & (weight_RN @ table.negative_N > 0)]
     found = {}
     for average, classes in CONVENTIONS:
         iou_RT = ious(table, average, classes, weight_RN)
         images = int((table.positive_N > 0).sum()) if average == "per defective image" else n
         for choice, column_T in columns.items():
             iou_R = iou_RT[:, column_T].max(axis=1)
-            low, high = np.quantile(iou_R[1:], [(1 - level) / 2, (1 + level) / 2])
-            found[average, classes, choice] = Interval(float(iou_R[0]), float(low), float(high), images)
+            found[average, classes, choice] = percentile_interval(iou_R[0], iou_R[1:], level, images)
     return found
 
 

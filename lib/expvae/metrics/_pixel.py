@@ -4,7 +4,6 @@ A score per image is a map of one pixel. Suffixes: N images (or clips), P pixels
 scores in ascending order, K cells of a histogram, R resamples.
 """
 
-from dataclasses import dataclass
 from math import sqrt
 from statistics import NormalDist
 
@@ -12,27 +11,11 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64, Num, Shaped
 from scipy.stats import rankdata
 
+from expvae.metrics._bootstrap import Interval, percentile_interval, resampled_weights
 from expvae.metrics._inputs import Array, as_array, checked, require_both_classes, require_level, require_resampling
 
 CELLS = 1024  # quantile cells of the bootstrap: 1.4 s for 1000 resamples of 4000 images of 784 pixels on two cores
 IMAGES_PER_CHUNK = 1024  # bounds the table of counts to 35 MB however many images there are
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A number with its confidence interval; the fields are those of a row of a run record.
-
-    Attributes:
-        value: The estimate from all of the data.
-        low: Lower end of the interval.
-        high: Upper end of the interval.
-        n: Number of independent units (images or clips) behind it.
-    """
-
-    value: float
-    low: float
-    high: float
-    n: int
 
 
 def auroc(score: Shaped[Array, "..."], truth: Shaped[Array, "..."]) -> float:
@@ -103,10 +86,9 @@ def auroc_interval(
     """Pooled AUROC with a percentile bootstrap interval over images.
 
     Whole images are drawn with replacement, because the pixels of one image are not independent. For an AUROC of
-    images, as of inlier against outlier digits by reconstruction error, give one score and one truth per image
-    (shape [N]). Resample r draws the images ``rng.integers(N, size=N)``, r = 0, 1, ... in turn, from
-    ``rng = numpy.random.default_rng(seed)``: scores of the same images under the same seed see the same resamples.
-    A resample without both classes has no AUROC and is left out.
+    images, as of inlier against outlier digits by reconstruction error, give one score and one truth per image (shape
+    [N]). Scores of the same images under the same seed see the same resamples. A resample without both classes has no
+    AUROC and is left out.
 
     The value is exact. The resamples are weighted sums of one histogram per image and class, whose cells follow the
     quantiles of the pooled scores and split no tie. A resample is off by at most half the chance that a random positive
@@ -137,8 +119,7 @@ def auroc_interval(
     cell_NP = np.zeros(score_NP.shape, dtype=np.int64)
     cell_NP[where_NP] = _cells(negative_G, positive_G)[group]
     auroc_R = _resampled_aurocs(cell_NP, truth_NP, where_NP, seed, resamples)
-    low, high = np.quantile(auroc_R[~np.isnan(auroc_R)], [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(_auroc_from_counts(negative_G, positive_G)), float(low), float(high), len(score_NP))
+    return percentile_interval(float(_auroc_from_counts(negative_G, positive_G)), auroc_R, level, len(score_NP))
 
 
 def fraction_interval(flag_N: Shaped[Array, " n"], *, level: float = 0.95) -> Interval:
@@ -216,10 +197,7 @@ def _resampled_aurocs(
 ) -> Float[np.ndarray, " r"]:
     """AUROC of every bootstrap resample of the images; NaN where it lacks a class."""
     n = len(cell_NP)
-    rng = np.random.default_rng(seed)
-    weight_RN = np.empty((resamples, n), dtype=np.float32)
-    for weight_N in weight_RN:
-        weight_N[:] = np.bincount(rng.integers(n, size=n), minlength=n)
+    weight_RN = resampled_weights(n, resamples, seed)[1:]
     width = 2 * int(cell_NP.max() + 1)  # negatives and positives of a cell stand side by side
     count_RK = np.zeros((resamples, width), dtype=np.float32)  # whole numbers, exact up to 2^24 in one cell
     for start in range(0, n, IMAGES_PER_CHUNK):

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Float64, Int32, Int64, Shaped, UInt32
 
+from expvae.metrics._bootstrap import Interval, percentile_interval, resampled_weights
 from expvae.metrics._inputs import Array, Masks, WithoutMask, as_array, require_resampling, with_masks
-from expvae.metrics._pixel import Interval, _auroc_from_counts
+from expvae.metrics._pixel import _auroc_from_counts
 from expvae.metrics._segmentation import GRID, PixelMetrics, from_counts, region_sizes
 
 Unit = str | int
@@ -176,8 +177,7 @@ class PixelCounts:
         """Percentile bootstrap intervals over units, of all measures at once.
 
         Whole units are drawn with replacement, because the pixels of one image, and the images of one clip, are not
-        independent. Resample r draws ``rng.integers(U, size=U)`` of the U units in sorted order, r = 0, 1, ... in
-        turn, from ``rng = numpy.random.default_rng(seed)``: scores of the same units under the same seed see the same
+        independent. Scores of the same units, which are taken in sorted order, under the same seed see the same
         resamples. A resample without both classes has no measures and is left out.
 
         The values are those of `metrics`. A resample is a weighted sum of one histogram per unit and class, whose cells
@@ -560,11 +560,7 @@ def _resampled_counts(
     cell_T, score_K = _resampling_cells(score_T, table.count_CT[:2], threshold)
     row_U = table.starts(n_units)
 
-    rng = np.random.default_rng(seed)
-    weight_RU = np.ones((1 + resamples, n_units), dtype=np.float32)
-    for weight_U in weight_RU[1:]:
-        weight_U[:] = np.bincount(rng.integers(n_units, size=n_units), minlength=n_units)
-
+    weight_RU = resampled_weights(n_units, resamples, seed)
     width = len(score_K)
     count_CRK = np.zeros((len(table.count_CT), 1 + resamples, width), dtype=np.float32)  # exact up to 2^24 in one cell
     for start in range(0, n_units, UNITS_PER_CHUNK):
@@ -621,17 +617,14 @@ def _intervals(
     value: dict[str, float], drawn: list[dict[str, float] | None], level: float, n: int
 ) -> dict[str, Interval]:
     """Percentiles of the resamples, less what the cells change in the measures of all units, which come first."""
-    ends = [(1 - level) / 2, (1 + level) / 2]
     in_cells, *drawn = (numbers for numbers in drawn if numbers is not None)
-    found = {}
-    for name in value:
-        low, high = np.quantile([numbers[name] for numbers in drawn], ends) + (value[name] - in_cells[name])
-        found[name] = Interval(value[name], float(low), float(high), n)
-    return found
+    by_name = {name: np.array([numbers[name] for numbers in drawn]) for name in value}
+    return {
+        name: percentile_interval(value[name], drawn_R, level, n, value[name] - in_cells[name])
+        for name, drawn_R in by_name.items()
+    }
 
 
 def _auroc_interval(value: float, auroc_R: Float64[np.ndarray, " r"], level: float, n: int) -> Interval:
     """As `_intervals`: percentiles of the resamples, less what the cells change in the AUROC of all units."""
-    in_cells, drawn_R = auroc_R[0], auroc_R[1:]
-    low, high = np.nanquantile(drawn_R, [(1 - level) / 2, (1 + level) / 2]) + (value - in_cells)
-    return Interval(value, float(low), float(high), n)
+    return percentile_interval(value, auroc_R[1:], level, n, value - auroc_R[0])

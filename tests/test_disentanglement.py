@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from expvae import attention
-from expvae.models import DSpritesVAE, discriminator
+from expvae.models import DSPRITES_LAYERS, DSpritesVAE, discriminator
 from expvae_book import disentanglement, factorvae, figures, recipes, runs, sprite_tables
 from expvae_book.data import dsprites
 from expvae_book.disentanglement import COLLAPSED, EQUALISED, METRIC, OVERLAP, PAIRS, PUBLISHED, REFERENCE, SPATIAL
@@ -69,6 +69,10 @@ def test_parameters_choose_the_variant_and_what_differs_from_it():
     assert not disentanglement.candidate(one).detached
     with pytest.raises(ValueError, match="attention must be one of liu2020, report2, brongers2021; got 'mine'"):
         disentanglement.penalty({**one, "attention": "mine"})
+
+
+def test_spatial_layers_are_those_of_the_model_but_the_last():
+    assert DSPRITES_LAYERS[:-1] == SPATIAL
 
 
 def test_titles_name_the_kind_of_model():

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from expvae.models import DSpritesVAE, SideBySide, discriminator
-from expvae.models._dsprites import LAYERS
+from expvae.models import DSPRITES_LAYERS, DSpritesVAE, SideBySide, discriminator
 from expvae_book.training import build
 
 # Channels in, channels out and kernel of each convolution: the first report's Figure 5c, with D latents.
@@ -57,7 +56,7 @@ def test_layers_and_outputs_are_those_of_the_report():
 
 def test_the_layers_of_attention_are_the_convolutions_before_the_posterior():
     names = [name for name, layer in DSpritesVAE(D).encoder.named_children() if isinstance(layer, nn.Conv2d)]
-    assert (*LAYERS, "posterior") == tuple(names)
+    assert (*DSPRITES_LAYERS, "posterior") == tuple(names)
 
 
 def test_posterior_and_logits_have_their_shapes():

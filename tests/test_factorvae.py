@@ -11,8 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from expvae import Method, attention, discriminator_loss, overlap, permute_latents, total_correlation
-from expvae.models import DSpritesVAE
-from expvae.models._dsprites import LAYERS
+from expvae.models import DSPRITES_LAYERS, DSpritesVAE
 from expvae_book import disentanglement, factorvae, training, weights
 from expvae_book.data import dsprites
 from expvae_book.factorvae import VARIANTS, AttentionPenalty, Candidate
@@ -362,7 +361,7 @@ def test_second_order_gradient_equals_finite_differences(penalty, names, sprites
             "brongers2021",
             "second_order",
             # Samples depend on the variance, and its gradient on the bias and on all before it.
-            [f"{layer}_{part}" for layer in (*LAYERS, "posterior") for part in ("weight", "bias")],
+            [f"{layer}_{part}" for layer in (*DSPRITES_LAYERS, "posterior") for part in ("weight", "bias")],
         ),
     ],
 )

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from IPython import get_ipython
+from IPython.core.interactiveshell import InteractiveShell
 
 from expvae_book import render
 from pages import outputs, page_text
@@ -210,3 +211,15 @@ assert last("import torch; float(torch.rand(()))") != seeded
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+
+
+def test_the_shell_of_a_notebook_is_left_alone(rendered):
+    shell = InteractiveShell.instance()
+    before = dict(os.environ)
+    try:
+        with pytest.raises(render.PageError, match="build the book by a process of its own"):
+            rendered("1")
+        assert InteractiveShell.instance() is shell
+        assert dict(os.environ) == before
+    finally:
+        InteractiveShell.clear_instance()

@@ -33,8 +33,7 @@ from expvae import (
     total_correlation,
     upsample,
 )
-from expvae.models import DSpritesVAE, SideBySide, discriminator
-from expvae.models._dsprites import LAYERS
+from expvae.models import DSPRITES_LAYERS, DSpritesVAE, SideBySide, discriminator
 from expvae_book import devices, protocols, weights
 from expvae_book.recipes import StepRecipe
 from expvae_book.training import TrainingDivergedError, build, read_tensors, write_tensors
@@ -54,7 +53,7 @@ class AttentionPenalty:
     """The choices that separate the published variants of the attention disentanglement loss L_AD.
 
     Attributes:
-        layer: The layer whose maps are compared, one of LAYERS.
+        layer: The layer whose maps are compared, one of DSPRITES_LAYERS.
         method: How a map is made; its score must be "each_mean" or "each_sample", and it has no normaliser.
         pairs: Which maps of an image are compared: "consecutive" pairs (1st, 2nd), (2nd, 3rd) … of those with the
             highest response, as the second report describes; "all" pairs of these; or two latents at "random", with
@@ -78,7 +77,7 @@ class AttentionPenalty:
     per_batch: bool = False
 
     def __post_init__(self):
-        choices = {"layer": LAYERS, "pairs": get_args(Pairs), "alpha": get_args(Alpha)}
+        choices = {"layer": DSPRITES_LAYERS, "pairs": get_args(Pairs), "alpha": get_args(Alpha)}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of: {', '.join(allowed)}")

@@ -5,6 +5,7 @@ file of the weights in the cache. `verify` asks the weights again, and writes in
 how well both agree.
 """
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,7 +80,8 @@ def take(
     """
     draw = images if callable(images) else images.__getitem__
     facts = {"weights": file, **_described(model), "layer": layer, "seed": seed, "images": count or len(images)}
-    found = _evaluate(model, draw, facts)
+    # On the CPU whatever trained it: there TF32 may move a number as far as another model would.
+    found = _evaluate(copy.deepcopy(model).cpu(), draw, facts)
     facts |= {"size": draw(torch.zeros(1, dtype=torch.int64)).shape[-1], "latents": found["probe means"].shape[1]}
     return Probe(facts, found, draw)
 
@@ -130,12 +132,11 @@ def grey(sprites: dsprites.Sprites) -> Draw:
 
 def _evaluate(model: nn.Module, draw: Draw, facts: dict[str, Any]) -> dict[str, np.ndarray]:
     order_N = torch.randperm(facts["images"], generator=torch.Generator().manual_seed(facts["seed"]))
-    where = next(model.parameters()).device
     means, maps = [], []
     for index_B in order_N[:COUNT].split(BATCH):
-        found = attention(model.encode, facts["layer"], to_unit(draw(index_B)).to(where), METHOD)
-        means.append(found.encoded[0].detach().cpu())
-        maps.append(F.adaptive_avg_pool2d(found.map_BYX.detach()[:, None], GRID)[:, 0].cpu())
+        found = attention(model.encode, facts["layer"], to_unit(draw(index_B).cpu()), METHOD)
+        means.append(found.encoded[0].detach())
+        maps.append(F.adaptive_avg_pool2d(found.map_BYX.detach()[:, None], GRID)[:, 0])
     return {"probe means": torch.cat(means).float().numpy(), "probe maps": torch.cat(maps).float().numpy()}
 
 

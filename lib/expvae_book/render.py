@@ -14,7 +14,7 @@ import sys
 import tempfile
 import warnings
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,8 @@ def execute(notebook: NotebookNode, path: Path) -> None:
         path: The page's file.
 
     Raises:
-        PageError: If a cell fails; the message names page, cell and line and ends with the traceback.
+        PageError: If a cell fails, where the message names page, cell and line and ends with the traceback; or if this
+            process is that of a notebook already.
     """
     with _isolated(path.parent) as shell:
         for place, cell in enumerate(notebook.cells):
@@ -196,10 +197,10 @@ def _remember(app: Sphinx, docname: str, _source: list[str]) -> None:
 
 @contextmanager
 def _isolated(folder: Path) -> Iterator[_Shell]:
-    environment, path = dict(os.environ), sys.path[:]
-    python, numpy, torch = random.getstate(), np.random.get_state(), sys.modules.get("torch")
-    drawn = torch.get_rng_state() if torch else None
+    if InteractiveShell.initialized():  # its place would be taken
+        raise PageError("Pages cannot be executed from within IPython: build the book by a process of its own.")
     with ExitStack() as stack:
+        stack.callback(_undo())
         home = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(chdir(folder))
         stack.enter_context(mpl.rc_context())
@@ -221,15 +222,26 @@ def _isolated(folder: Path) -> Iterator[_Shell]:
             shell.restore_sys_module_state()
             atexit.unregister(shell.atexit_operations)  # it keeps a history that is not kept here
             _Shell.clear_instance()
-            sys.path[:] = path
-            os.environ.clear()
-            os.environ.update(environment)
-            random.setstate(python)
-            np.random.set_state(numpy)
-            if drawn is not None:
-                torch.set_rng_state(drawn)
-            elif "torch" in sys.modules:
-                sys.modules["torch"].seed()
+
+
+def _undo() -> Callable[[], None]:
+    """What puts the environment, the import path and the random states back to what they are now."""
+    environment, path = dict(os.environ), sys.path[:]
+    python, numpy, torch = random.getstate(), np.random.get_state(), sys.modules.get("torch")
+    drawn = torch.get_rng_state() if torch else None
+
+    def undo() -> None:
+        sys.path[:] = path
+        os.environ.clear()
+        os.environ.update(environment)
+        random.setstate(python)
+        np.random.set_state(numpy)
+        if drawn is not None:
+            torch.set_rng_state(drawn)
+        elif "torch" in sys.modules:
+            sys.modules["torch"].seed()
+
+    return undo
 
 
 def _warn_as_at_the_start() -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from .._lazy import attach
 
 if TYPE_CHECKING:
+    from expvae.models._dsprites import DSPRITES_LAYERS as DSPRITES_LAYERS
     from expvae.models._dsprites import DSpritesVAE as DSpritesVAE
     from expvae.models._dsprites import SideBySide as SideBySide
     from expvae.models._dsprites import discriminator as discriminator
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 __getattr__, __all__ = attach(
     __name__,
     {
-        "_dsprites": ["DSpritesVAE", "SideBySide", "discriminator"],
+        "_dsprites": ["DSPRITES_LAYERS", "DSpritesVAE", "SideBySide", "discriminator"],
         "_mnist": ["MNISTVAE"],
         "_mvtec": ["BrongersMVTecVAE", "MVTecVAE", "imagenet_weights"],
         "_rbm": [

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")  # 32x32, 16x16, 8x8, 4x4 and 1x1 positions
+DSPRITES_LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")  # 32x32, 16x16, 8x8, 4x4 and 1x1 positions
 
 
 class DSpritesVAE(nn.Module):

@@ -14,13 +14,13 @@ from benchmarks import timing
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torchmetrics.functional.classification import binary_auroc
 
-from expvae.metrics import PixelCounts, PixelMetrics
+from expvae.metrics import PixelMetrics, PixelScores
 from expvae_book import runs
 from expvae_book.recipes import Recipe
 
 PEERS = ("numpy", "scikit-learn", "torchmetrics")
 DEVICE = torch.device("cpu")  # whichever device the networks of the other benchmarks run on
-OURS = "PixelCounts: AUROC, average precision, IoU"
+OURS = "PixelMetrics: AUROC, average precision, IoU"
 SKLEARN = "scikit-learn roc_auc_score"
 MILLION = 1_000_000
 
@@ -34,12 +34,12 @@ def scores(pixels: int) -> tuple[np.ndarray, np.ndarray]:
     return score, truth
 
 
-def ours(score: np.ndarray, truth: np.ndarray) -> PixelMetrics:
-    counts = PixelCounts()
+def ours(score: np.ndarray, truth: np.ndarray) -> PixelScores:
+    counts = PixelMetrics()
     for start in range(0, len(score), MILLION):
         chunk = slice(start, start + MILLION)
-        counts.add(score[chunk].reshape(-1, 100, 100), truth[chunk].reshape(-1, 100, 100))
-    return counts.metrics()
+        counts.update(score[chunk].reshape(-1, 100, 100), truth[chunk].reshape(-1, 100, 100))
+    return counts.compute()
 
 
 def measure(_x_NYX: torch.Tensor, _recipe: Recipe, _device: torch.device, rounds: int) -> list[dict]:

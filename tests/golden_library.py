@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from expvae import PRESETS, Method, attention, gradient_times_input, kl_divergence
 from expvae import metrics as measure
-from expvae.metrics import PixelCounts
+from expvae.metrics import PixelMetrics
 from expvae.metrics import _segmentation as segmentation
 from expvae.metrics import _streaming as streaming
 from expvae.models import (
@@ -248,21 +248,21 @@ def measures() -> Numbers:
     masks = [None if i % 4 == 3 else mask_YX for i, mask_YX in enumerate(truth_NYX)]
     clips, scores = torch.arange(n) // 2, {"better": better_NYX, "worse": worse_NYX}
     found: Numbers = {}
-    counts = {name: PixelCounts(regions=True) for name in scores}
+    counts = {name: PixelMetrics(regions=True) for name in scores}
     for name, score_NYX in scores.items():
         exact = asdict(segmentation.exact(score_NYX, truth_NYX, regions=True, threshold=0.9))
         found |= {f"{name}, {field}": value for field, value in exact.items()}
-        counts[name].add(score_NYX, truth_NYX, unit=clips)
+        counts[name].update(score_NYX, truth_NYX, unit=clips)
     for rule in ("leave out", "normal"):
         found[f"without a mask: {rule}"] = segmentation.exact(worse_NYX, masks, without_mask=rule).average_precision
     with pytest.MonkeyPatch.context() as patch:  # as where there are more pixels than are kept
         for name, limit in (("EXACT_PIXELS", 1000), ("MAX_CELLS", 500)):
             patch.setattr(streaming, name, limit)
-        coarse = PixelCounts()
-        coarse.add(worse_NYX, truth_NYX)
-        found["in cells"] = [coarse.metrics().auroc, coarse.metrics().best_iou]
-    among = PixelCounts()
-    among.add(worse_NYX, truth_NYX, clips, where=where_NYX)
+        coarse = PixelMetrics()
+        coarse.update(worse_NYX, truth_NYX)
+        found["in cells"] = [coarse.compute().auroc, coarse.compute().best_iou]
+    among = PixelMetrics()
+    among.update(worse_NYX, truth_NYX, clips, where=where_NYX)
     intervals: dict[Any, measure.Interval] = {
         "pixel AUROC by images": measure.auroc_interval(worse_NYX, truth_NYX, seed=0),
         "pixel AUROC somewhere": measure.auroc_interval(worse_NYX, truth_NYX, where_NP=where_NYX, seed=0),

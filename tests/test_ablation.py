@@ -12,7 +12,7 @@ from sklearn.metrics import jaccard_score, roc_auc_score
 from torch import nn
 
 from expvae import PRESETS, Method, attention, models
-from expvae.metrics import PixelCounts, auroc_difference
+from expvae.metrics import PixelMetrics, auroc_difference
 from expvae.models import MNISTVAE, UCSDVAE
 from expvae_book import ablation, chapters, judges, localisation, recipes, runs, training, weights
 from expvae_book.ablation import AUROC, IOU, REFERENCES
@@ -210,9 +210,9 @@ def test_differences_are_those_of_a_slow_loop(kind, levels, error):
 def test_resamples_are_those_of_the_streaming_measures():
     (first_MYX, truth_MYX), (second_MYX, _) = scores(0, images=12), scores(1, images=12)
     unit_M = np.arange(12) // 2
-    counts = [PixelCounts(), PixelCounts()]
+    counts = [PixelMetrics(), PixelMetrics()]
     for count, score_MYX in zip(counts, (first_MYX, second_MYX), strict=True):
-        count.add(score_MYX, truth_MYX, unit=unit_M)
+        count.update(score_MYX, truth_MYX, unit=unit_M)
     expected = auroc_difference(*counts, seed=9, resamples=200)
     weight_RM = ablation.resampled_weights(unit_M, 200, seed=9)
     first, second = (ablation.resampled(score_MYX, truth_MYX, weight_RM) for score_MYX in (first_MYX, second_MYX))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from expvae.metrics import (
-    PixelCounts,
+    PixelMetrics,
     active_by_kl,
     active_by_variance,
     auroc,
@@ -38,10 +38,10 @@ GENERATOR = torch.Generator()
         lambda: thresholds(MASKED),
         lambda: confusion(MASKED, TRUTH, np.array([0.5])),
         lambda: fraction_interval(MASKED_TRUTH[0]),
-        lambda: PixelCounts().add(MASKED, TRUTH),
-        lambda: PixelCounts().add(SCORE, [TRUTH[0], MASKED_TRUTH[1]]),
-        lambda: PixelCounts().add(SCORE, TRUTH, where=MASKED_TRUTH),
-        lambda: PixelCounts().add(SCORE, TRUTH, unit=np.ma.array([1, 2], mask=[True, False])),
+        lambda: PixelMetrics().update(MASKED, TRUTH),
+        lambda: PixelMetrics().update(SCORE, [TRUTH[0], MASKED_TRUTH[1]]),
+        lambda: PixelMetrics().update(SCORE, TRUTH, where=MASKED_TRUTH),
+        lambda: PixelMetrics().update(SCORE, TRUTH, unit=np.ma.array([1, 2], mask=[True, False])),
         lambda: active_by_kl(MASKED),
         lambda: active_by_variance(MASKED),
         lambda: mutual_information_gap(MASKED, (2,), generator=GENERATOR),

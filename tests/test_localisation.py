@@ -97,7 +97,7 @@ class Small(nn.Module):
 
 @pytest.fixture(autouse=True, scope="module")
 def fewer_of_everything():
-    """A hundred resamples of PixelCounts, and four images for all layers and presets."""
+    """A hundred resamples of PixelMetrics, and four images for all layers and presets."""
     resampled = streaming._resampled_counts
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streaming, "_resampled_counts", lambda *arguments: resampled(*arguments[:-1], 100))

@@ -8,18 +8,18 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_score, roc_curve
 
-from expvae.metrics import PixelCounts, PixelMetrics, auroc_difference, auroc_interval, difference_intervals
+from expvae.metrics import PixelMetrics, PixelScores, auroc_difference, auroc_interval, difference_intervals
 from expvae.metrics import _streaming as streaming
 from expvae.metrics._segmentation import exact
 from maps import anomaly_maps
 
 
 def counted(score, truth, *, batch=7, unit=None, where=None, regions=False):
-    counts = PixelCounts(regions=regions)
+    counts = PixelMetrics(regions=regions)
     for start in range(0, len(score), batch):
         part = slice(start, start + batch)
         unit_B, where_BYX = (None if values is None else values[part] for values in (unit, where))
-        counts.add(score[part], truth[part], unit=unit_B, where=where_BYX)
+        counts.update(score[part], truth[part], unit=unit_B, where=where_BYX)
     return counts
 
 
@@ -41,7 +41,7 @@ def test_a_million_pixels_equal_sklearn():
     score_NYX, truth_NYX = anomaly_maps(100, 100)
     score_NYX[:, :, :30] = np.round(score_NYX[:, :, :30], 1)  # ties
     counts = counted(score_NYX, truth_NYX, batch=13)
-    found = counts.metrics(threshold=0.9)
+    found = counts.compute(threshold=0.9)
     score, truth = score_NYX.ravel(), truth_NYX.ravel()
     assert found.auroc == pytest.approx(roc_auc_score(truth, score), abs=1e-9)
     assert found.average_precision == pytest.approx(average_precision_score(truth, score), abs=1e-9)
@@ -68,7 +68,7 @@ def slow_grid_iou(score, truth):
 
 def test_the_grid_of_the_reports_equals_a_slow_loop():
     score_NYX, truth_NYX = anomaly_maps(9, 12)
-    assert counted(score_NYX, truth_NYX).metrics().grid_iou == slow_grid_iou(score_NYX, truth_NYX)
+    assert counted(score_NYX, truth_NYX).compute().grid_iou == slow_grid_iou(score_NYX, truth_NYX)
 
 
 scores = st.sampled_from([-2.0, -1e-30, -0.0, 0.0, 1e-42, 0.5, 0.5000001, 3.0])
@@ -84,7 +84,7 @@ def tied_maps(draw):
 @settings(max_examples=50, deadline=None)
 @given(tied_maps())
 def test_counts_equal_the_exact_twin(case):
-    found = asdict(counted(*case, batch=2, regions=True).metrics(threshold=0.5))
+    found = asdict(counted(*case, batch=2, regions=True).compute(threshold=0.5))
     for name, expected in asdict(exact(*case, regions=True, threshold=0.5)).items():
         assert found[name] == pytest.approx(expected, abs=1e-9), name
 
@@ -100,7 +100,7 @@ def test_ordered_integers_keep_the_order_and_the_scores(score_P):
 def test_cells_are_close_to_the_exact_twin(small):
     score_NYX, truth_NYX = anomaly_maps(40, 20)
     counts = counted(score_NYX, truth_NYX, regions=True)
-    found, expected = counts.metrics(threshold=1.0), exact(score_NYX, truth_NYX, regions=True, threshold=1.0)
+    found, expected = counts.compute(threshold=1.0), exact(score_NYX, truth_NYX, regions=True, threshold=1.0)
     assert len(counts._cells.scores()) > 2000
     assert found != expected
     for name, value in asdict(expected).items():
@@ -112,7 +112,7 @@ def test_cells_are_close_to_the_exact_twin(small):
 def test_few_cells_lose_nothing_from_scores_that_share_none(small):
     score_NYX, truth_NYX = anomaly_maps(40, 20)
     score_NYX = np.round(score_NYX * 4) / 4  # eight scores between 1 and 2 and fewer below
-    found = counted(score_NYX, truth_NYX, regions=True).metrics()
+    found = counted(score_NYX, truth_NYX, regions=True).compute()
     for name, value in asdict(exact(score_NYX, truth_NYX, regions=True)).items():
         assert asdict(found)[name] == (value if value is None else pytest.approx(value, abs=1e-9)), name
 
@@ -123,7 +123,7 @@ def test_doubled_scores_change_nothing_and_turned_ones_the_auroc(bounds, factor,
     if bounds == "small":
         request.getfixturevalue("small")
     score_NYX, truth_NYX = anomaly_maps(20, 10)
-    found, mapped = (counted(score_NYX * f, truth_NYX, regions=True).metrics() for f in (1, factor))
+    found, mapped = (counted(score_NYX * f, truth_NYX, regions=True).compute() for f in (1, factor))
     if factor == 2:
         doubled = {name: 2 * value for name, value in asdict(found).items() if name.endswith("threshold")}
         assert asdict(mapped) == asdict(found) | doubled
@@ -136,34 +136,34 @@ def test_tensors_of_every_precision(dtype):
     generator = torch.Generator().manual_seed(0)
     score = (torch.rand(3, 4, 5, generator=generator) * 100).to(dtype).requires_grad_(dtype != torch.uint8)
     truth = torch.rand(3, 4, 5, generator=generator) < 0.3
-    counts = PixelCounts()
-    counts.add(score, truth)
-    assert counts.metrics() == exact(score.float(), truth)
+    counts = PixelMetrics()
+    counts.update(score, truth)
+    assert counts.compute() == exact(score.float(), truth)
 
 
 def test_arrays_that_are_read_only_or_not_contiguous():
     score_NYX, truth_NYX = anomaly_maps(6, 8)
     score_NYX.setflags(write=False)
-    counts = PixelCounts(regions=True)
-    counts.add(score_NYX[::2, :, ::-1], np.asfortranarray(truth_NYX[::2, :, ::-1]))
+    counts = PixelMetrics(regions=True)
+    counts.update(score_NYX[::2, :, ::-1], np.asfortranarray(truth_NYX[::2, :, ::-1]))
     expected = exact(score_NYX[::2], truth_NYX[::2], regions=True)
-    assert counts.metrics().auroc == expected.auroc
-    assert counts.metrics().aupro == pytest.approx(expected.aupro, abs=1e-9)
+    assert counts.compute().auroc == expected.auroc
+    assert counts.compute().aupro == pytest.approx(expected.aupro, abs=1e-9)
 
 
 def test_the_caller_may_use_its_arrays_again():
     score_NYX, truth_NYX = anomaly_maps(6, 8)
-    counts, expected = PixelCounts(), exact(score_NYX, truth_NYX)
-    counts.add(score_NYX, truth_NYX)
+    counts, expected = PixelMetrics(), exact(score_NYX, truth_NYX)
+    counts.update(score_NYX, truth_NYX)
     score_NYX[:], truth_NYX[:] = 0, False
-    assert counts.metrics() == expected
+    assert counts.compute() == expected
 
 
 # --- Merging ---------------------------------------------------------------------------------------------------------
 
 
 def everything(counts):
-    return counts.metrics(threshold=0.5), counts.intervals(seed=0, resamples=100), counts.images, counts.images_left_out
+    return counts.compute(threshold=0.5), counts.intervals(seed=0, resamples=100), counts.images, counts.images_left_out
 
 
 @pytest.mark.parametrize("bounds", ["small", "usual"])
@@ -179,13 +179,13 @@ def test_order_and_grouping_change_nothing(bounds, seed, request):
     expected = everything(counted(score_NYX, masks, batch=30, unit=clip, regions=True))
 
     order = rng.permutation(30)
-    merged = PixelCounts(regions=True)
+    merged = PixelMetrics(regions=True)
     for group in np.split(order, np.sort(rng.integers(0, 30, size=4))):
         part = counted(
             score_NYX[group], [masks[i] for i in group], batch=4, unit=[clip[i] for i in group], regions=True
         )
         if rng.random() < 0.5 and part.images:
-            part.metrics()  # reading moves what is kept, which must not show
+            part.compute()  # reading moves what is kept, which must not show
         before = part.images, part._pixels
         merged.merge(part)
         assert (part.images, part._pixels) == before
@@ -196,21 +196,21 @@ def test_order_and_grouping_change_nothing(bounds, seed, request):
 
 def test_counts_that_were_read_merge_into_new_ones(small):
     counts = counted(*anomaly_maps(8, 10), unit=range(8), regions=True)
-    counts.metrics()  # empties the buffer
-    merged = PixelCounts(regions=True)
+    counts.compute()  # empties the buffer
+    merged = PixelMetrics(regions=True)
     merged.merge(counts)
     assert everything(merged) == everything(counts)
 
 
 def test_merged_counts_share_nothing(small):
     score_NYX, truth_NYX = anomaly_maps(8, 10)
-    first, second = counted(score_NYX[:4], truth_NYX[:4]), PixelCounts()
+    first, second = counted(score_NYX[:4], truth_NYX[:4]), PixelMetrics()
     second.merge(first)
-    expected = first.metrics()
-    second.add(score_NYX[4:], truth_NYX[4:])
-    second.metrics()
-    assert first.metrics() == expected
-    assert second.metrics() == counted(score_NYX, truth_NYX).metrics()
+    expected = first.compute()
+    second.update(score_NYX[4:], truth_NYX[4:])
+    second.compute()
+    assert first.compute() == expected
+    assert second.compute() == counted(score_NYX, truth_NYX).compute()
 
 
 @pytest.mark.parametrize("bounds", ["small", "usual"])
@@ -219,27 +219,27 @@ def test_counts_merged_with_themselves_keep_their_shares(bounds, request):
         request.getfixturevalue("small")
     score_NYX, truth_NYX = anomaly_maps(8, 10)
     counts = counted(score_NYX, truth_NYX, unit=range(8))
-    expected = counts.metrics()
+    expected = counts.compute()
     counts.merge(counts)
-    assert counts.metrics() == expected
+    assert counts.compute() == expected
     assert counts._pixels == 2 * score_NYX.size
 
 
 def test_categories_merge_to_the_pooled_number():
     score_NYX, truth_NYX = anomaly_maps(12, 10)
     categories = {name: counted(score_NYX[i::3], truth_NYX[i::3]) for i, name in enumerate(["a", "b", "c"])}
-    pooled = PixelCounts()
+    pooled = PixelMetrics()
     for counts in categories.values():
         pooled.merge(counts)
-    assert pooled.metrics() == exact(score_NYX, truth_NYX)
-    assert categories["b"].metrics() == exact(score_NYX[1::3], truth_NYX[1::3])
+    assert pooled.compute() == exact(score_NYX, truth_NYX)
+    assert categories["b"].compute() == exact(score_NYX[1::3], truth_NYX[1::3])
 
 
 @pytest.mark.parametrize(
     ("other", "sentence"),
     [
-        (PixelCounts(regions=True), "same regions and without_mask"),
-        (PixelCounts(without_mask="normal"), "same regions and without_mask"),
+        (PixelMetrics(regions=True), "same regions and without_mask"),
+        (PixelMetrics(without_mask="normal"), "same regions and without_mask"),
         (counted(*anomaly_maps(2, 9)), "unit must be given with every batch or with none"),
         (counted(*anomaly_maps(2, 9), unit=["a", "b"]), "numbers in every batch or names in every batch"),
     ],
@@ -268,13 +268,13 @@ def test_where_equals_masking_by_hand():
     score_NYX, truth_NYX, where_NYX = maps_and_where(all_left_out=[0, 1, 8])
     counts = counted(score_NYX, truth_NYX, batch=2, where=where_NYX)
     expected = exact(score_NYX[where_NYX], truth_NYX[where_NYX], threshold=0.5)
-    assert counts.metrics(threshold=0.5) == expected
+    assert counts.compute(threshold=0.5) == expected
     assert expected != exact(score_NYX, truth_NYX, threshold=0.5)
     assert (counts.images, counts.images_left_out) == (12, 0)
     nowhere = counted(score_NYX, truth_NYX, where=np.zeros_like(truth_NYX))
     with pytest.raises(ValueError, match="both classes, got 0 positives and 0 negatives"):
-        nowhere.metrics()
-    assert counted(score_NYX, truth_NYX, where=np.ones_like(truth_NYX)).metrics() == exact(score_NYX, truth_NYX)
+        nowhere.compute()
+    assert counted(score_NYX, truth_NYX, where=np.ones_like(truth_NYX)).compute() == exact(score_NYX, truth_NYX)
 
 
 @pytest.mark.parametrize("bounds", ["small", "usual"])
@@ -295,22 +295,22 @@ def test_where_and_images_without_a_mask(as_kind):
     score_NYX, truth_NYX, where_NYX = maps_and_where(6)
     truth_NYX[[1, 4]] = False
     masks = [None if image in (1, 4) else mask_YX for image, mask_YX in enumerate(truth_NYX)]
-    left_out, normal = PixelCounts(), PixelCounts(without_mask="normal")
+    left_out, normal = PixelMetrics(), PixelMetrics(without_mask="normal")
     for counts in (left_out, normal):
-        counts.add(as_kind(score_NYX), masks, unit=list("abcdef"), where=as_kind(where_NYX))
+        counts.update(as_kind(score_NYX), masks, unit=list("abcdef"), where=as_kind(where_NYX))
     known_NYX = where_NYX.copy()
     known_NYX[[1, 4]] = False
-    assert left_out.metrics() == exact(score_NYX[known_NYX], truth_NYX[known_NYX])
-    assert normal.metrics() == exact(score_NYX[where_NYX], truth_NYX[where_NYX])
+    assert left_out.compute() == exact(score_NYX[known_NYX], truth_NYX[known_NYX])
+    assert normal.compute() == exact(score_NYX[where_NYX], truth_NYX[where_NYX])
     assert (left_out.images, left_out.images_left_out) == (4, 2)
     assert left_out.intervals(seed=0, resamples=100)["auroc"].n == 4
 
 
 def test_where_takes_one_score_per_image():
     score_N, truth_N, where_N = np.arange(6.0), np.arange(6) % 3 == 1, np.arange(6) != 4
-    counts = PixelCounts()
-    counts.add(score_N, truth_N, unit=range(6), where=where_N)
-    assert counts.metrics() == exact(score_N[where_N].astype(np.float32), truth_N[where_N])
+    counts = PixelMetrics()
+    counts.update(score_N, truth_N, unit=range(6), where=where_N)
+    assert counts.compute() == exact(score_N[where_N].astype(np.float32), truth_N[where_N])
     assert counts.intervals(seed=0, resamples=100)["auroc"].n == 6
 
 
@@ -336,7 +336,7 @@ def test_where_and_merging_in_any_order(bounds, request):
     clip = [f"clip {image // 2}" for image in range(30)]
     expected = everything(counted(score_NYX, truth_NYX, batch=30, unit=clip, where=where_NYX))
     order = np.random.default_rng(3).permutation(30)
-    merged = PixelCounts()
+    merged = PixelMetrics()
     for group in ([0, 1], *np.split(order[~np.isin(order, [0, 1])], [9, 15])):  # nothing counts in the first
         part = counted(
             score_NYX[group], truth_NYX[group], batch=4, unit=[clip[i] for i in group], where=where_NYX[group]
@@ -350,14 +350,14 @@ def test_a_batch_of_which_nothing_counts_still_has_units():
     nowhere = np.zeros_like(truth_NYX)
     with_units, without = (counted(score_NYX, truth_NYX, unit=unit, where=nowhere) for unit in (range(4), None))
     with pytest.raises(ValueError, match="unit must be given with every batch or with none"):
-        with_units.add(score_NYX, truth_NYX)
+        with_units.update(score_NYX, truth_NYX)
     with pytest.raises(ValueError, match="unit must be given with every batch or with none"):
-        without.add(score_NYX, truth_NYX, unit=range(4))
+        without.update(score_NYX, truth_NYX, unit=range(4))
     with pytest.raises(ValueError, match="unit must be given with every batch or with none"):
         with_units.merge(without)
     with pytest.raises(ValueError, match="numbers in every batch or names in every batch"):
-        with_units.add(score_NYX, truth_NYX, unit=list("abcd"))
-    with_units.add(score_NYX, truth_NYX, unit=range(4))
+        with_units.update(score_NYX, truth_NYX, unit=list("abcd"))
+    with_units.update(score_NYX, truth_NYX, unit=range(4))
     assert everything(with_units)[:2] == everything(counted(score_NYX, truth_NYX, unit=range(4)))[:2]
 
 
@@ -377,7 +377,7 @@ def test_a_bad_where_is_refused_and_changes_nothing(where, sentence):
     counts = counted(*anomaly_maps(4, 9), unit=[4, 3, 2, 1])
     expected = everything(counts)
     with pytest.raises(ValueError, match=sentence):
-        counts.add(*anomaly_maps(3, 9), unit=[1, 2, 5], where=where)
+        counts.update(*anomaly_maps(3, 9), unit=[1, 2, 5], where=where)
     assert everything(counts) == expected
 
 
@@ -386,7 +386,7 @@ def test_where_and_regions_do_not_go_together():
     counts = counted(score_NYX, truth_NYX, unit=range(4), regions=True)
     expected = everything(counts)
     with pytest.raises(ValueError, match=r"^where cannot be given with regions=True, because a region counts with all"):
-        counts.add(score_NYX, truth_NYX, unit=range(4), where=np.ones_like(truth_NYX))
+        counts.update(score_NYX, truth_NYX, unit=range(4), where=np.ones_like(truth_NYX))
     assert everything(counts) == expected
 
 
@@ -397,12 +397,12 @@ def test_images_without_a_mask_are_left_out_or_normal():
     score_NYX, truth_NYX = anomaly_maps(6, 9, seed=1)
     truth_NYX[[1, 4]] = False
     masks = [None if image in (1, 4) else mask_YX for image, mask_YX in enumerate(truth_NYX)]
-    left_out, normal = PixelCounts(), PixelCounts(without_mask="normal")
+    left_out, normal = PixelMetrics(), PixelMetrics(without_mask="normal")
     for counts in (left_out, normal):
-        counts.add(score_NYX[:4], masks[:4], unit=[1, 2, 3, 4])
-        counts.add(torch.from_numpy(score_NYX[4:]), [None, torch.from_numpy(truth_NYX[5])], unit=[5, 6])
-    assert left_out.metrics() == exact(score_NYX[[0, 2, 3, 5]], truth_NYX[[0, 2, 3, 5]])
-    assert normal.metrics() == exact(score_NYX, truth_NYX)
+        counts.update(score_NYX[:4], masks[:4], unit=[1, 2, 3, 4])
+        counts.update(torch.from_numpy(score_NYX[4:]), [None, torch.from_numpy(truth_NYX[5])], unit=[5, 6])
+    assert left_out.compute() == exact(score_NYX[[0, 2, 3, 5]], truth_NYX[[0, 2, 3, 5]])
+    assert normal.compute() == exact(score_NYX, truth_NYX)
     assert (left_out.images, left_out.images_left_out) == (4, 2)
     assert (normal.images, normal.images_left_out) == (6, 0)
     assert left_out.intervals(seed=0, resamples=100)["auroc"].n == 4
@@ -411,9 +411,9 @@ def test_images_without_a_mask_are_left_out_or_normal():
 
 def test_a_batch_without_any_mask_is_left_out():
     counts = counted(*anomaly_maps(4, 9))
-    expected = counts.metrics()
-    counts.add(np.zeros((2, 9, 9)), [None, None])
-    assert (counts.metrics(), counts.images, counts.images_left_out) == (expected, 4, 2)
+    expected = counts.compute()
+    counts.update(np.zeros((2, 9, 9)), [None, None])
+    assert (counts.compute(), counts.images, counts.images_left_out) == (expected, 4, 2)
 
 
 def bad_batches():
@@ -438,17 +438,17 @@ def test_a_bad_batch_is_refused_and_changes_nothing(score, truth, unit, sentence
     counts = counted(*anomaly_maps(4, 9), unit=[4, 3, 2, 1], regions=True)
     expected = everything(counts)
     with pytest.raises(ValueError, match=sentence):
-        counts.add(score, truth, unit=unit)
+        counts.update(score, truth, unit=unit)
     assert everything(counts) == expected
 
 
 def test_one_class_or_nothing_has_no_measures():
-    counts = PixelCounts()
+    counts = PixelMetrics()
     with pytest.raises(ValueError, match="both classes, got 0 positives and 0 negatives"):
-        counts.metrics()
-    counts.add(np.arange(4.0), np.zeros(4, dtype=bool), unit=range(4))
+        counts.compute()
+    counts.update(np.arange(4.0), np.zeros(4, dtype=bool), unit=range(4))
     with pytest.raises(ValueError, match="both classes, got 0 positives and 4 negatives"):
-        counts.metrics()
+        counts.compute()
     with pytest.raises(ValueError, match="both classes, got 0 positives and 4 negatives"):
         counts.intervals(seed=0)
 
@@ -479,7 +479,7 @@ def test_intervals_equal_a_slow_loop():
     found = found.intervals(seed=3, threshold=1.0, resamples=100, level=0.9)
     expected = slow_resamples(score_NYX, truth_NYX, clip[::-1], seed=3, resamples=100, threshold=1.0)
     value = asdict(exact(score_NYX, truth_NYX, regions=True, threshold=1.0))
-    assert set(found) == set(expected) == {field.name for field in fields(PixelMetrics)}
+    assert set(found) == set(expected) == {field.name for field in fields(PixelScores)}
     for name, interval in found.items():
         low, high = np.quantile(expected[name], [0.05, 0.95])
         assert interval.value == pytest.approx(value[name], abs=1e-9), name
@@ -621,10 +621,10 @@ def test_differences_where_units_have_no_pixels():
 
 def test_what_is_held_stays_within_its_bounds(small):
     rng = np.random.default_rng(0)
-    counts = PixelCounts(regions=True)
+    counts = PixelMetrics(regions=True)
     for batch in range(30):
         score_BYX = 0.5 + rng.random((4, 20, 20))
-        counts.add(score_BYX, rng.random((4, 20, 20)) < 0.1, unit=range(4 * batch, 4 * batch + 4))
+        counts.update(score_BYX, rng.random((4, 20, 20)) < 0.1, unit=range(4 * batch, 4 * batch + 4))
         assert counts._buffer.size <= streaming.EXACT_PIXELS
         assert len(counts._buffer._columns[0]) <= streaming.EXACT_PIXELS
         assert counts._cells.count_CK.shape[1] <= streaming.MAX_CELLS

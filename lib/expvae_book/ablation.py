@@ -244,7 +244,7 @@ def per_latent(
 def resampled_weights(unit_M: Shaped[Array, " m"], resamples: int, seed: int) -> Float[np.ndarray, "r m"]:
     """How often each image is in each resample of the units; the first line is the sample itself.
 
-    The resamples are those of `expvae.metrics.PixelCounts.intervals` under the same seed.
+    The resamples are those of `expvae.metrics.PixelMetrics.intervals` under the same seed.
 
     Raises:
         ValueError: If there are fewer than two units.

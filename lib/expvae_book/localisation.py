@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from expvae import PRESETS, Method, attention, reconstruction_loss
 from expvae.metrics import (
-    PixelCounts,
+    PixelMetrics,
     active_units,
     auroc_difference,
     auroc_interval,
@@ -268,9 +268,9 @@ def pixel_rows(maps: Maps, held_out: Maps, category: mvtec.Category, seed: int) 
     image_M = torch.nonzero(known_N)[:, 0]
     rows, counts = [], {}
     for name in tqdm(METHODS, desc="pixel measures", unit="map"):
-        counts[name] = PixelCounts(regions=True)
+        counts[name] = PixelMetrics(regions=True)
         for part in torch.arange(len(image_M)).split(32):
-            counts[name].add(maps[name][image_M[part]], truth_MYX[part], unit=image_M[part])
+            counts[name].update(maps[name][image_M[part]], truth_MYX[part], unit=image_M[part])
         measured = counts[name].intervals(seed=seed)
         rows += [runs.row(title, method=name, **vars(measured[field])) for field, title in FIELDS.items()]
     for name in BASELINES:
@@ -359,8 +359,8 @@ def layer_rows(
     rows = []
     for layer, preset in tqdm(CASES, desc="layers and presets", unit="case"):
         map_MYX = explain(model, category.test_NCYX[some], layer, preset, batch=batch, seed=seed, normal=normal)
-        counts = PixelCounts()
-        counts.add(map_MYX, truth_MYX, unit=some)
+        counts = PixelMetrics()
+        counts.update(map_MYX, truth_MYX, unit=some)
         measured = counts.auroc_interval(seed=seed)
         rows.append(runs.row("pixel AUROC, layers and presets", method=layer, subset=preset, **vars(measured)))
     return rows

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from expvae.metrics._pixel import auroc_interval as auroc_interval
     from expvae.metrics._pixel import auroc_per_image as auroc_per_image
     from expvae.metrics._pixel import fraction_interval as fraction_interval
-    from expvae.metrics._segmentation import PixelMetrics as PixelMetrics
-    from expvae.metrics._streaming import PixelCounts as PixelCounts
+    from expvae.metrics._segmentation import PixelScores as PixelScores
+    from expvae.metrics._streaming import PixelMetrics as PixelMetrics
     from expvae.metrics._streaming import auroc_difference as auroc_difference
     from expvae.metrics._streaming import difference_intervals as difference_intervals
 
@@ -59,7 +59,7 @@ __getattr__, __all__ = attach(
         "_iou": ["CONVENTIONS", "confusion", "iou_intervals", "ious", "thresholds"],
         "_latent": ["active_units"],
         "_pixel": ["auroc", "auroc_interval", "auroc_per_image", "fraction_interval"],
-        "_segmentation": ["PixelMetrics"],
-        "_streaming": ["PixelCounts", "auroc_difference", "difference_intervals"],
+        "_segmentation": ["PixelScores"],
+        "_streaming": ["PixelMetrics", "auroc_difference", "difference_intervals"],
     },
 )

@@ -24,7 +24,7 @@ GRID = np.arange(1, 100) / 100  # thresholds of the reports, as shares of the hi
 
 
 @dataclass(frozen=True)
-class PixelMetrics:
+class PixelScores:
     """Measures of one set of pixels.
 
     Attributes:
@@ -64,7 +64,7 @@ def exact(
     regions: bool = False,
     threshold: float | None = None,
     without_mask: WithoutMask = "leave out",
-) -> PixelMetrics:
+) -> PixelScores:
     """All measures of the pixels of all images pooled; for numbers per image, call it with one image at a time.
 
     Args:
@@ -102,7 +102,7 @@ def from_counts(
     *,
     highest: float | None = None,
     threshold: float | None = None,
-) -> PixelMetrics:
+) -> PixelScores:
     """All measures from the counts of both classes.
 
     Exact where each cell holds one score. Where it holds several they count as equal, and as its lowest.
@@ -139,7 +139,7 @@ def from_counts(
         raise ValueError("threshold must be a number, got nan.")
     grid = flagged_from(GRID * float(score_K[0] if highest is None else highest))
     at = None if threshold is None else int(flagged_from(threshold))
-    return PixelMetrics(
+    return PixelScores(
         auroc=float((positive_K * (n - fp_K + negative_K / 2)).sum() / (p * n)),
         average_precision=float((positive_K * tp_K / (tp_K + fp_K)).sum() / p),
         fpr95=float(fp_K[np.argmax(20 * tp_K >= 19 * p)] / n),  # 0.95 p would round

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float32, Float64, Int32, Int64, Shaped, UInt32
 from expvae.metrics._bootstrap import Interval, percentile_interval, resampled_weights
 from expvae.metrics._inputs import Array, Masks, WithoutMask, as_array, require_resampling, with_masks
 from expvae.metrics._pixel import _auroc_from_counts
-from expvae.metrics._segmentation import GRID, PixelMetrics, from_counts, region_sizes
+from expvae.metrics._segmentation import GRID, PixelScores, from_counts, region_sizes
 
 Unit = str | int
 
@@ -40,13 +40,13 @@ RESAMPLING_CELLS = 2048  # per class
 UNITS_PER_CHUNK = 256  # bounds the histograms of units to 25 MB
 
 
-class PixelCounts:
+class PixelMetrics:
     """Counts of normal and anomalous pixels by score: add batches, merge counts, read the measures.
 
-        counts = PixelCounts()
+        counts = PixelMetrics()
         for map_BYX, mask_BYX, clip_B in batches:
-            counts.add(map_BYX, mask_BYX, unit=clip_B)
-        counts.metrics().auroc
+            counts.update(map_BYX, mask_BYX, unit=clip_B)
+        counts.compute().auroc
         counts.intervals(seed=0)["auroc"]
 
     One object holds the pixels that are pooled. For a number per category keep a dict of objects, and merge them for
@@ -70,7 +70,7 @@ class PixelCounts:
     """
 
     def __init__(self, *, regions: bool = False, without_mask: WithoutMask = "leave out"):
-        with_masks(np.zeros(0), np.zeros(0, dtype=bool), without_mask)  # refuses what it will not know in `add`
+        with_masks(np.zeros(0), np.zeros(0, dtype=bool), without_mask)  # refuses what it will not know in `update`
         self.regions = regions
         self.without_mask = without_mask
         self.images = 0
@@ -82,7 +82,7 @@ class PixelCounts:
         self._cells: _Cells | None = None  # the others
         self._table: _Table | None = None  # the others by unit
 
-    def add(
+    def update(
         self,
         score_BYX: Shaped[Array, "b ..."],
         truth_BYX: Masks,
@@ -129,7 +129,7 @@ class PixelCounts:
         unit_P = None if unit_B is None else np.repeat(self._indices(unit_B[image_M]), pixels_M)
         self._take(_Pixels(score_P, truth_P, unit_P, share_P))
 
-    def merge(self, other: "PixelCounts") -> None:
+    def merge(self, other: "PixelMetrics") -> None:
         """Add all that another object counted; the other one stays as it is.
 
         Raises:
@@ -153,7 +153,7 @@ class PixelCounts:
         self._pixels += other._pixels - other._buffer.size
         self._take(other._buffer.pixels().with_units(index_U))
 
-    def metrics(self, threshold: float | None = None) -> PixelMetrics:
+    def compute(self, threshold: float | None = None) -> PixelScores:
         """All measures of the pixels added so far.
 
         Args:
@@ -180,24 +180,24 @@ class PixelCounts:
         independent. Scores of the same units, which are taken in sorted order, under the same seed see the same
         resamples. A resample without both classes has no measures and is left out.
 
-        The values are those of `metrics`. A resample is a weighted sum of one histogram per unit and class, whose cells
+        The values are those of `compute`. A resample is a weighted sum of one histogram per unit and class, whose cells
         hold one score, or at most 1/2048 of the pixels of each class. What the cells change in the measures of the
         whole sample is taken off the percentiles.
 
         Args:
             seed: Seed of the resampling.
-            threshold: As for `metrics`.
+            threshold: As for `compute`.
             resamples: Number of bootstrap resamples, at least 100.
             level: Confidence level, between 0 and 1.
 
         Returns:
-            For every field of `PixelMetrics` that is not None, its value, the two percentiles and the number of units.
+            For every field of `PixelScores` that is not None, its value, the two percentiles and the number of units.
 
         Raises:
             ValueError: If there are fewer than two units, a class is missing, or resamples or level are out of range.
         """
         require_resampling(resamples, level)
-        value = _numbers(self.metrics(threshold))
+        value = _numbers(self.compute(threshold))
         drawn = _resampled(self._by_sorted_unit(), len(self._unit_index), seed, threshold, resamples)
         return _intervals(value, drawn, level, len(self._unit_index))
 
@@ -210,7 +210,7 @@ class PixelCounts:
         require_resampling(resamples, level)
         n_units = len(self._unit_index)
         drawn = _resampled_aurocs(self._by_sorted_unit(), n_units, seed, resamples)
-        return _auroc_interval(self.metrics().auroc, drawn, level, n_units)
+        return _auroc_interval(self.compute().auroc, drawn, level, n_units)
 
     def _require_alike(self, unit_B: Shaped[np.ndarray, " b"] | list[Unit] | None) -> None:
         """Raise a ValueError if units are given here but were not so far, the reverse, or of the other kind."""
@@ -278,8 +278,8 @@ class PixelCounts:
 
 
 def difference_intervals(
-    first: PixelCounts,
-    second: PixelCounts,
+    first: PixelMetrics,
+    second: PixelMetrics,
     *,
     seed: int,
     threshold: float | None = None,
@@ -289,16 +289,16 @@ def difference_intervals(
     """Paired bootstrap intervals of the measures of first minus those of second, for two scores of the same images.
 
     Both see the same resamples of the units, so that what makes an image hard for both cancels. See
-    `PixelCounts.intervals` for the arguments, the resamples and what is returned.
+    `PixelMetrics.intervals` for the arguments, the resamples and what is returned.
 
     Raises:
-        ValueError: As for `PixelCounts.intervals`, or if the units, or the numbers of their normal and anomalous
+        ValueError: As for `PixelMetrics.intervals`, or if the units, or the numbers of their normal and anomalous
             pixels, differ.
     """
     require_resampling(resamples, level)
     if first.regions != second.regions:
         raise ValueError("first and second must have the same regions.")
-    values = [_numbers(counts.metrics(threshold)) for counts in (first, second)]
+    values = [_numbers(counts.compute(threshold)) for counts in (first, second)]
     tables, n_units = _paired_tables(first, second), len(first._unit_index)
     drawn = zip(*(_resampled(table, n_units, seed, threshold, resamples) for table in tables), strict=True)
     differences = [None if None in pair else _difference(*pair) for pair in drawn]
@@ -306,7 +306,7 @@ def difference_intervals(
 
 
 def auroc_difference(
-    first: PixelCounts, second: PixelCounts, *, seed: int, resamples: int = 1000, level: float = 0.95
+    first: PixelMetrics, second: PixelMetrics, *, seed: int, resamples: int = 1000, level: float = 0.95
 ) -> Interval:
     """The AUROC of `difference_intervals` alone, the same to rounding, for all resamples at once.
 
@@ -314,13 +314,13 @@ def auroc_difference(
         ValueError: As for `difference_intervals`; regions play no part.
     """
     require_resampling(resamples, level)
-    value = first.metrics().auroc - second.metrics().auroc
+    value = first.compute().auroc - second.compute().auroc
     n_units = len(first._unit_index)
     drawn = [_resampled_aurocs(table, n_units, seed, resamples) for table in _paired_tables(first, second)]
     return _auroc_interval(value, drawn[0] - drawn[1], level, n_units)
 
 
-def _paired_tables(first: PixelCounts, second: PixelCounts) -> "list[_Table]":
+def _paired_tables(first: PixelMetrics, second: PixelMetrics) -> "list[_Table]":
     """The tables of both, by unit; a ValueError unless they have the same units with the same truth."""
     tables = [counts._by_sorted_unit() for counts in (first, second)]
     n_units = len(first._unit_index)
@@ -605,7 +605,7 @@ def _unit_names(unit: Shaped[Array, " b"] | Sequence[Unit], images: int) -> Shap
     return names
 
 
-def _numbers(metrics: PixelMetrics) -> dict[str, float]:
+def _numbers(metrics: PixelScores) -> dict[str, float]:
     return {name: value for name, value in asdict(metrics).items() if value is not None}
 
 

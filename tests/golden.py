@@ -217,7 +217,7 @@ class Golden:
 
 
 def of_chapter(compute: Callable[[], Numbers], name: str, absolute: float = 0.002) -> Golden:
-    """The golden file of a chapter, in whose miniature training rounding moves a measure by less than this, on any processor seen."""
+    """The golden file of a chapter, in whose miniature training rounding moves a measure by less than this."""
     counts = ("(active units|latents that)", 0, 1)
     losses = ("(loss|KL|reconstruction)", 1e-3, 1e-4)
     return Golden(compute, tuple(protocols.used(name, {})), (counts, losses, ("", 1e-3, absolute)))

@@ -15,26 +15,28 @@ if __name__ != "expvae":
     raise ImportError(f"import this package as expvae, not as {__name__}: a second copy would have classes of its own")
 
 if TYPE_CHECKING:
-    from expvae._attention import PRESETS as PRESETS
-    from expvae._attention import Attention as Attention
-    from expvae._attention import Channels as Channels
-    from expvae._attention import Method as Method
-    from expvae._attention import Score as Score
-    from expvae._attention import TensorChoice as TensorChoice
-    from expvae._attention import attention as attention
-    from expvae._attention import upsample as upsample
-    from expvae._gradients import RMS_EPSILON as RMS_EPSILON
-    from expvae._gradients import Normaliser as Normaliser
+    from expvae._attention import (
+        PRESETS as PRESETS,
+        Attention as Attention,
+        Channels as Channels,
+        Method as Method,
+        Score as Score,
+        TensorChoice as TensorChoice,
+        attention as attention,
+        upsample as upsample,
+    )
+    from expvae._gradients import RMS_EPSILON as RMS_EPSILON, Normaliser as Normaliser
     from expvae._input_attention import gradient_times_input as gradient_times_input
-
-    from ._losses import discriminator_loss as discriminator_loss
-    from ._losses import elbo_terms as elbo_terms
-    from ._losses import kl_divergence as kl_divergence
-    from ._losses import overlap as overlap
-    from ._losses import permute_latents as permute_latents
-    from ._losses import reconstruction_loss as reconstruction_loss
-    from ._losses import sample_latents as sample_latents
-    from ._losses import total_correlation as total_correlation
+    from expvae._losses import (
+        discriminator_loss as discriminator_loss,
+        elbo_terms as elbo_terms,
+        kl_divergence as kl_divergence,
+        overlap as overlap,
+        permute_latents as permute_latents,
+        reconstruction_loss as reconstruction_loss,
+        sample_latents as sample_latents,
+        total_correlation as total_correlation,
+    )
 
 __getattr__, __all__ = attach(
     __name__,

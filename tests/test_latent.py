@@ -16,5 +16,5 @@ def test_active_units_counts_latents_whose_mean_varies():
 
 
 def test_active_units_needs_two_images():
-    with pytest.raises(ValueError, match="holds 1 image"):
+    with pytest.raises(ValueError, match="two points or more to have a variance, got 1"):
         active_units(torch.zeros(1, 3))

@@ -14,15 +14,12 @@ if TYPE_CHECKING:
         PUBLISHED as PUBLISHED,
         REFERENCE as REFERENCE,
         Protocol as Protocol,
-        active_by_kl as active_by_kl,
-        active_by_variance as active_by_variance,
         dci as dci,
         draw_votes as draw_votes,
         factor_vae_metric as factor_vae_metric,
         mutual_information_gap as mutual_information_gap,
         name_latents as name_latents,
         perfect_code as perfect_code,
-        total_correlation as total_correlation,
     )
     from expvae.metrics._inputs import Array as Array, as_array as as_array
     from expvae.metrics._iou import (
@@ -32,7 +29,12 @@ if TYPE_CHECKING:
         ious as ious,
         thresholds as thresholds,
     )
-    from expvae.metrics._latent import active_units as active_units
+    from expvae.metrics._latent import (
+        active_by_kl as active_by_kl,
+        active_by_variance as active_by_variance,
+        active_units as active_units,
+        total_correlation as total_correlation,
+    )
     from expvae.metrics._pixel import (
         auroc as auroc,
         auroc_interval as auroc_interval,
@@ -54,19 +56,16 @@ __getattr__, __all__ = attach(
             "PUBLISHED",
             "REFERENCE",
             "Protocol",
-            "active_by_kl",
-            "active_by_variance",
             "dci",
             "draw_votes",
             "factor_vae_metric",
             "mutual_information_gap",
             "name_latents",
             "perfect_code",
-            "total_correlation",
         ],
         "_inputs": ["Array", "as_array"],
         "_iou": ["CONVENTIONS", "confusion", "iou_intervals", "ious", "thresholds"],
-        "_latent": ["active_units"],
+        "_latent": ["active_by_kl", "active_by_variance", "active_units", "total_correlation"],
         "_pixel": ["auroc", "auroc_interval", "auroc_per_image", "fraction_interval"],
         "_segmentation": ["PixelScores"],
         "_streaming": ["PixelMetrics", "auroc_difference", "difference_intervals"],

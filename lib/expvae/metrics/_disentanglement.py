@@ -1,28 +1,25 @@
-"""How far latents keep the factors of variation apart: the FactorVAE metric, MIG, DCI and the total correlation.
+"""How far latents keep the factors of variation apart: the FactorVAE metric, MIG and DCI.
 
-The first three know the truth from the order of their points: latents of every point of a grid of factors, in C order
-(the last factor fastest), and the grid's sizes: (1, 3, 6, 40, 32, 32) for dSprites, (1, 3, 6, 20, 16, 16) for a coarser
-lattice of it. A factor with one value, such as dSprites' colour, cannot be encoded.
+They know the truth from the order of their points: latents of every point of a grid of factors, in C order (the last
+factor fastest), and the grid's sizes: (1, 3, 6, 40, 32, 32) for dSprites, (1, 3, 6, 20, 16, 16) for a coarser lattice
+of it. A factor with one value, such as dSprites' colour, cannot be encoded.
 
-Suffixes: N points, I latents, V votes, L points of a vote, K factors scored, S samples.
+Suffixes: N points, I latents, V votes, L points of a vote, K factors scored, F factors of the grid.
 """
 
 from dataclasses import dataclass
-from math import log, prod, sqrt
-from statistics import NormalDist
+from math import prod
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64, Num, Shaped
+from jaxtyping import Bool, Float, Int64, Num
 from scipy.stats import entropy
 from torch import Tensor
 
 from expvae.metrics._bootstrap import Interval
-from expvae.metrics._inputs import Array, require_level, require_plain
-from expvae.metrics._latent import varying
+from expvae.metrics._inputs import Array
+from expvae.metrics._latent import NUMBERS_PER_CHUNK, finite, require_least, varying
 from expvae.metrics._pixel import fraction_interval
-
-NUMBERS_PER_CHUNK = 2**22  # bounds a temporary array to 32 MB
 
 
 @dataclass(frozen=True)
@@ -47,9 +44,8 @@ class Protocol:
     def __post_init__(self):
         if not self.factors or min(self.factors) < 0 or len(set(self.factors)) < len(self.factors):
             raise ValueError(f"factors must name at least one factor, each once and from 0 on, got {self.factors}.")
-        for name, least in (("votes", len(self.factors) if self.balanced else 1), ("held_out", 0), ("batch", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        least = len(self.factors) if self.balanced else 1
+        require_least(("votes", self.votes, least), ("held_out", self.held_out, 0), ("batch", self.batch, 2))
 
 
 # Kim & Mnih (2018) with the settings of Locatello et al. (2019) in disentanglement_lib, whose dSprites has no colour.
@@ -78,44 +74,22 @@ class FactorVaeScore:
         """The accuracy, in [0, 1]."""
         return self.interval.value
 
-    @property
-    def chance(self) -> float:
-        """Accuracy of guessing among the factors, 1/K."""
-        return 1 / self.votes_IK.shape[1]
-
-
-@dataclass(frozen=True)
-class Mig:
-    """Mutual information gaps.
-
-    Attributes:
-        score: Mean of the gaps.
-        gap_K: Gap of every factor that has more than one value, in [0, 1].
-        factors: Which factors these are, as positions in the grid's sizes.
-    """
-
-    score: float
-    gap_K: Float[np.ndarray, " k"]
-    factors: tuple[int, ...]
-
 
 @dataclass(frozen=True)
 class Dci:
-    """Disentanglement, completeness and informativeness, each in [0, 1].
+    """Disentanglement, completeness and informativeness, each in [0, 1]; of the factors with more than one value.
 
     Attributes:
         disentanglement: Whether a latent tells of one factor only.
         completeness: Whether a factor is told by one latent only.
         informativeness: Held-out accuracy of predicting a factor from all latents, mean over factors.
         importance_IK: How much latent i matters for factor k; each column sums to 1, or to 0 where nothing helped.
-        factors: Which factors the columns are, as positions in the grid's sizes.
     """
 
     disentanglement: float
     completeness: float
     informativeness: float
     importance_IK: Float[np.ndarray, "i k"]
-    factors: tuple[int, ...]
 
 
 def perfect_code(sizes: tuple[int, ...], spare: int, generator: torch.Generator) -> Float[Tensor, "n i"]:
@@ -126,41 +100,10 @@ def perfect_code(sizes: tuple[int, ...], spare: int, generator: torch.Generator)
     Raises:
         ValueError: If no factor has more than one value or spare is negative.
     """
-    factors = _varying(sizes)
-    if spare < 0:
-        raise ValueError(f"spare must be at least 0, got {spare}.")
-    point_N = torch.arange(prod(sizes))
-    values = [_value(point_N, sizes, factor).float() for factor in factors]
-    noise_NI = torch.randn(len(point_N), spare, generator=generator, device=generator.device)
-    return torch.cat([torch.stack(values, dim=1), noise_NI.cpu()], dim=1)
-
-
-def active_by_kl(kl: Float[Array, "*n i"], threshold: float = 0.01) -> Bool[np.ndarray, " i"]:
-    """Latents that have not collapsed to the prior: E_n KL(q(z_i | x_n) ‖ N(0, 1)) > threshold.
-
-    Args:
-        kl: Divergences per point and latent, in nats, or their means per latent.
-        threshold: 0.01 in the second report, 1e-5 in the code of Brongers et al.
-
-    Raises:
-        ValueError: If a divergence is NaN or infinite.
-    """
-    kl = _finite("kl", kl).double()
-    return (kl.reshape(-1, kl.shape[-1]).mean(dim=0) > threshold).cpu().numpy()
-
-
-def active_by_variance(mu_NI: Float[Array, "n i"], threshold: float = 0.05) -> Bool[np.ndarray, " i"]:
-    """Latents whose posterior means vary: √Var_n(μ_ni) ≥ threshold.
-
-    The threshold is on the standard deviation, as in disentanglement_lib, whose published scores use 0.05.
-
-    Raises:
-        ValueError: If there are fewer than two points or a mean is NaN or infinite.
-    """
-    if len(mu_NI) < 2:
-        raise ValueError(f"mu_NI must hold two points or more to have a variance, got {len(mu_NI)}.")
-    mu_NI = _finite("mu_NI", mu_NI)
-    return ((mu_NI.double().std(dim=0) >= threshold) & varying(mu_NI)).cpu().numpy()
+    require_least(("spare", spare, 0))
+    value_KN = _values(torch.arange(prod(sizes)), sizes)
+    noise_NI = torch.randn(value_KN.shape[1], spare, generator=generator, device=generator.device)
+    return torch.cat([torch.from_numpy(value_KN.T).float(), noise_NI.cpu()], dim=1)
 
 
 def factor_vae_metric(
@@ -198,20 +141,24 @@ def factor_vae_metric(
             mean is NaN or infinite.
     """
     mu_NI = _grid(mu_NI, sizes)
-    active_I = _active(mu_NI, active_I)
-    latents, k, scored = mu_NI.shape[1], len(protocol.factors), protocol.held_out or protocol.votes
-    index_VL, factor_V = draw_votes(sizes, protocol, protocol.votes, generator)
-    held_out_VL, held_out_V = draw_votes(sizes, protocol, protocol.held_out, generator)
+    varies_I = varying(mu_NI)
+    active_I = varies_I if active_I is None else finite("active_I", active_I).to(mu_NI.device)
+    if active_I.shape != varies_I.shape:
+        raise ValueError(f"active_I must hold one flag for each of {len(varies_I)} latents, got {len(active_I)}.")
+    active_I = active_I & varies_I
+    latents, k = mu_NI.shape[1], len(protocol.factors)
+    draws = [draw_votes(sizes, protocol, votes, generator) for votes in (protocol.votes, protocol.held_out)]
+    index_VL, factor_V = (np.concatenate(parts) for parts in zip(*draws, strict=True))
+    cell_V = name_latents(mu_NI, index_VL, active_I) * k + factor_V
     if not active_I.any():
-        return FactorVaeScore(_accuracy(0, scored), np.zeros((latents, k), dtype=np.int64), 0)
-
-    latent_V = name_latents(mu_NI, np.concatenate([index_VL, held_out_VL]), active_I)
-    cell_V = latent_V * k + np.concatenate([factor_V, held_out_V])
-    train, test = cell_V[: len(factor_V)], cell_V[len(factor_V) :]
-    votes_IK, test_IK = (np.bincount(cells, minlength=latents * k).reshape(latents, k) for cells in (train, test))
-    scored_IK = test_IK if protocol.held_out else votes_IK
-    hits = int(scored_IK[np.arange(latents), votes_IK.argmax(axis=1)].sum())
-    return FactorVaeScore(_accuracy(hits, scored), votes_IK, int(active_I.sum()))
+        cell_V = cell_V[:0]  # no latent is named
+    votes_IK, held_out_IK = (
+        np.bincount(cells, minlength=latents * k).reshape(latents, k) for cells in np.split(cell_V, [len(draws[0][1])])
+    )
+    scored_IK = held_out_IK if protocol.held_out else votes_IK
+    hits = scored_IK[np.arange(latents), votes_IK.argmax(axis=1)].sum()
+    accuracy = fraction_interval(np.arange(protocol.held_out or protocol.votes) < hits)
+    return FactorVaeScore(accuracy, votes_IK, int(active_I.sum()))
 
 
 def draw_votes(
@@ -233,7 +180,7 @@ def draw_votes(
     Raises:
         ValueError: If a factor is outside the sizes.
     """
-    _varying(sizes)
+    _factors(sizes)
     if max(protocol.factors) >= len(sizes):
         raise ValueError(f"factors must lie in 0 to {len(sizes) - 1} for sizes {sizes}, got {protocol.factors}.")
     k, device = len(protocol.factors), generator.device
@@ -242,12 +189,11 @@ def draw_votes(
     else:
         factor_V = torch.randint(k, (votes,), generator=generator, device=device)
     index_VL = torch.randint(prod(sizes), (len(factor_V), protocol.batch), generator=generator, device=device)
-    step_K = torch.tensor([prod(sizes[factor + 1 :]) for factor in protocol.factors], device=device)
-    size_K = torch.tensor([sizes[factor] for factor in protocol.factors], device=device)
-    step_V1 = step_K[factor_V][:, None]
-    value_VL = index_VL // step_V1 % size_K[factor_V][:, None]
-    index_VL += (value_VL[:, :1] - value_VL) * step_V1
-    return index_VL.cpu().numpy(), factor_V.cpu().numpy()
+    factor_V, vote_V = factor_V.cpu().numpy(), np.arange(len(factor_V))
+    value_FVL = np.array(np.unravel_index(index_VL.cpu().numpy(), sizes))
+    held_V = np.array(protocol.factors)[factor_V]
+    value_FVL[held_V, vote_V] = value_FVL[held_V, vote_V, :1]
+    return np.ravel_multi_index(tuple(value_FVL), sizes), factor_V
 
 
 def name_latents(
@@ -257,9 +203,12 @@ def name_latents(
 
     Both variances divide by the number of points less one, and are taken in double precision. No active latent may be
     constant over the grid.
+
+    Raises:
+        ValueError: If a mean is NaN or infinite.
     """
-    mu_NI = _tensor(mu_NI)
-    active_I = _tensor(active_I).to(mu_NI.device)
+    mu_NI = finite("mu_NI", mu_NI)
+    active_I = finite("active_I", active_I).to(mu_NI.device)
     variance_I = mu_NI.double().var(dim=0)
     index_VL = torch.from_numpy(index_VL).to(mu_NI.device)
     latent_V = []
@@ -276,8 +225,8 @@ def mutual_information_gap(
     points: int | None = 10_000,
     bins: int = 20,
     generator: torch.Generator,
-) -> Mig:
-    """MIG: how much more the best latent knows of a factor than the second best.
+) -> Float[np.ndarray, " k"]:
+    """The gaps whose mean is MIG: how much more the best latent knows of a factor than the second best.
 
         MIG = 1/K Σ_k (I(z_(1); v_k) − I(z_(2); v_k)) / H(v_k)
 
@@ -297,6 +246,9 @@ def mutual_information_gap(
         bins: Number of bins.
         generator: Source of the draw.
 
+    Returns:
+        Gap of every factor that has more than one value, in [0, 1].
+
     Raises:
         ValueError: If there are fewer than two latents, points or bins, the sizes do not fit, or a mean is NaN or
             infinite.
@@ -304,23 +256,22 @@ def mutual_information_gap(
     from sklearn.metrics import mutual_info_score  # which no other measure of this package needs
 
     mu_NI = _grid(mu_NI, sizes)
-    factors = _varying(sizes)
-    _require(("latents", mu_NI.shape[1], 2), ("points", 2 if points is None else points, 2), ("bins", bins, 2))
+    require_least(("latents", mu_NI.shape[1], 2), ("points", 2 if points is None else points, 2), ("bins", bins, 2))
     if points is None:
         point_N = torch.arange(len(mu_NI))
     else:
-        point_N = torch.randint(len(mu_NI), (points,), generator=generator, device=generator.device).cpu()
-    value_KN = [_value(point_N, sizes, factor).numpy() for factor in factors]
+        point_N = torch.randint(len(mu_NI), (points,), generator=generator, device=generator.device)
+    value_KN = _values(point_N, sizes)
+    mu_NI = mu_NI[point_N.to(mu_NI.device)]
     bin_IN = [
         np.digitize(mu_N, np.histogram_bin_edges(mu_N, bins)[:-1])
-        for mu_N in _levelled(mu_NI[point_N.to(mu_NI.device)], bins).double().cpu().numpy().T
+        for mu_N in (mu_NI * varying(mu_NI, bins)).double().cpu().numpy().T
     ]
     information_IK = np.array([[mutual_info_score(value_N, bin_N) for value_N in value_KN] for bin_N in bin_IN])
     second_K, first_K = np.sort(information_IK, axis=0)[-2:]
     entropy_K = np.array([entropy(np.bincount(value_N)) for value_N in value_KN])
     # A draw of few points may hold one value of a factor, which then has no entropy and no gap.
-    gap_K = np.divide(first_K - second_K, entropy_K, out=np.zeros(len(factors)), where=entropy_K > 0)
-    return Mig(float(gap_K.mean()), gap_K, factors)
+    return np.divide(first_K - second_K, entropy_K, out=np.zeros(len(entropy_K)), where=entropy_K > 0)
 
 
 def dci(
@@ -365,16 +316,16 @@ def dci(
     from sklearn.ensemble import RandomForestClassifier  # which no other measure of this package needs
 
     mu_NI = _grid(mu_NI, sizes)
-    factors = _varying(sizes)
-    _require(("latents", mu_NI.shape[1], 2), ("factors with more than one value", len(factors), 2))
-    _require(("points in train", train, 1), ("points in held_out", held_out, 1), ("trees", trees, 1))
-    _require(("points in the grid, train + held_out", len(mu_NI), train + held_out))
-    point_N = torch.randperm(len(mu_NI), generator=generator, device=generator.device)[: train + held_out].cpu()
-    x_NI = _levelled(mu_NI[point_N.to(mu_NI.device)]).float().cpu().numpy()
-    importance_IK = np.empty((mu_NI.shape[1], len(factors)))
-    accuracy_K = np.empty(len(factors))
-    for k, factor in enumerate(factors):
-        y_N = _value(point_N, sizes, factor).numpy()
+    require_least(("latents", mu_NI.shape[1], 2), ("factors of more than one value", len(_factors(sizes)), 2))
+    require_least(("train", train, 1), ("held_out", held_out, 1), ("trees", trees, 1))
+    require_least(("points, for train + held_out,", len(mu_NI), train + held_out))
+    point_N = torch.randperm(len(mu_NI), generator=generator, device=generator.device)[: train + held_out]
+    mu_NI = mu_NI[point_N.to(mu_NI.device)]
+    x_NI = (mu_NI * varying(mu_NI)).float().cpu().numpy()
+    value_KN = _values(point_N, sizes)
+    importance_IK = np.empty((x_NI.shape[1], len(value_KN)))
+    accuracy_K = np.empty(len(value_KN))
+    for k, y_N in enumerate(value_KN):
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
         forest = RandomForestClassifier(trees, max_features=None, random_state=seed, n_jobs=1)
         forest.fit(x_NI[:train], y_N[:train])
@@ -383,124 +334,29 @@ def dci(
     weight_I = importance_IK.sum(axis=1)
     disentanglement = weight_I @ _concentration(importance_IK) / weight_I.sum() if weight_I.any() else 0.0
     completeness = _concentration(importance_IK.T).mean()
-    return Dci(float(disentanglement), float(completeness), float(accuracy_K.mean()), importance_IK, factors)
+    return Dci(float(disentanglement), float(completeness), float(accuracy_K.mean()), importance_IK)
 
 
-def total_correlation(
-    mu_NI: Float[Array, "n i"],
-    logvar_NI: Float[Array, "m j"],
-    *,
-    samples: int,
-    generator: torch.Generator,
-    level: float = 0.95,
-) -> Interval:
-    """Total correlation of the aggregate posterior, in nats, by Monte Carlo.
-
-        TC = KL(q(z) ‖ Π_i q(z_i)) = E_{z ~ q} [log q(z) − Σ_i log q(z_i)],
-        q(z) = 1/N Σ_n N(z; μ_n, diag σ²_n)
-
-    (Watanabe, 1960; the penalty of Kim & Mnih, 2018, who estimate it with a discriminator.) Points n and then z from
-    q(z | n) are drawn `samples` times, and both densities are the full mixtures over the N points given, the drawn one
-    included: no discriminator and no minibatch weights. The estimate is unbiased for these N points, and may
-    fall below 0 by chance; the interval is the normal one, mean ± z s/√S, for the samples, not for the points.
-
-    For N of many points it is too high. As TC = Σ_i I(n; z_i) − I(n; z) with I(n; z) ≤ log N, too few points cut the
-    second term short once the latents could tell more than N points apart. Give all points where the time allows
-    (samples · N · I exponentials), or raise N until the value stays.
-
-    Args:
-        mu_NI: Posterior means.
-        logvar_NI: Logarithms of the posterior variances.
-        samples: Number of draws S, at least 2.
-        generator: Source of the draws.
-        level: Confidence level, between 0 and 1.
-
-    Returns:
-        Estimate, its interval, and the number of samples.
-
-    Raises:
-        ValueError: If the shapes differ, there is no point, samples is below 2, the level is outside (0, 1), or a mean
-            or logarithm is NaN or infinite.
-    """
-    require_level(level)
-    mu_NI, logvar_NI = _finite("mu_NI", mu_NI), _finite("logvar_NI", logvar_NI)
-    _require(("samples", samples, 2), ("points", len(mu_NI), 1))
-    if logvar_NI.shape != mu_NI.shape:
-        raise ValueError(f"logvar_NI must have the shape {tuple(mu_NI.shape)}, got {tuple(logvar_NI.shape)}.")
-    n, device = len(mu_NI), mu_NI.device
-    drawn_S = torch.randint(n, (samples,), generator=generator, device=generator.device).to(device)
-    noise_SI = torch.randn(samples, mu_NI.shape[1], generator=generator, device=generator.device, dtype=torch.float64)
-    z_SI = mu_NI[drawn_S].double() + (logvar_NI[drawn_S].double() / 2).exp() * noise_SI.to(device)
-
-    mu_IN, logvar_IN = mu_NI.double().T.contiguous(), logvar_NI.double().T.contiguous()
-    weight_IN = (-logvar_IN).exp() / -2
-    ratio_S = []
-    for z_CI in z_SI.split(max(1, NUMBERS_PER_CHUNK // mu_IN.numel())):
-        # log N(z_i; μ_n, σ²_n) without its log 2π / 2, which the joint and the product of the marginals share.
-        log_CIN = (z_CI[:, :, None] - mu_IN).square_().mul_(weight_IN).sub_(logvar_IN / 2)
-        joint_C = log_CIN.sum(dim=1).logsumexp(dim=1)
-        ratio_S.append(joint_C - log_CIN.logsumexp(dim=2).sum(dim=1))
-    ratio_S = torch.cat(ratio_S) + (mu_NI.shape[1] - 1) * log(n)
-    mean = float(ratio_S.mean())
-    half_width = NormalDist().inv_cdf((1 + level) / 2) * float(ratio_S.std()) / sqrt(samples)
-    return Interval(mean, mean - half_width, mean + half_width, samples)
-
-
-def _value(point: Int64[Tensor, "*p"], sizes: tuple[int, ...], factor: int) -> Int64[Tensor, "*p"]:
-    """Value of a factor at points of the grid, counted from 0."""
-    return point // prod(sizes[factor + 1 :]) % sizes[factor]
-
-
-def _varying(sizes: tuple[int, ...]) -> tuple[int, ...]:
+def _factors(sizes: tuple[int, ...]) -> list[int]:
     """Factors with more than one value; a ValueError if there are none, or one has no value."""
-    factors = tuple(factor for factor, size in enumerate(sizes) if size > 1)
+    factors = [factor for factor, size in enumerate(sizes) if size > 1]
     if not factors or min(sizes) < 1:
         raise ValueError(f"sizes must be positive, with a factor of more than one value, got {sizes}.")
     return factors
 
 
+def _values(point_N: Int64[Tensor, " n"], sizes: tuple[int, ...]) -> Int64[np.ndarray, "k n"]:
+    """Values, counted from 0, of every factor with more than one of them, at points of the grid."""
+    factors = _factors(sizes)
+    return np.array(np.unravel_index(point_N.cpu().numpy(), sizes))[factors]
+
+
 def _grid(mu_NI: Float[Array, "n i"], sizes: tuple[int, ...]) -> Float[Tensor, "n i"]:
     """The means as a tensor; a ValueError unless they are finite and as many as the grid has points."""
-    _varying(sizes)
+    _factors(sizes)
     if len(mu_NI) != prod(sizes):
         raise ValueError(f"mu_NI must hold the {prod(sizes)} points of a grid of sizes {sizes}, got {len(mu_NI)}.")
-    return _finite("mu_NI", mu_NI)
-
-
-def _finite(name: str, values: Float[Array, "*n"]) -> Float[Tensor, "*n"]:
-    """The values as a tensor on their device; a ValueError if one is NaN or infinite."""
-    values = _tensor(values)
-    bad = int((~torch.isfinite(values)).sum())
-    if bad:
-        raise ValueError(f"{name} must be finite, got {bad} NaN or infinite values.")
-    return values
-
-
-def _tensor(values: Shaped[Array, "*n"]) -> Shaped[Tensor, "*n"]:
-    """The values as a tensor; arrays are copied, because torch shares none that is read-only or runs backwards."""
-    require_plain(values)
-    return values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.array(values, order="C"))
-
-
-def _levelled(mu_NI: Num[Tensor, "n i"], bins: int = 1) -> Num[Tensor, "n i"]:
-    """The means, with those of latents that are constant up to rounding set to zero: they tell of nothing."""
-    return mu_NI * varying(mu_NI, bins)
-
-
-def _active(mu_NI: Float[Tensor, "n i"], active_I: Bool[Array, " j"] | None) -> Bool[Tensor, " i"]:
-    """The latents that count: those asked for, less the constant ones."""
-    varies_I = varying(mu_NI)
-    if active_I is None:
-        return varies_I
-    active_I = _tensor(active_I).to(mu_NI.device)
-    if active_I.shape != varies_I.shape:
-        raise ValueError(f"active_I must hold one flag for each of {len(varies_I)} latents, got {len(active_I)}.")
-    return active_I & varies_I
-
-
-def _accuracy(hits: int, votes: int) -> Interval:
-    """Share of votes that hit, with Wilson's interval."""
-    return fraction_interval(np.arange(votes) < hits)
+    return finite("mu_NI", mu_NI)
 
 
 def _concentration(importance: Num[np.ndarray, "r c"]) -> Float[np.ndarray, " r"]:
@@ -509,10 +365,3 @@ def _concentration(importance: Num[np.ndarray, "r c"]) -> Float[np.ndarray, " r"
     columns = importance.shape[1]
     share = np.divide(importance, total, out=np.full(importance.shape, 1 / columns), where=total > 0)
     return 1 - entropy(share, base=columns, axis=1)
-
-
-def _require(*bounds: tuple[str, int, int]) -> None:
-    """Raise a ValueError unless every (name, number, least) holds."""
-    for name, number, least in bounds:
-        if number < least:
-            raise ValueError(f"There must be at least {least} {name}, got {number}.")

@@ -11,6 +11,7 @@ import pandas as pd
 import seaborn as sns
 from IPython.display import Image
 from matplotlib.animation import Animation, ArtistAnimation
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import CenteredNorm, Normalize
@@ -40,8 +41,11 @@ STYLE = {
     "axes.titlesize": 10,
     "legend.frameon": False,
 }
+styled = mpl.rc_context(STYLE)  # a decorator: what a function draws or saves has the book's style
+pictured = mpl.rc_context(STYLE | dict.fromkeys(["axes.spines.right", "axes.spines.top"], True) | {"axes.grid": False})
 
 
+@styled
 def show(figure: Figure | Path) -> Image:
     """A figure, drawn just now, or a figure or animation stored by a run, as an image for the page.
 
@@ -51,11 +55,24 @@ def show(figure: Figure | Path) -> Image:
     if isinstance(figure, Path):
         return Image(data=figure.read_bytes(), format=figure.suffix.removeprefix("."))
     buffer = BytesIO()
-    with mpl.rc_context(STYLE):
-        figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="png")
     return Image(data=buffer.getvalue(), format="png")
 
 
+def _panels(width: float, height: float, rows: int = 1, columns: int = 1, **options: bool) -> tuple[Figure, Any]:
+    """A figure of this size in inches, and its axes."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def _fit(axis: Axes, settled: Sequence[float], margin: float) -> None:
+    """Show the range of these values: the first of a training are several times as high and would flatten the rest."""
+    if settled:
+        above = margin * (max(settled) - min(settled)) or 1
+        axis.set_ylim(min(settled) - above, max(settled) + above)
+
+
+@pictured
 def image_rows(
     rows: Mapping[str, Images],
     *,
@@ -77,30 +94,26 @@ def image_rows(
         grey: Colour map of the rows that are no maps: "gray_r" for ink on paper, "gray" for photographs.
         signed: Whether the maps have both signs: their scale is from -1 to 1 then.
     """
-    with mpl.rc_context(STYLE):
-        columns = len(titles)
-        figure = Figure(figsize=(1.0 * columns + 2.4, 1.02 * len(rows) + 0.6), layout="constrained")
-        axes = figure.subplots(len(rows), columns, squeeze=False)
-        scale, colours = (Normalize(-1, 1), SIGNED) if signed else (Normalize(0, 1), MAPS)
-        for axes_row, (name, image_NYX) in zip(axes, rows.items(), strict=True):
-            axes_row[0].set_ylabel(name, rotation=0, ha="right", va="center")
-            cmap, norm = (colours, scale) if name in maps else (grey, Normalize(0, 1))
-            for axis, image_YX in zip(axes_row, image_NYX, strict=True):
-                axis.imshow(np.asarray(image_YX), cmap=cmap, norm=norm, interpolation="nearest")
-                axis.set(xticks=[], yticks=[])
-                axis.spines[:].set_visible(True)
-                axis.grid(False)
-        for axis, title in zip(axes[0], titles, strict=True):
-            axis.set_title(title)
-        if maps:
-            extend = "neither" if signed else "max"
-            bar = figure.colorbar(ScalarMappable(scale, colours), ax=axes, fraction=0.03, pad=0.02, extend=extend)
-            bar.set_label(label)
-            bar.outline.set_visible(False)
-        figure.supxlabel(credit, fontsize=7, color="0.35")
+    columns = len(titles)
+    figure, axes = _panels(1.0 * columns + 2.4, 1.02 * len(rows) + 0.6, len(rows), columns, squeeze=False)
+    scale, colours = (Normalize(-1, 1), SIGNED) if signed else (Normalize(0, 1), MAPS)
+    for axes_row, (name, image_NYX) in zip(axes, rows.items(), strict=True):
+        axes_row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        cmap, norm = (colours, scale) if name in maps else (grey, Normalize(0, 1))
+        for axis, image_YX in zip(axes_row, image_NYX, strict=True):
+            axis.imshow(np.asarray(image_YX), cmap=cmap, norm=norm, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title)
+    if maps:
+        extend = "neither" if signed else "max"
+        bar = {"label": label, "extend": extend, "fraction": 0.03, "pad": 0.02}
+        figure.colorbar(ScalarMappable(scale, colours), ax=axes, **bar).outline.set_visible(False)
+    figure.supxlabel(credit, fontsize=7, color="0.35")
     return figure
 
 
+@pictured
 def clip_animation(
     frame_NYX: Images,
     mask_NYX: Images,
@@ -120,34 +133,32 @@ def clip_animation(
         label: Label of the maps' colour bar.
         credit: Whose frames these are; printed under the figure.
     """
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(5.6, 2.9), dpi=75, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(1, 2)
-        norm = Normalize(0, 1)
-        for axis in axes:
-            axis.set(xticks=[], yticks=[])
-            axis.grid(False)
-        bar = figure.colorbar(ScalarMappable(norm, MAPS), ax=axes[1], fraction=0.045, pad=0.03, extend="max")
-        bar.set_label(label)
-        bar.outline.set_visible(False)
-        figure.supxlabel(credit, fontsize=7, color="0.35")
-        moments = []
-        for frame_YX, mask_YX, map_YX, title in zip(frame_NYX, mask_NYX, map_NYX, titles, strict=True):
-            drawn = [
-                axes[0].imshow(np.asarray(frame_YX), cmap="gray", norm=norm),
-                axes[1].imshow(np.asarray(map_YX), cmap=MAPS, norm=norm),
+    figure = Figure(figsize=(5.6, 2.9), dpi=75, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2)
+    norm = Normalize(0, 1)
+    for axis in axes:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[["right", "top"]].set_visible(False)
+    bar = {"label": label, "extend": "max", "fraction": 0.045, "pad": 0.03}
+    figure.colorbar(ScalarMappable(norm, MAPS), ax=axes[1], **bar).outline.set_visible(False)
+    figure.supxlabel(credit, fontsize=7, color="0.35")
+    moments = []
+    for frame_YX, mask_YX, map_YX, title in zip(frame_NYX, mask_NYX, map_NYX, titles, strict=True):
+        drawn = [
+            axes[0].imshow(np.asarray(frame_YX), cmap="gray", norm=norm),
+            axes[1].imshow(np.asarray(map_YX), cmap=MAPS, norm=norm),
+        ]
+        if mask_YX.any():
+            drawn += [
+                axis.contour(np.asarray(mask_YX), levels=[0.5], colors=[COLOURS[4]], linewidths=1.4) for axis in axes
             ]
-            if mask_YX.any():
-                drawn += [
-                    axis.contour(np.asarray(mask_YX), levels=[0.5], colors=[COLOURS[4]], linewidths=1.4)
-                    for axis in axes
-                ]
-            drawn.append(axes[0].text(0, 1.03, title, transform=axes[0].transAxes))
-            moments.append(drawn)
-        return ArtistAnimation(figure, moments)
+        drawn.append(axes[0].text(0, 1.03, title, transform=axes[0].transAxes))
+        moments.append(drawn)
+    return ArtistAnimation(figure, moments)
 
 
+@pictured
 def attention_steps(
     image_YX: np.ndarray, paper: Attention, code: Attention, latents: Sequence[int], credit: str
 ) -> Figure:
@@ -173,29 +184,25 @@ def attention_steps(
     }
     below = {f"latent {latent}": paper.map_BIYX[0, latent].cpu().numpy() for latent in latents}
     highest = max(map_YX.max() for map_YX in below.values())
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(2.1 * len(latents), 4.6), layout="constrained")
-        axes = figure.subplots(2, len(latents))
-        for axis, (title, image) in zip(axes.flat, [*above.items(), *below.items()], strict=True):
-            axis.set(title=title, xticks=[], yticks=[])
-            axis.spines[:].set_visible(True)
-            axis.grid(False)
-            if title == "image":
-                drawn = axis.imshow(image, cmap="gray_r", vmin=0, vmax=1)
-            elif image.min() < 0:
-                drawn = axis.imshow(image, cmap=SIGNED, norm=CenteredNorm())
-            else:
-                drawn = axis.imshow(image, cmap=MAPS, vmin=0, vmax=highest if title in below else None)
-            if title in above:
-                bar = figure.colorbar(drawn, ax=axis, orientation="horizontal", fraction=0.06, pad=0.03)
-                bar.set_label("intensity" if title == "image" else "value")
-                bar.locator = MaxNLocator(3)
-        bar = figure.colorbar(drawn, ax=axes[1], fraction=0.02, pad=0.01)
-        bar.set_label("map $M_i$, one scale")
-        figure.supxlabel(credit, fontsize=7, color="0.35")
+    figure, axes = _panels(2.1 * len(latents), 4.6, 2, len(latents))
+    for axis, (title, image) in zip(axes.flat, [*above.items(), *below.items()], strict=True):
+        axis.set(title=title, xticks=[], yticks=[])
+        if title == "image":
+            drawn = axis.imshow(image, cmap="gray_r", vmin=0, vmax=1)
+        elif image.min() < 0:
+            drawn = axis.imshow(image, cmap=SIGNED, norm=CenteredNorm())
+        else:
+            drawn = axis.imshow(image, cmap=MAPS, vmin=0, vmax=highest if title in below else None)
+        if title in above:
+            label = "intensity" if title == "image" else "value"
+            bar = {"label": label, "orientation": "horizontal", "fraction": 0.06, "pad": 0.03}
+            figure.colorbar(drawn, ax=axis, ticks=MaxNLocator(3), **bar)
+    figure.colorbar(drawn, ax=axes[1], label="map $M_i$, one scale", fraction=0.02, pad=0.01)
+    figure.supxlabel(credit, fontsize=7, color="0.35")
     return figure
 
 
+@styled
 def intervals(table: pd.DataFrame, *, label: str, chance: float | None = None) -> Figure:
     """Point estimates with their intervals: one line per method, one colour per group.
 
@@ -205,61 +212,55 @@ def intervals(table: pd.DataFrame, *, label: str, chance: float | None = None) -
         chance: Value that is reached without knowing anything; drawn as a dashed line.
     """
     methods, groups = list(dict.fromkeys(table["method"])), list(dict.fromkeys(table["group"]))
-    with mpl.rc_context(STYLE):
-        height = 0.18 * len(methods) * max(len(groups), 2) + 1.1
-        figure = Figure(figsize=(7, height), layout="constrained")
-        axis = figure.subplots()
-        if chance is not None:
-            axis.axvline(chance, color="0.4", linestyle="--", linewidth=1, label="chance")
-        offsets = np.linspace(-0.3, 0.3, len(groups)) if len(groups) > 1 else [0.0]
-        markers = "osD^vP*X<>"
-        for index, (group, offset) in enumerate(zip(groups, offsets, strict=True)):
-            part = table[table["group"] == group]
-            y = [methods.index(method) + offset for method in part["method"]]
-            spread = [part["value"] - part["low"], part["high"] - part["value"]]
-            axis.errorbar(
-                part["value"],
-                y,
-                xerr=spread,
-                fmt=markers[index % len(markers)],
-                markersize=4,
-                capsize=2,
-                color=COLOURS[index % len(COLOURS)],
-                label=group,
-            )
-        axis.set_yticks(range(len(methods)), methods)
-        axis.invert_yaxis()
-        axis.grid(axis="y", visible=False)
-        axis.set_xlabel(label)
-        if len(groups) > 1 or chance is not None:
-            figure.legend(loc="outside upper right", ncols=min(4, len(groups) + 1))
+    figure, axis = _panels(7.0, 0.18 * len(methods) * max(len(groups), 2) + 1.1)
+    if chance is not None:
+        axis.axvline(chance, color="0.4", linestyle="--", linewidth=1, label="chance")
+    offsets = np.linspace(-0.3, 0.3, len(groups)) if len(groups) > 1 else [0.0]
+    markers = "osD^vP*X<>"
+    for index, (group, offset) in enumerate(zip(groups, offsets, strict=True)):
+        part = table[table["group"] == group]
+        y = [methods.index(method) + offset for method in part["method"]]
+        spread = [part["value"] - part["low"], part["high"] - part["value"]]
+        axis.errorbar(
+            part["value"],
+            y,
+            xerr=spread,
+            fmt=markers[index % len(markers)],
+            markersize=4,
+            capsize=2,
+            color=COLOURS[index % len(COLOURS)],
+            label=group,
+        )
+    axis.set_yticks(range(len(methods)), methods)
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+    axis.set_xlabel(label)
+    if len(groups) > 1 or chance is not None:
+        figure.legend(loc="outside upper right", ncols=min(4, len(groups) + 1))
     return figure
 
 
+@styled
 def training_curves(losses: Mapping[str, Sequence[float]]) -> Figure:
     """Reconstruction loss and KL divergence over epochs, on training and held-out images.
 
     Args:
         losses: reconstruction, kl, validation_reconstruction and validation_kl, one value per epoch, in nats per image.
     """
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7, 2.8), layout="constrained")
-        for axis, (name, title) in zip(
-            figure.subplots(1, 2), {"reconstruction": "reconstruction loss", "kl": "KL divergence"}.items(), strict=True
-        ):
-            epochs = range(1, len(losses[name]) + 1)
-            axis.plot(epochs, losses[name], label="training")
-            axis.plot(epochs, losses[f"validation_{name}"], linestyle="--", label="held out")
-            axis.set(xlabel="epoch", ylabel="nats per image", title=title)
-            # The first epochs are several times as high as the rest and would flatten all that follows.
-            settled = [*losses[name][4:], *losses[f"validation_{name}"][4:]]
-            if settled:
-                margin = 0.1 * (max(settled) - min(settled)) or 1
-                axis.set_ylim(min(settled) - margin, max(settled) + margin)
-        axis.legend()
+    figure, axes = _panels(7.0, 2.8, 1, 2)
+    titles = {"reconstruction": "reconstruction loss", "kl": "KL divergence"}
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        epochs = range(1, len(losses[name]) + 1)
+        held_out = losses[f"validation_{name}"]
+        axis.plot(epochs, losses[name], label="training")
+        axis.plot(epochs, held_out, linestyle="--", label="held out")
+        axis.set(xlabel="epoch", ylabel="nats per image", title=title)
+        _fit(axis, [*losses[name][4:], *held_out[4:]], 0.1)
+    axis.legend()
     return figure
 
 
+@styled
 def bars(values: Sequence[float], *, label: str, index: str) -> Figure:
     """Values in descending order, as bars.
 
@@ -268,15 +269,14 @@ def bars(values: Sequence[float], *, label: str, index: str) -> Figure:
         label: What the values are.
         index: What is counted along the axis.
     """
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7, 2.2), layout="constrained")
-        axis = figure.subplots()
-        axis.bar(range(1, len(values) + 1), sorted(values, reverse=True))
-        axis.set(xlabel=index, ylabel=label)
-        axis.grid(axis="x", visible=False)
+    figure, axis = _panels(7.0, 2.2)
+    axis.bar(range(1, len(values) + 1), sorted(values, reverse=True))
+    axis.set(xlabel=index, ylabel=label)
+    axis.grid(axis="x", visible=False)
     return figure
 
 
+@styled
 def histograms(samples: Mapping[str, np.ndarray], *, label: str, mark: float) -> Figure:
     """Histograms of several samples on one axis, as shares of each.
 
@@ -285,26 +285,25 @@ def histograms(samples: Mapping[str, np.ndarray], *, label: str, mark: float) ->
         label: What the values are.
         mark: Value at which a dashed line is drawn.
     """
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7, 2.8), layout="constrained")
-        axis = figure.subplots()
-        for (name, value_N), linestyle in zip(samples.items(), ("-", "--", ":", "-."), strict=False):
-            weight_N = np.full(len(value_N), 1 / len(value_N))
-            axis.hist(
-                value_N,
-                bins=np.linspace(0, 1, 41),
-                weights=weight_N,
-                histtype="step",
-                linewidth=1.6,
-                linestyle=linestyle,
-                label=name,
-            )
-        axis.axvline(mark, color="0.4", linestyle="--", linewidth=1)
-        axis.set(xlabel=label, ylabel="share of images")
-        axis.legend(loc="upper left")
+    figure, axis = _panels(7.0, 2.8)
+    for (name, value_N), linestyle in zip(samples.items(), ("-", "--", ":", "-."), strict=False):
+        weight_N = np.full(len(value_N), 1 / len(value_N))
+        axis.hist(
+            value_N,
+            bins=np.linspace(0, 1, 41),
+            weights=weight_N,
+            histtype="step",
+            linewidth=1.6,
+            linestyle=linestyle,
+            label=name,
+        )
+    axis.axvline(mark, color="0.4", linestyle="--", linewidth=1)
+    axis.set(xlabel=label, ylabel="share of images")
+    axis.legend(loc="upper left")
     return figure
 
 
+@styled
 def tradeoff(table: pd.DataFrame, *, x: str, y: str) -> Figure:
     """Points of models in the plane of two measures: one colour for each kind of model, one marker for each source.
 
@@ -314,31 +313,30 @@ def tradeoff(table: pd.DataFrame, *, x: str, y: str) -> Figure:
         y: What the score is.
     """
     kinds, sources = list(dict.fromkeys(table["kind"])), list(dict.fromkeys(table["source"]))
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7, 4.4), layout="constrained")
-        axis = figure.subplots()
-        for (source, kind), part in table.groupby(["source", "kind"], sort=False):
-            colour = COLOURS[kinds.index(kind) % len(COLOURS)]
-            ours = source == sources[0]
-            axis.errorbar(
-                part["cost"],
-                part["score"],
-                yerr=[part["score"] - part["low"], part["high"] - part["score"]],
-                fmt="os^Dv"[sources.index(source) % 5],
-                markersize=7 if ours else 5,
-                markerfacecolor=colour if ours else "none",
-                capsize=2,
-                color=colour,
-                alpha=1 if ours else 0.75,
-                label=f"{kind} ({source})",
-            )
-            for row in part.itertuples():
-                axis.annotate(row.label, (row.cost, row.score), (5, 4), textcoords="offset points", fontsize=7)
-        axis.set(xlabel=x, ylabel=y)
-        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    figure, axis = _panels(7.0, 4.4)
+    for (source, kind), part in table.groupby(["source", "kind"], sort=False):
+        colour = COLOURS[kinds.index(kind) % len(COLOURS)]
+        ours = source == sources[0]
+        axis.errorbar(
+            part["cost"],
+            part["score"],
+            yerr=[part["score"] - part["low"], part["high"] - part["score"]],
+            fmt="os^Dv"[sources.index(source) % 5],
+            markersize=7 if ours else 5,
+            markerfacecolor=colour if ours else "none",
+            capsize=2,
+            color=colour,
+            alpha=1 if ours else 0.75,
+            label=f"{kind} ({source})",
+        )
+        for row in part.itertuples():
+            axis.annotate(row.label, (row.cost, row.score), (5, 4), textcoords="offset points", fontsize=7)
+    axis.set(xlabel=x, ylabel=y)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
+@styled
 def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float | int], Sequence[float]]]], *, x: str) -> Figure:
     """Lines over a common axis, a panel for each quantity.
 
@@ -347,38 +345,28 @@ def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float | int], Sequen
         x: What runs along x.
     """
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    with mpl.rc_context(STYLE):
-        rows = -(-len(panels) // 2)
-        figure = Figure(figsize=(7.4, 2.1 * rows + 0.6), layout="constrained")
-        axes = list(figure.subplots(rows, 2, squeeze=False, sharex=True).flat)
-        for axis, (title, lines) in zip(axes, panels.items(), strict=False):
-            for name, (along, values) in lines.items():
-                index = names.index(name)
-                few = len(values) < 20
-                axis.plot(
-                    along,
-                    values,
-                    color=COLOURS[index % len(COLOURS)],
-                    linestyle=("-", "--", ":", "-.")[index % 4],
-                    marker="o" if few else None,
-                    markersize=3,
-                    linewidth=1.3,
-                    label=name,
-                )
-            settled = [value for _, values in lines.values() for value in values[len(values) // 10 :]]
-            if settled:  # the first steps would flatten all that follows
-                margin = 0.06 * (max(settled) - min(settled)) or 1
-                axis.set_ylim(min(settled) - margin, max(settled) + margin)
-            axis.set_title(title)
-        for axis in axes[len(panels) :]:
-            axis.set_visible(False)
-        for axis in axes[max(0, len(panels) - 2) : len(panels)]:
-            axis.set_xlabel(x)
-            axis.xaxis.set_tick_params(labelbottom=True)
-        handles = {
-            label: handle
-            for axis in figure.axes
-            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=8)
+    rows = -(-len(panels) // 2)
+    figure, axes = _panels(7.4, 2.1 * rows + 0.6, rows, 2, squeeze=False, sharex=True)
+    axes, handles = list(axes.flat), {}
+    for axis, (title, lines) in zip(axes, panels.items(), strict=False):
+        for name, (along, values) in lines.items():
+            index = names.index(name)
+            (handles[name],) = axis.plot(
+                along,
+                values,
+                color=COLOURS[index % len(COLOURS)],
+                linestyle=("-", "--", ":", "-.")[index % 4],
+                marker="o" if len(values) < 20 else None,
+                markersize=3,
+                linewidth=1.3,
+                label=name,
+            )
+        _fit(axis, [value for _, values in lines.values() for value in values[len(values) // 10 :]], 0.06)
+        axis.set_title(title)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    for axis in axes[max(0, len(panels) - 2) : len(panels)]:
+        axis.set_xlabel(x)
+        axis.xaxis.set_tick_params(labelbottom=True)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=8)
     return figure

@@ -1,7 +1,6 @@
 """Tables of the chapter on disentanglement: what its runs say, beside each other and beside the published numbers."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,11 +9,39 @@ from expvae_book import judges, names, publications
 from expvae_book.names import COLLAPSED, METRIC, OVERLAP, PAIRS, PUBLISHED, REFERENCE, SPATIAL
 from expvae_book.runs import Run, order
 
-RULES = list(COLLAPSED)
-COST = "reconstruction per image"
-CHOICES = ("attention", "layer", "alpha", "pairs")
-
 Line = tuple[list[int] | list[float], list[float]]  # where along x, and the values there
+Number = tuple[str, ...]  # metric, method and subset of a number, and how it is written
+
+RULES = list(COLLAPSED)
+CHOICES = ("attention", "layer", "alpha", "pairs")
+SCORE = (METRIC, REFERENCE, RULES[0])
+COST = ("reconstruction per image", "", "")
+CORRELATION = ("total correlation", "", "")
+RESULTS: dict[str, Number] = {
+    f"{METRIC} ({REFERENCE})": SCORE,
+    f"{METRIC} ({PUBLISHED})": (METRIC, PUBLISHED, RULES[1]),
+    "MIG": ("MIG",),
+    "DCI disentanglement": ("DCI disentanglement",),
+    "completeness": ("DCI completeness",),
+    "informativeness": ("DCI informativeness",),
+    "Reconstruction, held out (nats)": (*COST, ".2f"),
+    "KL (nats)": ("KL per image", "", "", ".2f"),
+    "Total correlation (nats)": (*CORRELATION, ".2f"),
+    "Active latents": ("active units", "", "", ".0f"),
+}
+CHANGES: dict[str, Number] = {
+    METRIC: SCORE,
+    "Reconstruction (nats)": COST,
+    "Total correlation (nats)": CORRELATION,
+    **{f"AD ratio at conv4, {pairs}": (OVERLAP, "conv4", pairs) for pairs in PAIRS},
+}
+LOGGED = {
+    "reconstruction": "reconstruction (nats)",
+    "kl": "KL (nats)",
+    "total_correlation": "TC, discriminator's estimate (nats)",
+    "attention": "L_AD",
+}
+SCHEDULED = {METRIC: f"{METRIC}, coarse lattice", "total correlation": "TC by samples, coarse lattice (nats)"}
 
 
 def title(run: Run, seeds: bool = True) -> str:
@@ -23,24 +50,21 @@ def title(run: Run, seeds: bool = True) -> str:
     return f"{name}, seed {run.parameters['seed']}" if seeds else name
 
 
+def _cells(run: Run, columns: Mapping[str, Number], lacking: str | None = None) -> dict[str, str]:
+    """Numbers of a run as text, by column."""
+    return {column: run.text(*number, lacking=lacking) for column, number in columns.items()}
+
+
+def _with_and_without(found: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """Every model that has the attention loss, and beside it the one of the same γ and seed that has not."""
+    plain = {(run.parameters["gamma"], run.parameters["seed"]): run for run in found if not run.parameters["lambda"]}
+    pairs = [(run, plain.get((run.parameters["gamma"], run.parameters["seed"]))) for run in found]
+    return [(run, other) for run, other in pairs if run.parameters["lambda"] and other is not None]
+
+
 def results(found: Sequence[Run]) -> pd.DataFrame:
     """What each model reaches: the metrics of disentanglement and the losses."""
-    return pd.DataFrame(
-        {
-            "Model": title(run),
-            f"{METRIC} ({REFERENCE})": run.text(METRIC, REFERENCE, RULES[0]),
-            f"{METRIC} ({PUBLISHED})": run.text(METRIC, PUBLISHED, RULES[1]),
-            "MIG": run.text("MIG"),
-            "DCI disentanglement": run.text("DCI disentanglement"),
-            "completeness": run.text("DCI completeness"),
-            "informativeness": run.text("DCI informativeness"),
-            "Reconstruction, held out (nats)": run.text(COST, form=".2f"),
-            "KL (nats)": run.text("KL per image", form=".2f"),
-            "Total correlation (nats)": run.text("total correlation", form=".2f"),
-            "Active latents": run.text("active units", form=".0f"),
-        }
-        for run in found
-    )
+    return pd.DataFrame({"Model": title(run), **_cells(run, RESULTS)} for run in found)
 
 
 def differences(found: Sequence[Run]) -> pd.DataFrame:
@@ -48,40 +72,30 @@ def differences(found: Sequence[Run]) -> pd.DataFrame:
 
     An interval over seeds is Student's, and needs two; a line of one seed has none.
     """
-    quantities = {
-        METRIC: (METRIC, REFERENCE, RULES[0]),
-        "Reconstruction (nats)": (COST, "", ""),
-        "Total correlation (nats)": ("total correlation", "", ""),
-        f"AD ratio at conv4, {PAIRS[0]}": (OVERLAP, "conv4", PAIRS[0]),
-        f"AD ratio at conv4, {PAIRS[1]}": (OVERLAP, "conv4", PAIRS[1]),
-    }
-    plain = {(run.parameters["gamma"], run.parameters["seed"]): run for run in found if not run.parameters["lambda"]}
-    pairs: dict[tuple[Any, Any], list[tuple[Run, Run]]] = {}
-    for run in found:
-        gamma, weight, seed = (run.parameters[name] for name in ("gamma", "lambda", "seed"))
-        if weight and (gamma, seed) in plain:
-            pairs.setdefault((gamma, weight), []).append((run, plain[gamma, seed]))
-    lines = []
-    for (gamma, weight), both in pairs.items():
-        line = {"γ": gamma, "λ": weight, "Seeds": len(both)}
-        for name, wanted in quantities.items():
-            values = [
-                one.metric(*wanted)["value"] - other.metric(*wanted)["value"]
-                for one, other in both
-                if one.text(*wanted, lacking="") and other.text(*wanted, lacking="")
-            ]
-            line[name] = _mean(values)
-        lines.append(line)
-    return pd.DataFrame(lines)
+    lines = pd.DataFrame(
+        {"γ": run.parameters["gamma"], "λ": run.parameters["lambda"]}
+        | {name: _value(run, number) - _value(other, number) for name, number in CHANGES.items()}
+        for run, other in _with_and_without(found)
+    )
+    if lines.empty:
+        return lines
+    groups = lines.groupby(["γ", "λ"], sort=False)
+    table = groups.agg(_mean)
+    table.insert(0, "Seeds", groups.size())
+    return table.reset_index()
 
 
-def _mean(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    if len(values) == 1:
-        return f"{values[0]:+.3f}"
-    low, high = judges.seed_interval(values)
-    return f"{np.mean(values):+.3f} [{low:+.3f}, {high:+.3f}]"
+def _value(run: Run, number: Number) -> float:
+    return run.metric(*number)["value"] if run.text(*number, lacking="") else np.nan
+
+
+def _mean(values: pd.Series) -> str:
+    """The mean over seeds of what is known, with its interval where that can be."""
+    known = values.dropna().tolist()
+    if len(known) < 2:
+        return "".join(f"{value:+.3f}" for value in known)
+    low, high = judges.seed_interval(known)
+    return f"{np.mean(known):+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def seed_spread() -> float:
@@ -101,11 +115,11 @@ def points(found: Sequence[Run]) -> pd.DataFrame:
         {
             "source": "ours",
             "kind": names.title(run.parameters).partition(",")[0],
-            "label": _weights(run.parameters),
-            "score": run.metric(METRIC, REFERENCE, RULES[0])["value"],
-            "low": run.metric(METRIC, REFERENCE, RULES[0])["low"],
-            "high": run.metric(METRIC, REFERENCE, RULES[0])["high"],
-            "cost": run.metric(COST)["value"],
+            "label": str(run.parameters["gamma"] or run.parameters["beta"]),
+            "score": run.metric(*SCORE)["value"],
+            "low": run.metric(*SCORE)["low"],
+            "high": run.metric(*SCORE)["high"],
+            "cost": run.metric(*COST)["value"],
         }
         for run in found
     ]
@@ -130,29 +144,17 @@ def points(found: Sequence[Run]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def _weights(parameters: Mapping[str, Any]) -> str:
-    return str(parameters["gamma"] or parameters["beta"])
-
-
 def curves(found: Sequence[Run]) -> dict[str, dict[str, Line]]:
     """The curves of training: panel -> model -> steps and values."""
     panels: dict[str, dict[str, Line]] = {}
-    logged = {
-        "reconstruction": "reconstruction (nats)",
-        "kl": "KL (nats)",
-        "total_correlation": "TC, discriminator's estimate (nats)",
-        "attention": "L_AD",
-    }
-    measured = {METRIC: f"{METRIC}, coarse lattice", "total correlation": "TC by samples, coarse lattice (nats)"}
     for run in found:
-        for name, panel in logged.items():
-            if run.record["losses"].get(name):
-                panels.setdefault(panel, {})[title(run)] = (run.record["losses"]["step"], run.record["losses"][name])
-        scheduled = run.record["scheduled"]
-        for name, panel in measured.items():
-            if scheduled:
-                steps = sorted(map(int, scheduled))
-                panels.setdefault(panel, {})[title(run)] = (steps, [scheduled[str(step)][name] for step in steps])
+        losses, scheduled = run.record["losses"], run.record["scheduled"]
+        lines = {panel: (losses["step"], losses[name]) for name, panel in LOGGED.items() if losses.get(name)}
+        if scheduled:
+            steps = sorted(map(int, scheduled))
+            lines |= {panel: (steps, [scheduled[str(at)][name] for at in steps]) for name, panel in SCHEDULED.items()}
+        for panel, line in lines.items():
+            panels.setdefault(panel, {})[title(run)] = line
     return panels
 
 
@@ -165,7 +167,7 @@ def overlaps(found: Sequence[Run], metric: str = OVERLAP) -> pd.DataFrame:
     """
     return pd.DataFrame(
         {"Model": title(run), "Pairs": pairs}
-        | {layer: run.text(metric, layer, pairs, lacking="none") for layer in SPATIAL}
+        | _cells(run, {layer: (metric, layer, pairs) for layer in SPATIAL}, lacking="none")
         for pairs in PAIRS
         for run in found
     )
@@ -183,77 +185,64 @@ def compared(found: Sequence[Run], layers: Sequence[str], metric: str, pairs: st
     Returns:
         In how many cases, a model at a layer, the interval over images lies below, above, and how many there are.
     """
-    plain = {(run.parameters["gamma"], run.parameters["seed"]): run for run in found if not run.parameters["lambda"]}
-    told = []
-    for run in found:
-        other = plain.get((run.parameters["gamma"], run.parameters["seed"]))
-        if run.parameters["lambda"] and other is not None:
-            for layer in layers:
-                if all(model.text(metric, layer, pairs, lacking="") for model in (run, other)):
-                    told.append(order(run.metric(metric, layer, pairs), other.metric(metric, layer, pairs)))
-    return told.count("below"), told.count("above"), len(told)
+    orders = [
+        order(run.metric(metric, layer, pairs), other.metric(metric, layer, pairs))
+        for run, other in _with_and_without(found)
+        for layer in layers
+        if all(model.text(metric, layer, pairs, lacking="") for model in (run, other))
+    ]
+    return orders.count("below"), orders.count("above"), len(orders)
 
 
 def ceilings(run: Run) -> pd.DataFrame:
     """What a perfect code scores by each protocol, with spare latents beside it: mean and range of draws."""
-    rows = run.rows("perfect code")
-    lines = []
-    for subset in dict.fromkeys(rows["subset"]):
-        line = {"Perfect code with": subset}
-        for name in (REFERENCE, PUBLISHED):
-            row = run.metric("perfect code", name, subset)
-            line[name] = f"{row['value']:.3f} ({row['low']:.3f}–{row['high']:.3f})"
-        lines.append(line)
-    return pd.DataFrame(lines)
+    form = "{value:.3f} ({low:.3f}–{high:.3f})"
+    return pd.DataFrame(
+        {"Perfect code with": spare}
+        | {name: form.format(**run.metric("perfect code", name, spare)) for name in (REFERENCE, PUBLISHED)}
+        for spare in dict.fromkeys(run.rows("perfect code")["subset"])
+    )
 
 
 def protocols(found: Sequence[Run]) -> pd.DataFrame:
     """The same encodings by every protocol and rule for collapsed latents."""
-    lines = []
-    for run in found:
-        line = {"Model": title(run)}
-        for protocol, rule in ((REFERENCE, RULES[0]), (PUBLISHED, RULES[1]), (PUBLISHED, RULES[2])):
-            line[f"{protocol}; {rule}"] = run.text(METRIC, protocol, rule)
-            line[f"latents that count; {protocol}; {rule}"] = run.text("latents that count", protocol, rule, form=".0f")
-        lines.append(line)
-    return pd.DataFrame(lines)
+    columns: dict[str, Number] = {}
+    for protocol, rule in zip((REFERENCE, PUBLISHED, PUBLISHED), RULES, strict=True):
+        columns[f"{protocol}; {rule}"] = (METRIC, protocol, rule)
+        columns[f"latents that count; {protocol}; {rule}"] = ("latents that count", protocol, rule, ".0f")
+    return pd.DataFrame({"Model": title(run), **_cells(run, columns)} for run in found)
 
 
 def gradients(run: Run) -> pd.DataFrame:
     """How strongly each variant of the loss pulls at a model's encoder at λ = 1, beside the rest of its loss."""
-    rest = run.metric(names.GRADIENT, "rest of the loss")["value"]
-    lines = []
-    for name in run.rows("L_AD")["method"]:
-        norm = run.metric(names.GRADIENT, name)["value"]
-        lines.append(
-            {
-                "Variant": name,
-                "L_AD": f"{run.metric('L_AD', name)['value']:.4f}",
-                "Norm of its gradient": f"{norm:.2e}",
-                "as a share of the rest": f"{norm / rest:.1e}",
-                "Parameters it reaches": f"{run.metric(names.REACHED, name)['value']:,}",
-            }
-        )
-    return pd.DataFrame(lines)
+    of_variants = run.metrics[run.metrics["metric"].isin(["L_AD", names.GRADIENT, names.REACHED])]
+    measured = of_variants.pivot(index="method", columns="metric", values="value")
+    share = measured[names.GRADIENT] / measured.loc["rest of the loss", names.GRADIENT]
+    table = pd.DataFrame(
+        {
+            "L_AD": measured["L_AD"].map("{:.4f}".format),
+            "Norm of its gradient": measured[names.GRADIENT].map("{:.2e}".format),
+            "as a share of the rest": share.map("{:.1e}".format),
+            "Parameters it reaches": measured[names.REACHED].map("{:,.0f}".format),
+        }
+    )
+    return table.loc[run.rows("L_AD")["method"]].rename_axis("Variant").reset_index()
 
 
 def every_run(stored: Sequence[Run]) -> pd.DataFrame:
     """Every stored model: what it was trained with, and what it reached."""
-    lines = []
-    for run in stored:
-        parameters = run.parameters
-        lines.append(
-            {
-                "Model": title(run),
-                **{name: parameters[name] for name in CHOICES},
-                "Recipe": parameters["recipe"],
-                "Steps": f"{run.record['budget']['used']:,} of {run.record['budget']['asked']:,}",
-                "Data": run.card.mark or "complete",
-                METRIC: run.text(METRIC, REFERENCE, RULES[0]),
-                "Reconstruction (nats)": run.text(COST, form=".2f"),
-                "Total correlation (nats)": run.text("total correlation", form=".2f"),
-                f"AD ratio at conv4, {PAIRS[0]}": run.text(OVERLAP, "conv4", PAIRS[0], lacking=""),
-                "State": run.state,
-            }
-        )
-    return pd.DataFrame(lines)
+    return pd.DataFrame(
+        {
+            "Model": title(run),
+            **{name: run.parameters[name] for name in CHOICES},
+            "Recipe": run.parameters["recipe"],
+            "Steps": f"{run.record['budget']['used']:,} of {run.record['budget']['asked']:,}",
+            "Data": run.card.mark or "complete",
+            METRIC: run.text(*SCORE),
+            "Reconstruction (nats)": run.text(*COST, ".2f"),
+            "Total correlation (nats)": run.text(*CORRELATION, ".2f"),
+            f"AD ratio at conv4, {PAIRS[0]}": run.text(OVERLAP, "conv4", PAIRS[0], lacking=""),
+            "State": run.state,
+        }
+        for run in stored
+    )

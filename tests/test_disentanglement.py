@@ -11,9 +11,20 @@ from expvae import attention
 from expvae.models import DSPRITES_LAYERS, DSpritesVAE, discriminator
 from expvae_book import disentanglement, factorvae, figures, recipes, runs, sprite_tables
 from expvae_book.data import dsprites
-from expvae_book.disentanglement import COLLAPSED, EQUALISED, METRIC, OVERLAP, PAIRS, PUBLISHED, REFERENCE, SPATIAL
 from expvae_book.factorvae import VARIANTS, Candidate, Curves, Trained
-from expvae_book.names import title
+from expvae_book.names import (
+    COLLAPSED,
+    EQUALISED,
+    GRADIENT,
+    METRIC,
+    OVERLAP,
+    PAIRS,
+    PUBLISHED,
+    REACHED,
+    REFERENCE,
+    SPATIAL,
+    title,
+)
 from expvae_book.training import build
 
 SHARED = {"steps": 2, "recipe": "report2", "stride": 8, "precision": "float32", "data": "sample"}
@@ -68,7 +79,7 @@ def test_parameters_choose_the_variant_and_what_differs_from_it():
     assert disentanglement.candidate(one).penalty == VARIANTS["brongers2021"]
     assert not disentanglement.candidate(one).detached
     with pytest.raises(ValueError, match="attention must be one of liu2020, report2, brongers2021; got 'mine'"):
-        disentanglement.penalty({**one, "attention": "mine"})
+        disentanglement.candidate({**one, "attention": "mine"})
 
 
 def test_spatial_layers_are_those_of_the_model_but_the_last():
@@ -142,11 +153,11 @@ def test_measures_of_a_run_are_those_of_its_model(models, sprites):
 
 def test_the_constant_loss_at_conv1_reaches_that_layer_alone(models):
     run = models[0]
-    reached = {row["method"]: row["value"] for row in run.record["metrics"] if row["metric"] == disentanglement.REACHED}
+    reached = {row["method"]: row["value"] for row in run.record["metrics"] if row["metric"] == REACHED}
     conv1 = 32 * 4 * 4 + 32
     assert reached["brongers2021"] == reached["liu2020 at conv1, α constant"] == conv1
     assert reached["liu2020"] > conv1
-    norm = {row["method"]: row["value"] for row in run.record["metrics"] if row["metric"] == disentanglement.GRADIENT}
+    norm = {row["method"]: row["value"] for row in run.record["metrics"] if row["metric"] == GRADIENT}
     assert norm["brongers2021, divided once"] == pytest.approx(8 * norm["brongers2021"], rel=1e-4)  # 8 images
 
 
@@ -214,7 +225,7 @@ def test_the_tables_say_what_the_runs_say(models):
     assert len(sprite_tables.ceilings(models[0])) == 2
     assert len(sprite_tables.protocols(models)) == 2
     pulls = sprite_tables.gradients(models[0]).set_index("Variant")
-    assert list(pulls.index) == list(disentanglement.compared())
+    assert list(pulls.index) == list(disentanglement.COMPARED)
     assert len(sprite_tables.every_run(models)) == 2
 
 

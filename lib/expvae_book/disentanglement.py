@@ -4,33 +4,22 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import combinations, product
+from itertools import product
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from tqdm import tqdm
 
-from expvae import attention, elbo_terms, kl_divergence, metrics, overlap, total_correlation
+from expvae import attention, elbo_terms, kl_divergence, metrics, overlap, sample_latents, total_correlation
 from expvae.metrics import active_units
 from expvae.models import DSpritesVAE, SideBySide
-from expvae_book import devices, factorvae, probes, recipes, runs
+from expvae_book import devices, factorvae, names, probes, recipes, runs
 from expvae_book.data import dsprites
-from expvae_book.factorvae import VARIANTS, AttentionPenalty, Candidate, Trained
-from expvae_book.names import (
-    COLLAPSED,
-    EQUALISED,
-    GRADIENT,
-    METRIC,
-    OVERLAP,
-    PAIRS,
-    PUBLISHED,
-    REACHED,
-    REFERENCE,
-    SPATIAL,
-)
+from expvae_book.factorvae import VARIANTS, Candidate, Trained
 from expvae_book.training import hold_out
 
 BATCH = 512
@@ -42,7 +31,7 @@ TRAVERSAL = np.linspace(-3, 3, 7)  # in standard deviations of the prior
 PERFECT_DRAWS = 10  # of the votes for the ceiling of a perfect code
 SPARE = (0, 5, 27)  # latents that carry nothing beside those of a perfect code
 
-PROTOCOLS = {REFERENCE: metrics.REFERENCE, PUBLISHED: metrics.PUBLISHED}
+PROTOCOLS = {names.REFERENCE: metrics.REFERENCE, names.PUBLISHED: metrics.PUBLISHED}
 HELD_OUT = 0.01  # of all images, which no model is trained on
 SCHEDULED_STRIDE = 4  # of the lattice on which the metric is taken during training
 SCHEDULED_IMAGES = 2048  # held-out images whose reconstruction is measured during training
@@ -50,6 +39,19 @@ MEASUREMENTS = 5  # during a training; fewer where that would be more often than
 SPARING = 1000
 SAMPLES = 1000  # of the latents, for the total correlation
 RANDOM_PAIRS = 20  # of latents, over which a variant that draws them is averaged
+
+# The variants of the loss whose gradients are compared: the published ones, and each with one choice changed.
+COMPARED = {
+    "liu2020": VARIANTS["liu2020"],
+    "liu2020, α constant": replace(VARIANTS["liu2020"], alpha="constant"),
+    "liu2020 at conv1": replace(VARIANTS["liu2020"], layer="conv1"),
+    "liu2020 at conv1, α constant": replace(VARIANTS["liu2020"], layer="conv1", alpha="constant"),
+    "liu2020 at conv5": replace(VARIANTS["liu2020"], layer="conv5"),
+    "report2": VARIANTS["report2"],
+    "brongers2021": VARIANTS["brongers2021"],
+    "brongers2021, divided once": replace(VARIANTS["brongers2021"], per_batch=False),
+    "brongers2021, second order": replace(VARIANTS["brongers2021"], alpha="second_order"),
+}
 
 
 def lattice(stride: int) -> tuple[Int64[Tensor, " n"], tuple[int, ...]]:
@@ -89,16 +91,11 @@ def encode(
 
 
 @torch.no_grad()
-def reconstruction(
-    vae: DSpritesVAE, sprites: dsprites.Sprites, index_N: Int64[Tensor, " n"], seed: int = 0
-) -> Float[Tensor, " n"]:
+def reconstruction(vae: DSpritesVAE, sprites: dsprites.Sprites, index_N: Int64[Tensor, " n"]) -> Float[Tensor, " n"]:
     """-log p(x|z) of each image in nats, z ~ q(z|x), with the same noise at every call."""
-    generator = torch.Generator().manual_seed(seed)
-    parts = [
-        elbo_terms(vae, sprites.images(index_B).float(), generator)[0].cpu()
-        for index_B in index_N.to(sprites.pixels.device).split(BATCH)
-    ]
-    return torch.cat(parts)
+    generator = torch.Generator().manual_seed(0)
+    batches = (sprites.images(index_B).float() for index_B in index_N.to(sprites.pixels.device).split(BATCH))
+    return torch.cat([elbo_terms(vae, x_BCYX, generator)[0].cpu() for x_BCYX in batches])
 
 
 def scheduled(vae: DSpritesVAE, sprites: dsprites.Sprites) -> dict[str, float]:
@@ -119,9 +116,6 @@ def scheduled(vae: DSpritesVAE, sprites: dsprites.Sprites) -> dict[str, float]:
         "KL": kl_divergence(mu_NI, logvar_NI).sum(1).double().mean().item(),
         "active units": float(active_units(mu_NI)),
     }
-
-
-# --- the grid ---------------------------------------------------------------------------------------------------
 
 
 def grid(
@@ -153,45 +147,34 @@ def grid(
 
 
 def _weights(name: str, text: str) -> list[int | float]:
-    weights = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        try:
-            value = float(part)
-        except ValueError:
-            value = -1.0
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    weights = pd.to_numeric(pd.Series(parts, dtype=str), errors="coerce").tolist()
+    for part, value in zip(parts, weights, strict=True):
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be numbers of 0 or more with commas between them, as 10,40; got {part!r}")
-        weights.append(int(value) if value == int(value) else value)
-    return list(dict.fromkeys(weights))
+    return list(dict.fromkeys(int(value) if value == int(value) else value for value in weights))
 
 
-def penalty(parameters: Mapping[str, Any]) -> AttentionPenalty:
-    """The attention loss of a model's parameters: a published variant with what is to differ from it.
+def candidate(parameters: Mapping[str, Any]) -> Candidate:
+    """The model that the parameters describe: its loss is a published variant with what is to differ from it.
 
     Raises:
         ValueError: If a choice is unknown.
     """
-    if parameters["attention"] not in VARIANTS:
-        raise ValueError(f"attention must be one of {', '.join(VARIANTS)}; got {parameters['attention']!r}")
-    differing = {
-        name: parameters[name] for name in ("layer", "alpha", "pairs") if parameters[name] not in (AS_VARIANT, NONE)
-    }
+    model = Candidate(beta=float(parameters["beta"]), gamma=float(parameters["gamma"]), seed=parameters["seed"])
+    variant = parameters["attention"]
+    if not parameters["lambda"]:
+        return model
+    if variant not in VARIANTS:
+        raise ValueError(f"attention must be one of {', '.join(VARIANTS)}; got {variant!r}")
+    differing = {name: parameters[name] for name in ("layer", "alpha", "pairs") if parameters[name] != AS_VARIANT}
     if differing.get("pairs") == "all":  # of all latents; of a variant's two highest there is but one pair
         differing["maps"] = recipes.DSPRITES[parameters["recipe"]].latent_dim
-    return replace(VARIANTS[parameters["attention"]], **differing)
-
-
-def candidate(parameters: Mapping[str, Any]) -> Candidate:
-    """The model that the parameters describe."""
-    weights = {"beta": float(parameters["beta"]), "gamma": float(parameters["gamma"])}
-    if not parameters["lambda"]:
-        return Candidate(**weights, seed=parameters["seed"])
-    return Candidate(
-        **weights,
+    return replace(
+        model,
         attention_weight=float(parameters["lambda"]),
-        seed=parameters["seed"],
-        penalty=penalty(parameters),
-        detached=parameters["attention"] != "brongers2021",
+        penalty=replace(VARIANTS[variant], **differing),
+        detached=variant != "brongers2021",
     )
 
 
@@ -222,38 +205,31 @@ def compute(chapter: str, wanted: Sequence[Mapping[str, Any]], device: torch.dev
     for parameters, trained in zip(wanted, tqdm(models, "measuring", unit="model"), strict=True):
         started = time.monotonic()
         rows, arrays = evaluate(trained, sprites, parameters["stride"])
-        curves = trained.curves
-        losses = {
-            name: values
-            for name, values in vars(curves).items()
-            if isinstance(values, list) and values  # a model without a loss has no curve of it
-        }
+        # A model without a loss has no curve of it.
+        curves = {name: values for name, values in vars(trained.curves).items() if isinstance(values, list) and values}
         draw = probes.grey(sprites)
         probe = probes.take(trained.vae, trained.file, draw, "encoder.conv4", parameters["seed"], len(sprites))
         run = runs.save(
             chapter,
             parameters,
             metrics=rows,
-            losses=losses,
+            losses=curves,
             arrays=arrays,
             figures={},
             card=sprites.card,
             recipe=recipe,
             budget={"unit": "steps", "asked": recipe.steps, "used": one["steps"]},
-            seconds={"training, all side by side": curves.seconds, "measuring": time.monotonic() - started},
+            seconds={"training, all side by side": trained.curves.seconds, "measuring": time.monotonic() - started},
             device=devices.describe_device(device),
             resolved={"precision": precision},
             probe=probe,
             extra={
-                "training": {"precision": precision, "side by side": curves.beside, "device": trained.device},
-                "scheduled": curves.measured,
+                "training": {"precision": precision, "side by side": trained.curves.beside, "device": trained.device},
+                "scheduled": trained.curves.measured,
                 "weights": {"key": trained.key},
             },
         )
         yield probes.verify(run, draw)
-
-
-# --- measures ---------------------------------------------------------------------------------------------------
 
 
 def evaluate(
@@ -278,8 +254,7 @@ def evaluate(
         runs.row("parameters", sum(value.numel() for value in vae.parameters())),
     ]
     rows += metric_rows(mu_NI, logvar_NI, kl_NI, sizes)
-    explained_N = held_out_N[:EXPLAINED]
-    x_BCYX = sprites.images(explained_N.to(sprites.pixels.device)).float()
+    x_BCYX = sprites.images(held_out_N[:EXPLAINED].to(sprites.pixels.device)).float()
     active_I = torch.from_numpy(metrics.active_by_variance(mu_NI, 0.1))  # that is a variance of 0.01
     rows += overlap_rows(vae, x_BCYX, active_I)
     rows += gradient_rows(trained, x_BCYX[:64])
@@ -288,7 +263,7 @@ def evaluate(
         "kl": kl_NI.mean(0).numpy().astype(np.float32),
         "traversals": traversals(vae, x_BCYX[:1]),
     }
-    for layer in SPATIAL:
+    for layer in names.SPATIAL:
         found = attention(vae.encode, f"encoder.{layer}", x_BCYX[:SHOWN])
         highest_BK = found.highest_BK(2)
         arrays[f"highest {layer}"] = highest_BK.cpu().numpy()
@@ -308,33 +283,31 @@ def metric_rows(
 ) -> list[dict[str, Any]]:
     """The metrics of disentanglement from one encoding of a lattice, by every protocol, and a perfect code's."""
     generator = torch.Generator().manual_seed(0)
-    by_deviation, *by_kl = COLLAPSED
-    cases = [(REFERENCE, by_deviation, metrics.active_by_variance(mu_NI, COLLAPSED[by_deviation]))]
-    cases += [(PUBLISHED, rule, metrics.active_by_kl(kl_NI.mean(0), COLLAPSED[rule])) for rule in by_kl]
+    by_deviation, *by_kl = names.COLLAPSED
+    cases = [(names.REFERENCE, by_deviation, metrics.active_by_variance(mu_NI, names.COLLAPSED[by_deviation]))]
+    cases += [(names.PUBLISHED, rule, metrics.active_by_kl(kl_NI.mean(0), names.COLLAPSED[rule])) for rule in by_kl]
     rows = []
     for protocol, rule, active_I in cases:
         found = metrics.factor_vae_metric(mu_NI, sizes, PROTOCOLS[protocol], active_I=active_I, generator=generator)
-        within = {name: getattr(found.interval, name) for name in ("low", "high", "n")}
-        rows.append(runs.row(METRIC, found.score, protocol, rule, **within))
+        rows.append(runs.row(names.METRIC, method=protocol, subset=rule, **vars(found.interval)))
         rows.append(runs.row("latents that count", found.active, protocol, rule))
     for spare, protocol in product(SPARE, PROTOCOLS):
         drawn = perfect(sizes, spare, protocol)
-        within = {"low": min(drawn), "high": max(drawn), "n": len(drawn)}
-        rows.append(runs.row("perfect code", float(np.mean(drawn)), protocol, f"{spare} spare latents", **within))
+        spread = {"low": min(drawn), "high": max(drawn), "n": len(drawn)}
+        rows.append(runs.row("perfect code", float(np.mean(drawn)), protocol, f"{spare} spare latents", **spread))
     gap_K = metrics.mutual_information_gap(mu_NI, sizes, generator=generator)
-    rows.append(runs.row("MIG", float(gap_K.mean())))
     # Its own default numbers of points, or two thirds and a third of a lattice that has fewer.
     n = len(mu_NI)
-    completeness = metrics.dci(
-        mu_NI, sizes, train=min(10_000, 2 * n // 3), held_out=min(5_000, n // 3), generator=generator
-    )
-    rows += [
-        runs.row(f"DCI {name}", getattr(completeness, name))
-        for name in ("disentanglement", "completeness", "informativeness")
-    ]
+    forest = metrics.dci(mu_NI, sizes, train=min(10_000, 2 * n // 3), held_out=min(5_000, n // 3), generator=generator)
     tc = metrics.total_correlation(mu_NI, logvar_NI, samples=SAMPLES, generator=generator)
-    rows.append(runs.row("total correlation", tc.value, low=tc.low, high=tc.high, n=SAMPLES))
-    return rows
+    return [
+        *rows,
+        runs.row("MIG", float(gap_K.mean())),
+        runs.row("DCI disentanglement", forest.disentanglement),
+        runs.row("DCI completeness", forest.completeness),
+        runs.row("DCI informativeness", forest.informativeness),
+        runs.row("total correlation", **vars(tc)),
+    ]
 
 
 @cache
@@ -362,48 +335,30 @@ def overlap_rows(
         x_BCYX: Images.
         active_I: Which latents carry anything; without two of them there are no pairs of active ones.
     """
-    pairs = list(combinations(active_I.nonzero().flatten().tolist(), 2))
+    pair_P2 = torch.combinations(active_I.nonzero().flatten())
     rows = []
-    for layer in SPATIAL:
+    for layer in names.SPATIAL:
         found = attention(vae.encode, f"encoder.{layer}", x_BCYX)
         map_BIHW = found.map_BIHW.cpu()
         highest_BK = found.highest_BK(2).cpu()
-        cases = {PAIRS[1]: (take(map_BIHW, highest_BK[:, :1]), take(map_BIHW, highest_BK[:, 1:]))}
-        if pairs:
-            first, second = (list(indices) for indices in zip(*pairs, strict=True))
-            cases[PAIRS[0]] = (map_BIHW[:, first], map_BIHW[:, second])
-        for subset, (one_BPHW, other_BPHW) in cases.items():
-            ratio_BP = overlap(one_BPHW, other_BPHW).double()
-            rows.append(runs.row(OVERLAP, **_mean(ratio_BP.mean(1)), method=layer, subset=subset))
-            sums = [part.sum((2, 3), keepdim=True) for part in (one_BPHW, other_BPHW)]
-            both_BP = (sums[0] > 0).flatten(1) & (sums[1] > 0).flatten(1)
-            equal_BP = overlap(one_BPHW / sums[0], other_BPHW / sums[1]).double()
-            any_B = both_BP.any(1)
-            if any_B.sum() > 1:
-                mean_B = torch.where(both_BP, equal_BP, 0.0)[any_B].sum(1) / both_BP[any_B].sum(1)
-                rows.append(runs.row(EQUALISED, **_mean(mean_B), method=layer, subset=subset))
+        cases = {names.PAIRS[1]: (take(map_BIHW, highest_BK[:, :1]), take(map_BIHW, highest_BK[:, 1:]))}
+        if len(pair_P2):
+            cases[names.PAIRS[0]] = (map_BIHW[:, pair_P2[:, 0]], map_BIHW[:, pair_P2[:, 1]])
+        for subset, pair in cases.items():
+            ratio_B = overlap(*pair).double().mean(1)
+            rows.append(runs.row(names.OVERLAP, **_mean(ratio_B), method=layer, subset=subset))
+            # A map that is zero has no sum of 1: NaN, which does not count.
+            shares = [map_BPHW / map_BPHW.sum((2, 3), keepdim=True) for map_BPHW in pair]
+            equal_B = overlap(*shares).double().nanmean(1)
+            equal_B = equal_B[~equal_B.isnan()]
+            if len(equal_B) > 1:
+                rows.append(runs.row(names.EQUALISED, **_mean(equal_B), method=layer, subset=subset))
     return rows
 
 
 def take(map_BIHW: Float[Tensor, "b i h w"], index_BK: Int64[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
     """The maps of each image's own latents."""
     return map_BIHW.gather(1, index_BK[..., None, None].expand(-1, -1, *map_BIHW.shape[2:]))
-
-
-def compared() -> dict[str, AttentionPenalty]:
-    """The variants of the loss whose gradients are compared: the published ones, and each with one choice changed."""
-    paper, code = VARIANTS["liu2020"], VARIANTS["brongers2021"]
-    return {
-        "liu2020": paper,
-        "liu2020, α constant": replace(paper, alpha="constant"),
-        "liu2020 at conv1": replace(paper, layer="conv1"),
-        "liu2020 at conv1, α constant": replace(paper, layer="conv1", alpha="constant"),
-        "liu2020 at conv5": replace(paper, layer="conv5"),
-        "report2": VARIANTS["report2"],
-        "brongers2021": code,
-        "brongers2021, divided once": replace(code, per_batch=False),
-        "brongers2021, second order": replace(code, alpha="second_order"),
-    }
 
 
 def gradient_rows(trained: Trained, x_BCYX: Float[Tensor, "b 1 64 64"]) -> list[dict[str, Any]]:
@@ -417,16 +372,15 @@ def gradient_rows(trained: Trained, x_BCYX: Float[Tensor, "b 1 64 64"]) -> list[
     cost_B, kl_B = elbo_terms(vae, x_BCYX, generator)
     rest = cost_B.mean() + trained.candidate.beta * kl_B.mean()
     if trained.candidate.gamma:
-        mu_BI, logvar_BI = vae.encode(x_BCYX)
-        z_BI = mu_BI + (0.5 * logvar_BI).exp() * torch.randn(mu_BI.shape, generator=generator).to(mu_BI)
+        z_BI = sample_latents(*vae.encode(x_BCYX), generator)
         rest = rest + trained.candidate.gamma * total_correlation(trained.critic(z_BI)[None]).sum()
     parts = torch.autograd.grad(rest, list(vae.encoder.parameters()))
-    rows = [runs.row(GRADIENT, torch.cat([part.flatten() for part in parts]).norm().item(), "rest of the loss")]
+    rows = [runs.row(names.GRADIENT, torch.cat([part.flatten() for part in parts]).norm().item(), "rest of the loss")]
     encoder = SideBySide([vae.encoder]).to(x_BCYX.device)
     latent_dim = vae.decoder.conv.in_channels
     noise_BI = torch.randn(b, latent_dim, generator=generator).to(x_BCYX.device)
     random_N2 = torch.randint(latent_dim, (RANDOM_PAIRS, 2), generator=generator).to(x_BCYX.device)
-    for name, choice in compared().items():
+    for name, choice in COMPARED.items():
         A_BMCHW = encoder(x_BCYX, until=choice.layer).unflatten(1, (1, -1))
         hidden_BI = encoder(A_BMCHW.flatten(1, 2), after=choice.layer).flatten(1)
         mu_BI, logvar_BI = hidden_BI.chunk(2, dim=1)
@@ -441,8 +395,8 @@ def gradient_rows(trained: Trained, x_BCYX: Float[Tensor, "b 1 64 64"]) -> list[
             reached |= {index for index, part in enumerate(found) if part.any()}
         rows += [
             runs.row("L_AD", float(np.mean(values)), name),
-            runs.row(GRADIENT, float(np.mean(norms)), name),
-            runs.row(REACHED, sum(parameters[index].numel() for index in reached), name),
+            runs.row(names.GRADIENT, float(np.mean(norms)), name),
+            runs.row(names.REACHED, sum(parameters[index].numel() for index in reached), name),
         ]
     return rows
 
@@ -451,9 +405,7 @@ def gradient_rows(trained: Trained, x_BCYX: Float[Tensor, "b 1 64 64"]) -> list[
 def traversals(vae: DSpritesVAE, x_BCYX: Float[Tensor, "1 1 64 64"]) -> np.ndarray:
     """What the decoder makes of an image's latents when one of them runs through TRAVERSAL: [D, 7, 64, 64], uint8."""
     mu_BI, _ = vae.encode(x_BCYX)
-    latent_dim = mu_BI.shape[1]
-    z_ITI = mu_BI.expand(latent_dim, len(TRAVERSAL), -1).clone()
-    for latent in range(latent_dim):
-        z_ITI[latent, :, latent] = torch.from_numpy(TRAVERSAL).to(mu_BI)
+    z_ITI = mu_BI.expand(mu_BI.shape[1], len(TRAVERSAL), -1).clone()
+    z_ITI.diagonal(dim1=0, dim2=2).copy_(torch.from_numpy(TRAVERSAL)[:, None])
     images = vae.decode(z_ITI.flatten(0, 1)).sigmoid()
-    return (255 * images).round().byte().view(latent_dim, len(TRAVERSAL), dsprites.SIDE, dsprites.SIDE).cpu().numpy()
+    return (255 * images).round().byte().squeeze(1).unflatten(0, z_ITI.shape[:2]).cpu().numpy()

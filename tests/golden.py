@@ -11,6 +11,7 @@ the whole keeps within a minute.
 
 import contextlib
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -30,7 +31,7 @@ import torch
 from matplotlib.figure import Figure
 
 import golden_library as library
-from expvae.metrics import _streaming as streaming
+from expvae.metrics import PixelMetrics, auroc_difference
 from expvae_book import disentanglement, protocols, recipes, runs
 from expvae_book.chapters import BOOK
 from expvae_book.data import mvtec, ucsd
@@ -75,14 +76,14 @@ def chapter(
         changed: Expressions, in the names that its cells define, for what takes the place of some of them.
         kept: Matches what is kept, as "measure; method; subset".
     """
-    resampled = streaming._resampled_counts
     usual = {f"expvae_book.figures.{drawn}": lambda *_, **__: Figure() for drawn in FIGURES}
-    usual["expvae.metrics._streaming._resampled_counts"] = lambda *arguments: resampled(*arguments[:-1], 100)
     names: dict[str, Any] = {}
     found: Numbers = {}
     with workplace() as patch, contextlib.redirect_stderr(io.StringIO()):
         for attribute, value in (usual | dict(patches)).items():
             patch.setattr(attribute, value)
+        for measure in (PixelMetrics.intervals, PixelMetrics.auroc_interval, auroc_difference):
+            patch.setitem(inspect.unwrap(measure).__kwdefaults__, "resamples", 100)
         for cell in jupytext.read(BOOK / f"{name}.md", fmt="md:myst").cells:
             tags = cell.metadata.get("tags", [])
             if cell.cell_type == "code" and "remove-input" not in tags:

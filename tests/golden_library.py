@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from expvae import PRESETS, Method, attention, gradient_times_input, kl_divergence
 from expvae import metrics as measure
 from expvae.metrics import PixelMetrics
-from expvae.metrics import _segmentation as segmentation
 from expvae.metrics import _streaming as streaming
 from expvae.models import (
     MNISTVAE,
@@ -27,6 +26,7 @@ from expvae.models import (
     Stack,
 )
 from expvae_book import augmentation, baselines, contrastive, factorvae, recipes, training, truth
+from maps import exact as measured_exactly
 
 AT = [0, 4, 9, 14, 19]  # of twenty steps, those whose losses are kept
 # Of Adam: rounding, which is all there is to a gradient before a batch normalisation, then makes no steps of its own.
@@ -250,11 +250,11 @@ def measures() -> Numbers:
     found: Numbers = {}
     counts = {name: PixelMetrics(regions=True) for name in scores}
     for name, score_NYX in scores.items():
-        exact = asdict(segmentation.exact(score_NYX, truth_NYX, regions=True, threshold=0.9))
+        exact = asdict(measured_exactly(score_NYX, truth_NYX, regions=True, threshold=0.9))
         found |= {f"{name}, {field}": value for field, value in exact.items()}
         counts[name].update(score_NYX, truth_NYX, unit=clips)
     for rule in ("leave out", "normal"):
-        found[f"without a mask: {rule}"] = segmentation.exact(worse_NYX, masks, without_mask=rule).average_precision
+        found[f"without a mask: {rule}"] = measured_exactly(worse_NYX, masks, without_mask=rule).average_precision
     with pytest.MonkeyPatch.context() as patch:  # as where there are more pixels than are kept
         for name, limit in (("EXACT_PIXELS", 1000), ("MAX_CELLS", 500)):
             patch.setattr(streaming, name, limit)
@@ -272,8 +272,10 @@ def measures() -> Numbers:
         "AUROC, difference": measure.auroc_difference(*counts.values(), seed=0),
     }
     intervals |= {f"{name} by clips": one for name, one in counts["worse"].intervals(seed=0, resamples=300).items()}
-    differences = measure.difference_intervals(*counts.values(), seed=0, resamples=300)
-    intervals |= {f"{name}, difference": differences[name] for name in ("auroc", "aupro", "best_iou")}
+    better, worse = (one._resampled(0, None, 300) for one in counts.values())
+    for name in ("auroc", "aupro", "best_iou"):
+        drawn_R = better[name] - worse[name]
+        intervals[f"{name}, difference"] = measure.percentile_interval(drawn_R[0], drawn_R[1:], 0.95, 6)
     for case, one in measure.iou_intervals(worse_NYX, truth_NYX, validation=1.1, seed=0).items():
         intervals[f"IoU, {', '.join(case)}"] = one
     for name, one in intervals.items():

@@ -1,8 +1,11 @@
-"""Scores with their truth, for the tests of the pixel metrics."""
+"""Scores with their truth, and their measures from a count per score, for the tests of the pixel metrics."""
 
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
+from expvae.metrics._inputs import with_masks
+from expvae.metrics._segmentation import from_counts, region_sizes
 
 
 @st.composite
@@ -26,3 +29,21 @@ def anomaly_maps(n, side, *, seed=0, levels=None):
     if levels:
         score_NYX = np.round(score_NYX * levels) / levels
     return score_NYX.astype(np.float32), truth_NYX
+
+
+def exact(score_NYX, truth_NYX, *, regions=False, threshold=None, without_mask="leave out"):
+    """The exact twin of `PixelMetrics`: all measures of the pixels of all images pooled, scores unrounded."""
+    score_NYX, truth_NYX, _ = with_masks(score_NYX, truth_NYX, without_mask)
+    # Thresholds take the type of the scores, which integers and half precision would spoil.
+    score_K, cell = np.unique(score_NYX.astype(np.result_type(score_NYX, np.float32)), return_inverse=True)
+    cell, truth = cell.ravel(), truth_NYX.ravel()
+    region_K = None
+    if regions:
+        region_K = np.bincount(cell[truth], weights=1 / region_sizes(truth_NYX), minlength=len(score_K))
+    return from_counts(
+        score_K,
+        np.bincount(cell[~truth], minlength=len(score_K)),
+        np.bincount(cell[truth], minlength=len(score_K)),
+        region_K,
+        threshold=threshold,
+    )

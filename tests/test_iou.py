@@ -9,8 +9,7 @@ from scipy import ndimage
 from sklearn.metrics import jaccard_score
 
 from expvae.metrics import CONVENTIONS, confusion, iou_intervals, ious, thresholds
-from expvae.metrics._segmentation import exact
-from maps import anomaly_maps, tied_scores
+from maps import anomaly_maps, exact, tied_scores
 
 
 def sklearn_iou(truth_NYX, flagged_NYX, average, classes):

@@ -1,5 +1,6 @@
 """Localisation on MVTec AD, with a small VAE for the ResNet's: against scikit-learn, SciPy and slow loops."""
 
+import inspect
 import json
 from collections import OrderedDict
 from dataclasses import replace
@@ -13,8 +14,7 @@ from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_scor
 from torch import nn
 
 from expvae import models
-from expvae.metrics import CONVENTIONS
-from expvae.metrics import _streaming as streaming
+from expvae.metrics import CONVENTIONS, PixelMetrics, auroc_difference
 from expvae.models import imagenet_weights
 from expvae_book import baselines, localisation, probes, recipes, runs, training
 from expvae_book.data import mvtec
@@ -98,9 +98,9 @@ class Small(nn.Module):
 @pytest.fixture(autouse=True, scope="module")
 def fewer_of_everything():
     """A hundred resamples of PixelMetrics, and four images for all layers and presets."""
-    resampled = streaming._resampled_counts
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming, "_resampled_counts", lambda *arguments: resampled(*arguments[:-1], 100))
+        for measure in (PixelMetrics.intervals, PixelMetrics.auroc_interval, auroc_difference):
+            patch.setitem(inspect.unwrap(measure).__kwdefaults__, "resamples", 100)
         patch.setattr(localisation, "SOME", 4)
         yield
 

@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from expvae.metrics import Interval, auroc, auroc_interval, auroc_per_image, fraction_interval
-from expvae.metrics import _pixel as pixel
+from expvae.metrics import Interval, PixelMetrics, auroc, auroc_interval, auroc_per_image, fraction_interval
+from expvae.metrics import _histogram as histogram
+from expvae.metrics._segmentation import auroc_of_counts
 from expvae_book.truth import ink_truth, nearest_inlier
 from maps import tied_scores
 
@@ -147,9 +148,9 @@ def slow_bootstrap(score_NP, truth_NP, where_NP, *, seed, resamples, level):
 @pytest.mark.parametrize(
     ("n", "p", "levels", "error"),
     [
-        (30, 20, None, 1e-12),  # at most CELLS scores: exact
+        (30, 20, None, 1e-12),  # few scores: exact
         (30, 100, 5, 1e-12),  # few distinct scores, all of them ties: exact
-        (40, 150, None, 2e-5),
+        (40, 150, None, 2e-5),  # more scores than cells
     ],
 )
 def test_interval_equals_a_slow_bootstrap_of_the_same_resamples(n, p, levels, error, share):
@@ -174,13 +175,24 @@ def test_interval_leaves_out_resamples_of_one_class():
     )
 
 
-def test_no_resample_loses_more_order_than_the_shared_cells_hold(monkeypatch):
-    monkeypatch.setattr(pixel, "CELLS", 16)  # coarse, so that the error can be seen
+def of_both_classes(score, truth):
+    """Distinct scores, the group of equal scores that each is in, and the groups' counts of both classes."""
+    score_G, group = np.unique(score.astype(np.float32), return_inverse=True)
+    return score_G, group, np.stack([np.bincount(group[truth == c], minlength=len(score_G)) for c in (False, True)])
+
+
+@pytest.mark.parametrize("join_runs", [True, False])
+def test_no_resample_loses_more_order_than_the_shared_cells_hold(monkeypatch, join_runs):
+    monkeypatch.setattr(histogram, "RESAMPLING_CELLS", 8)  # coarse, so that the error can be seen
+    monkeypatch.setattr(histogram, "GRID", np.zeros(0))
     score_NP, truth_NP = anomaly_maps(20, 100, levels=40)
-    group_NP, negative_G, positive_G = pixel._count_ties(score_NP, truth_NP)
-    cell_G = pixel._cells(negative_G, positive_G)
-    assert (np.diff(cell_G) >= 0).all() and cell_G.max() <= 2 * 16
-    found_R = pixel._resampled_aurocs(cell_G[group_NP], truth_NP, np.ones_like(truth_NP), 5, 100)
+    score_G, group_NP, count_2G = of_both_classes(score_NP, truth_NP)
+    cell_G = histogram.resampling_cells(score_G, count_2G, join_runs=join_runs)
+    assert (np.diff(cell_G) >= 0).all() and cell_G.max() <= 4 * 8
+    counts = PixelMetrics()
+    counts.update(score_NP, truth_NP, unit=range(20))
+    _, count_CRK, _ = counts._count().resampled(20, 5, 100, join_runs=join_runs)
+    found_R = auroc_of_counts(*count_CRK[:2])[1:]
 
     rng = np.random.default_rng(5)
     worst = 0
@@ -195,17 +207,18 @@ def test_no_resample_loses_more_order_than_the_shared_cells_hold(monkeypatch):
     assert worst > 1e-6  # else this test would see nothing
 
 
-def test_cells_bound_the_error_for_the_worst_order():
+@pytest.mark.parametrize("join_runs", [True, False])
+def test_cells_bound_the_error_for_the_worst_order(join_runs):
     # Every quantile falls on a tie of both classes, and between two of them all positives lie above all negatives.
-    n = 64 * pixel.CELLS
+    n = 64 * 2 * histogram.RESAMPLING_CELLS
     score_N = np.arange(n)
     score_N[64::64] -= 1
     truth_N = np.arange(n) % 64 >= 32
-    _, negative_G, positive_G = pixel._count_ties(score_N, truth_N)
-    cell_G = pixel._cells(negative_G, positive_G)
-    negative_K, positive_K = (np.bincount(cell_G, weights=counts) for counts in (negative_G, positive_G))
-    error = abs(pixel._auroc_from_counts(negative_K, positive_K) - auroc(score_N, truth_N))
-    assert 0.4 / pixel.CELLS < error < 1 / pixel.CELLS
+    score_G, _, count_2G = of_both_classes(score_N, truth_N)
+    cell_G = histogram.resampling_cells(score_G, count_2G, join_runs=join_runs)
+    count_2K = [np.bincount(cell_G, weights=count_G) for count_G in count_2G]
+    error = abs(auroc_of_counts(*count_2K) - auroc(score_N, truth_N))
+    assert 0 < error < 1 / (4 * histogram.RESAMPLING_CELLS)
 
 
 def test_classes_that_do_not_mix_have_a_sharp_interval():
@@ -240,7 +253,7 @@ def test_interval_repeats_with_its_seed_and_counts_images_in_chunks(monkeypatch)
     score_NP, truth_NP = anomaly_maps(50, 30)
     found = auroc_interval(score_NP, truth_NP, seed=1, resamples=100)
     assert auroc_interval(score_NP, truth_NP, seed=2, resamples=100) != found
-    monkeypatch.setattr(pixel, "IMAGES_PER_CHUNK", 7)
+    monkeypatch.setattr(histogram, "UNITS_PER_CHUNK", 7)
     assert auroc_interval(score_NP, truth_NP, seed=1, resamples=100) == found
 
 

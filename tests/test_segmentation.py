@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_score, roc_curve
 
-from expvae.metrics._segmentation import exact, from_counts, region_sizes
-from maps import anomaly_maps, tied_scores
+from expvae.metrics._segmentation import from_counts, region_sizes
+from maps import anomaly_maps, exact, tied_scores
 
 
 def iou(truth, flagged):

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_score, roc_curve
 
-from expvae.metrics import PixelMetrics, PixelScores, auroc_difference, auroc_interval, difference_intervals
+from expvae.metrics import PixelMetrics, PixelScores, auroc_difference, auroc_interval
+from expvae.metrics import _histogram as histogram
 from expvae.metrics import _streaming as streaming
-from expvae.metrics._segmentation import exact
-from maps import anomaly_maps
+from maps import anomaly_maps, exact
 
 
 def counted(score, truth, *, batch=7, unit=None, where=None, regions=False):
@@ -27,11 +27,9 @@ def counted(score, truth, *, batch=7, unit=None, where=None, regions=False):
 def small(monkeypatch):
     """Bounds so small that a test reaches them all."""
     monkeypatch.setattr(streaming, "EXACT_PIXELS", 300)
-    monkeypatch.setattr(streaming, "BUFFERED_PIXELS", 700)
     monkeypatch.setattr(streaming, "MAX_CELLS", 2**16)
-    monkeypatch.setattr(streaming, "MAX_ROWS", 2000)
-    monkeypatch.setattr(streaming, "PIXELS_PER_BLOCK", 100)
-    monkeypatch.setattr(streaming, "UNITS_PER_CHUNK", 4)
+    monkeypatch.setattr(histogram, "MAX_ROWS", 2000)
+    monkeypatch.setattr(histogram, "UNITS_PER_CHUNK", 4)
 
 
 # --- Measures --------------------------------------------------------------------------------------------------------
@@ -92,16 +90,17 @@ def test_counts_equal_the_exact_twin(case):
 @settings(max_examples=50, deadline=None)
 @given(hnp.arrays(np.float32, 8, elements=st.floats(-3.0, 3.0, width=32)))
 def test_ordered_integers_keep_the_order_and_the_scores(score_P):
-    ordered_P = streaming._ordered(score_P)
+    ordered_P = histogram.ordered(score_P)
     np.testing.assert_array_equal(np.sign(np.diff(score_P)), np.sign(np.diff(ordered_P.astype(np.int64))))
-    np.testing.assert_array_equal(streaming._scores(ordered_P.astype(np.int64) | (5 << 32)), score_P)
+    np.testing.assert_array_equal(histogram.scores(ordered_P.astype(np.int64) | (5 << 32)), score_P)
 
 
-def test_cells_are_close_to_the_exact_twin(small):
+def test_cells_are_close_to_the_exact_twin(small, monkeypatch):
+    monkeypatch.setattr(histogram, "MAX_ROWS", 10_000)
     score_NYX, truth_NYX = anomaly_maps(40, 20)
     counts = counted(score_NYX, truth_NYX, regions=True)
     found, expected = counts.compute(threshold=1.0), exact(score_NYX, truth_NYX, regions=True, threshold=1.0)
-    assert len(counts._cells.scores()) > 2000
+    assert counts._count().dropped > 0 and len(counts._count().key_T) > 2000
     assert found != expected
     for name, value in asdict(expected).items():
         assert asdict(found)[name] == pytest.approx(value, abs=0.02 if "threshold" in name else 2e-3), name
@@ -191,7 +190,7 @@ def test_order_and_grouping_change_nothing(bounds, seed, request):
         assert (part.images, part._pixels) == before
     assert everything(merged) == expected
     if bounds == "small":
-        assert merged._cells is not None and merged._table.dropped > 0
+        assert merged._count().dropped > 8
 
 
 def test_counts_that_were_read_merge_into_new_ones(small):
@@ -287,7 +286,7 @@ def test_where_equals_one_image_per_pixel_that_counts(bounds, request):
     found = counted(score_NYX, truth_NYX, batch=5, unit=clip_N, where=where_NYX)
     chosen = score_NYX[where_NYX], truth_NYX[where_NYX]
     assert everything(found)[:2] == everything(counted(*chosen, batch=300, unit=clip_NYX[where_NYX]))[:2]
-    assert (found._cells is not None) == (bounds == "small")
+    assert (found._count().dropped > 0) == (bounds == "small")
 
 
 @pytest.mark.parametrize("as_kind", [np.asfortranarray, torch.from_numpy])
@@ -488,12 +487,12 @@ def test_intervals_equal_a_slow_loop():
 
 
 def test_intervals_of_coarse_counts_are_close_to_a_slow_loop(small, monkeypatch):
-    monkeypatch.setattr(streaming, "RESAMPLING_CELLS", 256)
-    monkeypatch.setattr(streaming, "MAX_ROWS", 4000)
+    monkeypatch.setattr(histogram, "RESAMPLING_CELLS", 256)
+    monkeypatch.setattr(histogram, "MAX_ROWS", 4000)
     score_NYX, truth_NYX = anomaly_maps(24, 16, seed=2)
     counts = counted(score_NYX, truth_NYX, unit=range(24), regions=True)
     found = counts.intervals(seed=3, threshold=1.0, resamples=200)
-    assert counts._by_unit().dropped > 8
+    assert counts._count().dropped > 8
     expected = slow_resamples(score_NYX, truth_NYX, range(24), seed=3, resamples=200, threshold=1.0)
     for name, interval in found.items():
         low, high = np.quantile(expected[name], [0.025, 0.975])
@@ -519,8 +518,6 @@ def test_the_auroc_alone_is_that_of_all_measures():
     counts = [counted(score_NYX, truth_NYX, unit=range(9), regions=True) for score_NYX in (first_NYX, second_NYX)]
     options = {"seed": 4, "resamples": 200, "level": 0.8}
     alone, among = counts[0].auroc_interval(**options), counts[0].intervals(**options)["auroc"]
-    assert asdict(alone) == pytest.approx(asdict(among), abs=1e-12)
-    alone, among = auroc_difference(*counts, **options), difference_intervals(*counts, **options)["auroc"]
     assert asdict(alone) == pytest.approx(asdict(among), abs=1e-12)
 
 
@@ -548,7 +545,6 @@ def test_intervals_refuse_bad_options(unit, options, sentence):
     for read in (
         counts.intervals,
         counts.auroc_interval,
-        lambda **options: difference_intervals(counts, counts, **options),
         lambda **options: auroc_difference(counts, counts, **options),
     ):
         with pytest.raises(ValueError, match=sentence):
@@ -558,23 +554,22 @@ def test_intervals_refuse_bad_options(unit, options, sentence):
 # --- Differences -----------------------------------------------------------------------------------------------------
 
 
-def test_difference_intervals_equal_a_slow_loop():
+def test_auroc_difference_equals_a_slow_loop():
     first_NYX, truth_NYX = anomaly_maps(12, 10)
     second_NYX = first_NYX + np.random.default_rng(9).normal(size=first_NYX.shape).astype(np.float32)
     counts = [counted(score_NYX, truth_NYX, unit=range(12), regions=True) for score_NYX in (first_NYX, second_NYX)]
-    found = difference_intervals(*counts, seed=3, resamples=100)
+    found = auroc_difference(*counts, seed=3, resamples=100)
     first, second = (
-        slow_resamples(score_NYX, truth_NYX, range(12), seed=3, resamples=100) for score_NYX in (first_NYX, second_NYX)
+        slow_resamples(score_NYX, truth_NYX, range(12), seed=3, resamples=100)["auroc"]
+        for score_NYX in (first_NYX, second_NYX)
     )
-    values = [asdict(exact(score_NYX, truth_NYX, regions=True)) for score_NYX in (first_NYX, second_NYX)]
-    assert set(found) == set(first)
-    for name, interval in found.items():
-        low, high = np.quantile(first[name] - second[name], [0.025, 0.975])
-        assert interval.value == pytest.approx(values[0][name] - values[1][name], abs=1e-9), name
-        assert (interval.low, interval.high) == (pytest.approx(low, abs=1e-6), pytest.approx(high, abs=1e-6)), name
+    value, other = (exact(score_NYX, truth_NYX).auroc for score_NYX in (first_NYX, second_NYX))
+    low, high = np.quantile(first - second, [0.025, 0.975])
+    assert found.value == pytest.approx(value - other, abs=1e-9)
+    assert (found.low, found.high) == (pytest.approx(low, abs=1e-6), pytest.approx(high, abs=1e-6))
     # What one image does to both scores cancels: pairs tell more than two intervals beside each other.
     alone = counts[0].intervals(seed=3, resamples=100)["auroc"]
-    assert found["auroc"].high - found["auroc"].low < 0.8 * (alone.high - alone.low)
+    assert found.high - found.low < 0.8 * (alone.high - alone.low)
 
 
 def test_differences_need_the_same_units_and_truth():
@@ -584,21 +579,17 @@ def test_differences_need_the_same_units_and_truth():
     other_truth = counted(score_NYX, truth_NYX[::-1], unit=[0, 1, 2, 3])
     for other in (other_units, other_truth):
         with pytest.raises(ValueError, match="same units with the same truth"):
-            difference_intervals(counts, other, seed=0)
-        with pytest.raises(ValueError, match="same units with the same truth"):
             auroc_difference(counts, other, seed=0)
-    with pytest.raises(ValueError, match="must have the same regions"):
-        difference_intervals(counts, counted(score_NYX, truth_NYX, unit=[0, 1, 2, 3], regions=True), seed=0)
     same = counted(score_NYX[::-1], truth_NYX[::-1], unit=[3, 2, 1, 0])
-    found = difference_intervals(counts, same, seed=0, resamples=100)
-    assert {(interval.value, interval.low, interval.high) for interval in found.values()} == {(0, 0, 0)}
+    found = auroc_difference(counts, same, seed=0, resamples=100)
+    assert (found.value, found.low, found.high) == (0, 0, 0)
 
 
 def test_differences_where_units_have_no_pixels():
     score_NYX, truth_NYX, where_NYX = maps_and_where(8, all_left_out=[0, 4])
     other_NYX = score_NYX + np.random.default_rng(9).normal(size=score_NYX.shape).astype(np.float32)
     counts = [counted(maps_NYX, truth_NYX, unit=range(8), where=where_NYX) for maps_NYX in (score_NYX, other_NYX)]
-    found = difference_intervals(*counts, seed=3, resamples=100)["auroc"]
+    found = auroc_difference(*counts, seed=3, resamples=100)
     first, second = (
         slow_resamples(maps_NYX, truth_NYX, range(8), where_NYX=where_NYX, seed=3, resamples=100)["auroc"]
         for maps_NYX in (score_NYX, other_NYX)
@@ -613,20 +604,20 @@ def test_differences_where_units_have_no_pixels():
         where_NYX[left_out] = False
         twins.append(counted(score_NYX, truth_NYX, unit=range(3), where=where_NYX))
     with pytest.raises(ValueError, match="same units with the same truth"):
-        difference_intervals(*twins, seed=0)
+        auroc_difference(*twins, seed=0)
 
 
 # --- Memory ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_held_stays_within_its_bounds(small):
+def test_what_is_held_stays_within_its_bounds(small, monkeypatch):
+    monkeypatch.setattr(histogram, "MAX_ROWS", 5000)
     rng = np.random.default_rng(0)
     counts = PixelMetrics(regions=True)
     for batch in range(30):
         score_BYX = 0.5 + rng.random((4, 20, 20))
         counts.update(score_BYX, rng.random((4, 20, 20)) < 0.1, unit=range(4 * batch, 4 * batch + 4))
-        assert counts._buffer.size <= streaming.EXACT_PIXELS
-        assert len(counts._buffer._columns[0]) <= streaming.EXACT_PIXELS
-        assert counts._cells.count_CK.shape[1] <= streaming.MAX_CELLS
-        assert len(counts._table.code_T) <= streaming.MAX_ROWS
-    assert counts._pixels == counts._cells.count_CK[:2].sum() + counts._buffer.size == 30 * 1600
+        assert sum(map(len, counts._waiting)) <= streaming.EXACT_PIXELS
+        assert len(counts._parts[0].key_T) <= histogram.MAX_ROWS
+    found = counts._count()
+    assert counts._pixels == found.count_T[found.class_T < 2].sum() == 30 * 1600

@@ -1,6 +1,7 @@
 """The UCSD chapter: its code as it stands on the page, against captum and scikit-learn."""
 
 import dataclasses
+import inspect
 import subprocess
 import sys
 from collections import OrderedDict
@@ -18,7 +19,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import nn
 
 from expvae import Method, attention
-from expvae.metrics import _streaming as streaming
+from expvae.metrics import PixelMetrics, auroc_difference
 from expvae.models import UCSDVAE
 from expvae_book.chapters import BOOK
 from expvae_book.data import ucsd
@@ -44,8 +45,8 @@ def chapter():
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
     """A hundred resamples instead of a thousand; no test here looks closely at the ends of an interval."""
-    resampled = streaming._resampled_counts
-    monkeypatch.setattr(streaming, "_resampled_counts", lambda *arguments: resampled(*arguments[:-1], 100))
+    for measure in (PixelMetrics.intervals, PixelMetrics.auroc_interval, auroc_difference):
+        monkeypatch.setitem(inspect.unwrap(measure).__kwdefaults__, "resamples", 100)
 
 
 @pytest.fixture(scope="module")

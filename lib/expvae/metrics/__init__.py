@@ -42,11 +42,7 @@ if TYPE_CHECKING:
         fraction_interval as fraction_interval,
     )
     from expvae.metrics._segmentation import PixelScores as PixelScores
-    from expvae.metrics._streaming import (
-        PixelMetrics as PixelMetrics,
-        auroc_difference as auroc_difference,
-        difference_intervals as difference_intervals,
-    )
+    from expvae.metrics._streaming import PixelMetrics as PixelMetrics, auroc_difference as auroc_difference
 
 __getattr__, __all__ = attach(
     __name__,
@@ -68,6 +64,6 @@ __getattr__, __all__ = attach(
         "_latent": ["active_by_kl", "active_by_variance", "active_units", "total_correlation"],
         "_pixel": ["auroc", "auroc_interval", "auroc_per_image", "fraction_interval"],
         "_segmentation": ["PixelScores"],
-        "_streaming": ["PixelMetrics", "auroc_difference", "difference_intervals"],
+        "_streaming": ["PixelMetrics", "auroc_difference"],
     },
 )

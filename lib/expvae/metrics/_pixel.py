@@ -1,21 +1,19 @@
 """How well scores find anomalous pixels or images: area under the ROC curve, proportions and their intervals.
 
 A score per image is a map of one pixel. Suffixes: N images (or clips), P pixels of an image, G groups of equal
-scores in ascending order, K cells of a histogram, R resamples.
+scores in ascending order, R resamples.
 """
 
 from math import sqrt
 from statistics import NormalDist
 
 import numpy as np
-from jaxtyping import Bool, Float, Int64, Num, Shaped
-from scipy.stats import rankdata
+from jaxtyping import Bool, Float, Shaped
 
-from expvae.metrics._bootstrap import Interval, percentile_interval, resampled_weights
+from expvae.metrics._bootstrap import Interval, percentile_interval
 from expvae.metrics._inputs import Array, as_array, checked, require_both_classes, require_level, require_resampling
-
-CELLS = 1024  # quantile cells of the bootstrap: 1.4 s for 1000 resamples of 4000 images of 784 pixels on two cores
-IMAGES_PER_CHUNK = 1024  # bounds the table of counts to 35 MB however many images there are
+from expvae.metrics._segmentation import auroc_of_counts
+from expvae.metrics._streaming import PixelMetrics
 
 
 def auroc(score: Shaped[Array, "..."], truth: Shaped[Array, "..."]) -> float:
@@ -36,9 +34,8 @@ def auroc(score: Shaped[Array, "..."], truth: Shaped[Array, "..."]) -> float:
         ValueError: If the shapes differ, truth is not boolean or lacks a class, or a score is NaN or infinite.
     """
     score, truth = checked(score, truth)
-    _, negative_G, positive_G = _count_ties(score, truth)
-    require_both_classes(int(negative_G.sum()), int(positive_G.sum()))
-    return float(_auroc_from_counts(negative_G, positive_G))
+    require_both_classes(int((~truth).sum()), int(truth.sum()))
+    return _auroc(score, truth)
 
 
 def auroc_per_image(
@@ -66,12 +63,8 @@ def auroc_per_image(
             infinite.
     """
     score_NP, truth_NP, where_NP = _per_image(score_NP, truth_NP, where_NP)
-    rank_NP = rankdata(np.where(where_NP, score_NP, np.inf), axis=1)  # above all that count, so that no rank moves
-    positive_NP = truth_NP & where_NP
-    positive_N = positive_NP.sum(axis=1)
-    wins_N = (rank_NP * positive_NP).sum(axis=1) - positive_N * (positive_N + 1) / 2
-    pairs_N = positive_N * (where_NP.sum(axis=1) - positive_N)
-    return np.divide(wins_N, pairs_N, out=np.full(len(truth_NP), np.nan), where=pairs_N > 0)
+    images = zip(score_NP, truth_NP, where_NP, strict=True)
+    return np.array([_auroc(score_P[where_P], truth_P[where_P]) for score_P, truth_P, where_P in images])
 
 
 def auroc_interval(
@@ -90,10 +83,10 @@ def auroc_interval(
     [N]). Scores of the same images under the same seed see the same resamples. A resample without both classes has no
     AUROC and is left out.
 
-    The value is exact. The resamples are weighted sums of one histogram per image and class, whose cells follow the
-    quantiles of the pooled scores and split no tie. A resample is off by at most half the chance that a random positive
-    and a random negative pixel share a cell but not a score. Over the sample itself that is below 1/1024; seen in
-    resamples: 2e-5, a hundredth of the interval's width or less. The interval is exact for up to 1024 scores.
+    The value is exact. The resamples are those of `expvae.metrics.PixelMetrics`, of the scores rounded to float32:
+    weighted sums of one histogram per image and class, whose cells follow the quantiles of both classes. A resample is
+    off by at most half the chance that a random positive and a random negative pixel share a cell but not a score. Over
+    the sample itself that is below 1/8192. The interval is exact for up to 4096 scores.
 
     Args:
         score_NP: Finite scores; the first axis counts images or clips, all others are pooled.
@@ -111,15 +104,13 @@ def auroc_interval(
     """
     require_resampling(resamples, level)
     score_NP, truth_NP, where_NP = _per_image(score_NP, truth_NP, where_NP)
-    group, negative_G, positive_G = _count_ties(score_NP[where_NP], truth_NP[where_NP])
-    require_both_classes(int(negative_G.sum()), int(positive_G.sum()))
     if len(score_NP) < 2:
         raise ValueError("score must hold at least two images to resample, got 1.")
-
-    cell_NP = np.zeros(score_NP.shape, dtype=np.int64)
-    cell_NP[where_NP] = _cells(negative_G, positive_G)[group]
-    auroc_R = _resampled_aurocs(cell_NP, truth_NP, where_NP, seed, resamples)
-    return percentile_interval(float(_auroc_from_counts(negative_G, positive_G)), auroc_R, level, len(score_NP))
+    value = auroc(score_NP[where_NP], truth_NP[where_NP])
+    counts = PixelMetrics()
+    counts.update(score_NP, truth_NP, unit=range(len(score_NP)), where=where_NP)
+    auroc_R = counts.resampled_aurocs(seed, resamples)
+    return percentile_interval(value, auroc_R[1:], level, len(score_NP), value - auroc_R[0])
 
 
 def fraction_interval(flag_N: Shaped[Array, " n"], *, level: float = 0.95) -> Interval:
@@ -154,60 +145,11 @@ def fraction_interval(flag_N: Shaped[Array, " n"], *, level: float = 0.95) -> In
     return Interval(p, max(0.0, centre - half_width) if p > 0 else 0.0, centre + half_width if p < 1 else 1.0, n)
 
 
-def _auroc_from_counts(negative: Num[np.ndarray, "*r k"], positive: Num[np.ndarray, "*r k"]) -> Float[np.ndarray, "*r"]:
-    """AUROC from the counts of both classes in ascending cells of the score, ½ for pairs in one cell; NaN for 0/0."""
-    below = np.cumsum(negative, axis=-1, dtype=np.float64) - negative / 2
-    pairs = negative.sum(axis=-1, dtype=np.float64) * positive.sum(axis=-1, dtype=np.float64)
-    with np.errstate(invalid="ignore"):
-        return np.asarray((positive * below).sum(axis=-1) / pairs)
-
-
-def _count_ties(
-    score: Shaped[np.ndarray, "*s"], truth: Bool[np.ndarray, "*s"]
-) -> tuple[Int64[np.ndarray, "*s"], Int64[np.ndarray, " g"], Int64[np.ndarray, " g"]]:
-    """Group of equal scores that each value is in, in ascending order, and the groups' counts of both classes."""
+def _auroc(score: Shaped[np.ndarray, "*s"], truth: Bool[np.ndarray, "*s"]) -> float:
+    """Exact AUROC; NaN where there is one class only."""
     distinct, group = np.unique(score, return_inverse=True)
-    count_G2 = np.bincount((2 * group + truth).ravel(), minlength=2 * distinct.size).reshape(-1, 2)
-    return group, count_G2[:, 0], count_G2[:, 1]
-
-
-def _cells(negative_G: Int64[np.ndarray, " g"], positive_G: Int64[np.ndarray, " g"]) -> Int64[np.ndarray, " g"]:
-    """Cell of every distinct score, for a histogram of CELLS quantiles that keeps as much order as it can.
-
-    Neighbouring scores of one class are first joined to a run, which is exact because no pair of it counts; a score
-    that both classes share is a run by itself, exact because its pairs are ties. A run that reaches over a quantile of
-    the pooled scores gets a cell of its own, and the runs between two quantiles share one. Only those shared
-    cells lose order, and each holds less than 1/CELLS of all values.
-    """
-    kind_G = np.where(positive_G == 0, 0, np.where(negative_G == 0, 1, 2))
-    starts_G = np.concatenate([[True], (kind_G[1:] != kind_G[:-1]) | (kind_G[1:] == 2)])
-    end_R = np.add.reduceat(negative_G + positive_G, np.flatnonzero(starts_G)).cumsum()
-    quantile = np.concatenate([[0], end_R]) * CELLS // end_R[-1]
-    # Before + after grows from run to run, save between two that start and end within the same quantile.
-    _, cell_R = np.unique(quantile[:-1] + quantile[1:], return_inverse=True)
-    return cell_R[np.cumsum(starts_G) - 1]
-
-
-def _resampled_aurocs(
-    cell_NP: Int64[np.ndarray, "n p"],
-    truth_NP: Bool[np.ndarray, "n p"],
-    where_NP: Bool[np.ndarray, "n p"],
-    seed: int,
-    resamples: int,
-) -> Float[np.ndarray, " r"]:
-    """AUROC of every bootstrap resample of the images; NaN where it lacks a class."""
-    n = len(cell_NP)
-    weight_RN = resampled_weights(n, resamples, seed)[1:]
-    width = 2 * int(cell_NP.max() + 1)  # negatives and positives of a cell stand side by side
-    count_RK = np.zeros((resamples, width), dtype=np.float32)  # whole numbers, exact up to 2^24 in one cell
-    for start in range(0, n, IMAGES_PER_CHUNK):
-        chunk = slice(start, start + IMAGES_PER_CHUNK)
-        column_NP = 2 * cell_NP[chunk] + truth_NP[chunk]
-        rows = len(column_NP)
-        flat_NP = column_NP + width * np.arange(rows)[:, None]
-        count_NK = np.bincount(flat_NP[where_NP[chunk]], minlength=rows * width).reshape(rows, width)
-        count_RK += weight_RN[:, chunk] @ count_NK.astype(np.float32)
-    return _auroc_from_counts(count_RK[:, 0::2], count_RK[:, 1::2])
+    count_2G = np.bincount((group + distinct.size * truth).ravel(), minlength=2 * distinct.size)
+    return float(auroc_of_counts(*count_2G.reshape(2, -1)))
 
 
 def _per_image(

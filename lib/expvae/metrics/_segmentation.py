@@ -1,4 +1,4 @@
-"""How well maps segment anomalies: measures over all thresholds, exact for pixels that fit in memory.
+"""How well maps segment anomalies: measures over all thresholds, from counts of the pixels of each score.
 
 A pixel counts as anomalous where score ≥ threshold, and the thresholds are the scores that occur. With TP, FP, FN and
 TN the numbers of pixels and P = TP + FN, N = FP + TN, at each threshold:
@@ -6,9 +6,10 @@ TN the numbers of pixels and P = TP + FN, N = FP + TN, at each threshold:
     TPR = TP / P    FPR = FP / N    precision = TP / (TP + FP)    IoU = TP / (TP + FP + FN)
 
 A threshold chosen on the data that it is judged on, as "best" does, is an oracle: nobody has it before the test.
-For more pixels than fit in memory, and for intervals, see `expvae.metrics._streaming`.
+Where the counts come from, and for intervals, see `expvae.metrics._streaming`.
 
-Suffixes: N images, Y X their pixels, K distinct scores or cells of neighbouring scores, in ascending order.
+Suffixes: N images, P anomalous pixels, R resamples, K distinct scores or cells of neighbouring scores, in
+ascending order.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64, Num, Shaped
 from scipy import ndimage
 
-from expvae.metrics._inputs import Array, Masks, WithoutMask, require_both_classes, with_masks
+from expvae.metrics._inputs import require_both_classes
 
 FPR_LIMIT = 0.3  # of AUPRO
 GRID = np.arange(1, 100) / 100  # thresholds of the reports, as shares of the highest score
@@ -57,41 +58,14 @@ class PixelScores:
     mean_iou: float | None
 
 
-def exact(
-    score_NYX: Shaped[Array, "n ..."],
-    truth_NYX: Masks,
-    *,
-    regions: bool = False,
-    threshold: float | None = None,
-    without_mask: WithoutMask = "leave out",
-) -> PixelScores:
-    """All measures of the pixels of all images pooled; for numbers per image, call it with one image at a time.
-
-    Args:
-        score_NYX: Finite scores, higher for more anomalous; the first axis counts images, all others are pooled.
-        truth_NYX: Booleans of the same shape, True where anomalous; or one mask per image, None where there is none.
-        regions: Whether to compute AUPRO, which needs maps of shape [N, Y, X].
-        threshold: Threshold, such as one chosen on validation images, at which to compute the IoU as well. It is
-            rounded to the precision of the scores.
-        without_mask: What becomes of images without a mask: "leave out", or "normal" for all pixels normal.
-
-    Raises:
-        ValueError: If the shapes differ, a mask is not boolean, a score is NaN or infinite, or a class is missing.
-    """
-    score_NYX, truth_NYX, _ = with_masks(score_NYX, truth_NYX, without_mask)
-    # Thresholds take the type of the scores, which integers and half precision would spoil.
-    score_K, cell = np.unique(score_NYX.astype(np.result_type(score_NYX, np.float32)), return_inverse=True)
-    cell, truth = cell.ravel(), truth_NYX.ravel()
-    region_K = None
-    if regions:
-        region_K = np.bincount(cell[truth], weights=1 / region_sizes(truth_NYX), minlength=len(score_K))
-    return from_counts(
-        score_K,
-        np.bincount(cell[~truth], minlength=len(score_K)),
-        np.bincount(cell[truth], minlength=len(score_K)),
-        region_K,
-        threshold=threshold,
-    )
+def auroc_of_counts(
+    negative_K: Num[np.ndarray, "*r k"], positive_K: Num[np.ndarray, "*r k"]
+) -> Float[np.ndarray, "*r"]:
+    """AUROC from the counts of both classes in ascending cells of the score, ½ for pairs in one cell; NaN for 0/0."""
+    below = np.cumsum(negative_K, axis=-1, dtype=np.float64) - negative_K / 2
+    pairs = negative_K.sum(axis=-1, dtype=np.float64) * positive_K.sum(axis=-1, dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        return np.asarray((positive_K * below).sum(axis=-1) / pairs)
 
 
 def from_counts(
@@ -140,7 +114,7 @@ def from_counts(
     grid = flagged_from(GRID * float(score_K[0] if highest is None else highest))
     at = None if threshold is None else int(flagged_from(threshold))
     return PixelScores(
-        auroc=float((positive_K * (n - fp_K + negative_K / 2)).sum() / (p * n)),
+        auroc=float(auroc_of_counts(negative_K[::-1], positive_K[::-1])),
         average_precision=float((positive_K * tp_K / (tp_K + fp_K)).sum() / p),
         fpr95=float(fp_K[np.argmax(20 * tp_K >= 19 * p)] / n),  # 0.95 p would round
         best_iou=float(iou_K[best]),

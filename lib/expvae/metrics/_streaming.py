@@ -40,8 +40,10 @@ class PixelMetrics:
     One object holds the pixels that are pooled. For a number per category keep a dict of objects, and merge them for
     the number over all.
 
-    Memory is bounded: see `expvae.metrics._histogram`. With units there are some 2^22 counts, one per unit, class and
-    score that occurs; where there would be more, scores whose high bits agree share one.
+    Memory is bounded: 1.6·10^7 pixels took 0.1 GB beyond the batch, and 1.2·10^7 with regions and 1200 units 0.55 GB;
+    more pixels add nothing once there are some 2^22 counts, one per unit, class and score that occurs. Where units
+    would make more than that, scores whose high bits agree share one, in the measures as in their intervals: 2000 units
+    of 10 000 pixels changed the AUROC by 7e-7.
 
     Beyond 2^22 pixels a cell is 2^-11 of its score wide where scores reach from 0 to a maximum, and narrower if their
     range is. Measured on 2·10^7 pixels, 2 % of them anomalous, the cells changed the AUROC by 5e-8, the average
@@ -63,7 +65,7 @@ class PixelMetrics:
         self.images = 0
         self.images_left_out = 0
         self._lowest, self._highest = np.inf, -np.inf
-        self._unit_index: dict[Unit, int] = {}  # in the order of appearance
+        self._unit_index: dict[Unit, int] = {}
         self._pixels = 0
         self._waiting: list[Int64[np.ndarray, " _"]] = []  # keys of pixels that are in no histogram yet
         nothing = np.zeros(0, dtype=np.int64)

@@ -1,11 +1,18 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 import os
+import shutil
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
+from filelock import FileLock
 from safetensors import SafetensorError
+
+ASIDE = ".old-"  # before the name of a folder that has made way for another
+ATTEMPTS = 9  # to open a file of a folder that others replace meanwhile, each between two of their steps
 
 
 @contextmanager
@@ -18,8 +25,7 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: If it cannot be written; the message says so in one sentence.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(path):
         temporary.touch()
         mode = temporary.stat().st_mode  # by the umask; some writers make private files
         try:
@@ -28,13 +34,66 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """The same for a folder, which cannot be renamed over one that holds files.
+
+    The earlier one is set aside until the new one is in its place, where `located` finds it.
+
+    Raises:
+        OSError: If it cannot be written; the message says so in one sentence.
+    """
+    temporary = folder.with_name(f".writing-{uuid.uuid4().hex}")
+    with _writing(folder):
+        try:
+            temporary.mkdir()
+            yield temporary
+            with lock(folder):
+                if folder.exists():
+                    shutil.rmtree(_aside(folder), ignore_errors=True)  # left by a process that was killed
+                    folder.rename(_aside(folder))
+                temporary.rename(folder)
+                shutil.rmtree(_aside(folder), ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def lock(folder: Path) -> FileLock:
+    """What keeps other writers from a folder and its neighbours."""
+    return FileLock(folder.parent / ".lock")
+
+
+def located(folder: Path) -> Path:
+    """Where a folder lies: aside while another takes its place, and after a writer was killed at that moment."""
+    return folder if folder.exists() or not _aside(folder).exists() else _aside(folder)
+
+
+def opened(folder: Path, name: str) -> BinaryIO:
+    """A file of a folder, open to be read; nothing is written for that, not even a lock.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    for _ in range(ATTEMPTS):
+        with suppress(FileNotFoundError):
+            return (located(folder) / name).open("rb")
+    raise FileNotFoundError(f"there is no {folder / name}")
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(ASIDE + folder.name)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Make the folder of a path, and say in one sentence what kept the path from being written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
     except (OSError, SafetensorError) as error:
-        raise not_written(path, error) from error
-
-
-def not_written(path: Path, error: Exception) -> OSError:
-    """What to raise where something that appears whole or not at all could not be written."""
-    return OSError(
-        f"{path} could not be written ({error}); nothing was lost, what was stored before stays as it was: make room "
-        "or name another folder, and run again"
-    )
+        raise OSError(
+            f"{path} could not be written ({error}); nothing was lost, what was stored before stays as it was: make "
+            "room or name another folder, and run again"
+        ) from error

@@ -7,45 +7,37 @@ A run is a folder runs/<chapter>/<name=value,...>/ that holds
     arrays.npz    the few maps and curves that the figures show (compressed; float16, float32 or integers)
     figures/      panels that show inputs, drawn when the run was computed
 
-A run is written to a temporary folder that is renamed when it is whole. The one that it replaces is set aside before,
-and the next reader puts it back if the writer was killed in between. To read, nothing need be written. The environment
-variable EXPVAE_RUNS names another folder for the store.
+A run appears whole or not at all, and to read it nothing need be written (expvae_book.files). The environment variable
+EXPVAE_RUNS names another folder for the store.
 """
 
 import json
 import math
 import os
-import shutil
-import struct
+import re
 import time
-import uuid
-import zipfile
-import zlib
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import pandas as pd
-from filelock import FileLock
 from matplotlib.animation import Animation, PillowWriter
 from matplotlib.figure import Figure
 
-from expvae_book import places, protocols, provenance
+from expvae_book import files, places, protocols, provenance
 from expvae_book.data import root as data_root
 from expvae_book.data.card import DataCard, survey
 from expvae_book.data.catalogue import source
-from expvae_book.files import not_written, replacing
 from expvae_book.recipes import RBMRecipe, Recipe, StepRecipe
 
 if TYPE_CHECKING:
     from expvae_book.probes import Probe
 
-T = TypeVar("T")
 FRAMES_PER_SECOND = 4
 TOLERANCE = 1e-3  # of the greatest number of a probe: what another processor or device may change
 METRIC_COLUMNS = ["metric", "method", "subset", "value", "low", "high", "n"]
@@ -84,7 +76,11 @@ class Run:
         Raises:
             ValueError: If their file is damaged; the message names it.
         """
-        return _whole(self.folder, _arrays)
+        with _stored(self.folder, "arrays.npz") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = dict(archive)
+            if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+                raise ValueError("not all that it holds are arrays")
+        return arrays
 
     @property
     def card(self) -> DataCard:
@@ -147,12 +143,11 @@ class Run:
         Raises:
             FileNotFoundError: If the run has no such figure; the message lists those it has.
         """
-        there = {path.stem: path for path in sorted((self.folder / "figures").glob("*.*"))}
-        if name not in there:
-            raise FileNotFoundError(
-                f"the run {self.label} has no figure {name!r}; it has: {', '.join(there) or 'none'}"
-            )
-        return there[name]
+        figures = {path.stem: path for path in sorted(files.located(self.folder).glob("figures/*.*"))}
+        if name not in figures:
+            names = ", ".join(figures) or "none"
+            raise FileNotFoundError(f"the run {self.label} has no figure {name!r}; it has: {names}")
+        return figures[name]
 
     def metric(self, metric: str, method: str = "", subset: str = "") -> dict[str, Any]:
         """The row of one number, as a dict with value, low, high and n.
@@ -171,10 +166,10 @@ class Run:
         Raises:
             KeyError: If the run has none.
         """
-        found = self.metrics[self.metrics["metric"] == metric]
-        if found.empty:
+        rows = self.metrics[self.metrics["metric"] == metric]
+        if rows.empty:
             raise KeyError(f"the run {self.label} has no metric {metric!r}")
-        return found
+        return rows
 
     def text(
         self, metric: str, method: str = "", subset: str = "", form: str = ".3f", lacking: str | None = None
@@ -252,7 +247,7 @@ def root() -> Path:
 def find(chapter: str | None = None, **parameters: Any) -> list[Run]:
     """All stored runs, of one chapter or of all, that have the parameters given; ordered by their folders."""
     folders = (path.parent for path in root().glob(f"{chapter or '*'}/*/record.json"))
-    of_runs = {folder.with_name(folder.name.removeprefix(_ASIDE)) for folder in folders}
+    of_runs = {folder.with_name(folder.name.removeprefix(files.ASIDE)) for folder in folders}
     runs = [_read(folder) for folder in sorted(of_runs) if not folder.name.startswith(".")]
     return [run for run in runs if run is not None and parameters.items() <= run.parameters.items()]
 
@@ -265,12 +260,10 @@ def load(chapter: str, parameters: Mapping[str, Any]) -> Run | None:
     at unless it is "auto".
     """
     wanted = _determining(parameters)
-    left = [name for name in ALTERNATIVES if wanted.get(name) == "auto"]
-    for choice in product(*(ALTERNATIVES[name] for name in left)):
-        run = _read(root() / chapter / _folder_name(wanted | dict(zip(left, choice, strict=True))))
-        if run is not None:
-            return run
-    return None
+    values = [ALTERNATIVES.get(name, ("auto",)) if value == "auto" else (value,) for name, value in wanted.items()]
+    names = (_folder_name(dict(zip(wanted, choice, strict=True))) for choice in product(*values))
+    runs = (_read(root() / chapter / name) for name in names)
+    return next((run for run in runs if run is not None), None)
 
 
 def save(
@@ -351,10 +344,7 @@ def save(
         if np.asarray(array).dtype.hasobject:  # NumPy would pickle it
             raise ValueError(f"arrays[{name!r}] of the run {folder.name} holds Python objects; give it a numeric type")
 
-    temporary = folder.with_name(f".writing-{uuid.uuid4().hex}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
+    with files.replacing_folder(folder) as temporary:
         (temporary / "record.json").write_text(text + "\n", encoding="utf-8")
         np.savez_compressed(temporary / "arrays.npz", **arrays)
         (temporary / "figures").mkdir()
@@ -363,11 +353,6 @@ def save(
                 figure.save(temporary / "figures" / f"{name}.gif", writer=PillowWriter(fps=FRAMES_PER_SECOND))
             else:
                 figure.savefig(temporary / "figures" / f"{name}.png")
-        _replace(temporary, folder)
-    except OSError as error:
-        raise not_written(folder, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return _read(folder)
 
 
@@ -383,90 +368,39 @@ def _data_digest(name: str) -> str | None:
 
 def amend(run: Run, entries: Mapping[str, Any]) -> Run:
     """Add entries to the record of a stored run, or replace them, and give the run as it is then."""
-    path = run.folder / "record.json"
-    with FileLock(run.folder.parent / ".lock"):
-        record = _parsed(path.read_text(encoding="utf-8")) | dict(entries)
-        text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
-        with replacing(path) as temporary:
+    with files.lock(run.folder):
+        run = replace(run, record=_read(run.folder).record | dict(entries))
+        text = json.dumps(run.record, indent=1, ensure_ascii=False, allow_nan=False)
+        with files.replacing(files.located(run.folder) / "record.json") as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
-    return Run(run.chapter, run.parameters, record, run.folder)
-
-
-def _replace(new: Path, folder: Path) -> None:
-    """Put a whole folder in the place of another; a folder cannot be renamed over one that holds files."""
-    with FileLock(folder.parent / ".lock"):
-        old = _aside(folder)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)  # left by a process that was killed
-            folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _aside(folder: Path) -> Path:
-    """Where a run lies from the moment that it makes way for another until that one is in its place."""
-    return folder.with_name(_ASIDE + folder.name)
+    return run
 
 
 def _read(folder: Path) -> Run | None:
-    path = folder / "record.json"
     try:
-        text, at = _whole(folder, lambda at: ((at / path.name).read_text(encoding="utf-8"), at))
-        record = _parsed(text)
-        return Run(record["chapter"], record["parameters"], record, at)
+        with _stored(folder, "record.json") as file:
+            record = json.load(file, parse_constant=_finite, parse_float=_finite)
+            return Run(record["chapter"], record["parameters"], record, folder)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:  # neither JSON nor UTF-8, or JSON of another form
-        raise ValueError(f"{path} is damaged ({error!r}); delete its folder and run the chapter again") from error
 
 
-def _parsed(text: str) -> dict[str, Any]:
-    """The record in a text; NaN and infinity, which JSON has not and `save` refuses, are a ValueError."""
-
-    def finite(number: str) -> float:
-        if not math.isfinite(float(number)):
-            raise ValueError(f"{number} is no finite number")
-        return float(number)
-
-    return json.loads(text, parse_constant=finite, parse_float=finite)
-
-
-def _arrays(folder: Path) -> dict[str, np.ndarray]:
-    path = folder / "arrays.npz"
-    with path.open("rb") as opened:
+@contextmanager
+def _stored(folder: Path, name: str) -> Iterator[BinaryIO]:
+    """A file of a run; whatever its content lets its reader raise is a ValueError that names it."""
+    with files.opened(folder, name) as file:
         try:
-            archive = np.load(opened, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("it is no archive")
-            with archive:
-                arrays = dict(archive)
-            if strange := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
-                raise ValueError(f"{strange[0]} in it is no array")
-        except _DAMAGE as error:
-            raise ValueError(f"{path} is damaged ({error!r}); delete its folder and run the chapter again") from error
-    return arrays
+            yield file
+        except Exception as error:  # of json, zipfile, zlib or NumPy, by the place that is damaged
+            message = f"{folder / name} is damaged ({error!r}); delete its folder and run the chapter again"
+            raise ValueError(message) from error
 
 
-def _whole(folder: Path, read: Callable[[Path], T]) -> T:
-    """What `read` finds in the folder of a run.
-
-    Also while another process puts a new run in its place, or after one was killed when it had set the old one aside.
-    """
-    try:
-        return read(folder)
-    except FileNotFoundError:
-        lock = folder.parent / ".lock"
-        if not lock.exists():  # nothing was ever written beside it
-            raise
-    old, at = _aside(folder), folder
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(FileLock(lock))
-            if old.exists() and not folder.exists():
-                old.rename(folder)
-        except OSError:  # the store may only be read: where it was left, then
-            at = old if old.exists() and not folder.exists() else folder
-        return read(at)
+def _finite(number: str) -> float:
+    """A number of a record; NaN and infinity, which JSON has not and `save` refuses, are a ValueError."""
+    if not math.isfinite(float(number)):
+        raise ValueError(f"{number} is no finite number")
+    return float(number)
 
 
 def _commit(git: Mapping[str, Any]) -> str:
@@ -479,16 +413,7 @@ def _determining(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _folder_name(parameters: Mapping[str, Any]) -> str:
-    parts = []
-    for name, value in sorted(parameters.items()):
-        part = f"{name}={value}"
-        if not set(part) <= _SAFE:
+    for name, value in parameters.items():
+        if not re.fullmatch(r"[\w.+=-]*", f"{name}={value}", re.ASCII):
             raise ValueError(f"{name}={value!r} cannot be part of a folder's name; use letters, digits and . _ + -")
-        parts.append(part)
-    return ",".join(parts) or "default"
-
-
-_ASIDE = ".old-"
-# What zipfile, zlib and NumPy raise, by the place that is damaged.
-_DAMAGE = (EOFError, KeyError, OSError, RuntimeError, ValueError, struct.error, zipfile.BadZipFile, zlib.error)
-_SAFE = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._+-=")
+    return ",".join(f"{name}={value}" for name, value in sorted(parameters.items())) or "default"

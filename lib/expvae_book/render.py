@@ -16,8 +16,10 @@ import warnings
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import matplotlib as mpl
 import numpy as np
@@ -141,11 +143,9 @@ class _Stream(io.TextIOBase):
         if not InteractiveShell.initialized():
             return getattr(sys, f"__{self.name}__").write(text)
         outputs = InteractiveShell.instance().outputs
-        if not text:
-            return 0
         if outputs and outputs[-1].get("name") == self.name:
             outputs[-1].text += text
-        else:
+        elif text:
             outputs.append(new_output("stream", name=self.name, text=text))
         return len(text)
 
@@ -176,9 +176,7 @@ class _Shell(InteractiveShell):
     display_pub_class = Type(_Publisher)
     displayhook_class = Type(_Hook)
 
-    def __init__(self, **options: Any):
-        self.outputs: list[NotebookNode] = []
-        super().__init__(**options)
+    outputs: list[NotebookNode]  # of the cell that is running
 
     def enable_gui(self, gui: str | None = None) -> None:
         """A page has no windows."""
@@ -200,13 +198,20 @@ def _isolated(folder: Path) -> Iterator[_Shell]:
     if InteractiveShell.initialized():  # its place would be taken
         raise PageError("Pages cannot be executed from within IPython: build the book by a process of its own.")
     with ExitStack() as stack:
-        stack.callback(_undo())
+        stack.enter_context(patch.dict(os.environ, EXPVAE_MODE="read"))
+        stack.enter_context(patch.object(sys, "path", sys.path[:]))
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.callback(_torch_as_now())
         home = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(chdir(folder))
         stack.enter_context(mpl.rc_context())
         stack.enter_context(warnings.catch_warnings())
-        _warn_as_at_the_start()
-        os.environ["EXPVAE_MODE"] = "read"
+        warnings.showwarning = _show_warning
+        warnings.resetwarnings()
+        for category in (ResourceWarning, ImportWarning, PendingDeprecationWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", category)  # as Python starts
+        warnings.filterwarnings("default", category=DeprecationWarning, module="__main__")
         quiet = Config(HistoryManager={"enabled": False}, InteractiveShell={"colors": "NoColor"})
         shell = _Shell.instance(ipython_dir=home, config=quiet)
         try:
@@ -224,37 +229,19 @@ def _isolated(folder: Path) -> Iterator[_Shell]:
             _Shell.clear_instance()
 
 
-def _undo() -> Callable[[], None]:
-    """What puts the environment, the import path and the random states back to what they are now."""
-    environment, path = dict(os.environ), sys.path[:]
-    python, numpy, torch = random.getstate(), np.random.get_state(), sys.modules.get("torch")
-    drawn = torch.get_rng_state() if torch else None
-
-    def undo() -> None:
-        sys.path[:] = path
-        os.environ.clear()
-        os.environ.update(environment)
-        random.setstate(python)
-        np.random.set_state(numpy)
-        if drawn is not None:
-            torch.set_rng_state(drawn)
-        elif "torch" in sys.modules:
-            sys.modules["torch"].seed()
-
-    return undo
+def _torch_as_now() -> Callable[[], object]:
+    """What puts the random state of PyTorch back; one that was imported since is seeded anew."""
+    if "torch" in sys.modules:
+        torch = sys.modules["torch"]
+        return partial(torch.set_rng_state, torch.get_rng_state())
+    return lambda: "torch" in sys.modules and sys.modules["torch"].seed()
 
 
-def _warn_as_at_the_start() -> None:
-    """Set the filters that Python starts with, and print warnings where the page can catch them."""
-
-    def show(message: Warning, category: type, filename: str, line: int, _file: object = None, text: str | None = None):
-        sys.stderr.write(warnings.formatwarning(message, category, filename, line, text))
-
-    warnings.resetwarnings()
-    for category in (ResourceWarning, ImportWarning, PendingDeprecationWarning, DeprecationWarning):
-        warnings.simplefilter("ignore", category)
-    warnings.filterwarnings("default", category=DeprecationWarning, module="__main__")
-    warnings.showwarning = show
+def _show_warning(
+    message: Warning, category: type, filename: str, line: int, _file: object = None, text: str | None = None
+) -> None:
+    """Print a warning where the page can catch it."""
+    sys.stderr.write(warnings.formatwarning(message, category, filename, line, text))
 
 
 def _line(error: BaseException, shell: _Shell) -> int:

@@ -402,13 +402,21 @@ def test_paths_that_papermill_injects_are_no_unknown_parameters(folder):
         ("kernel.md", chapter().replace("kernelspec:", "kernel:"), "names no kernelspec"),
         ("code.md", chapter("digit = 1"), "must read 'name: int|float|str|bool = value'"),
         ("syntax.md", chapter("digit: int = "), "the parameters cell is not valid Python"),
-        ("default.md", chapter("digit: int = 7  # 0 | 1"), "the default of digit must be a whole number: 0 | 1:"),
-        ("kind.md", chapter('digit: int = "1"'), "the default of digit must be a whole number:"),
-        ("computed.md", chapter("digit: int = 1 + 1"), "the default of digit must be written out"),
+        (
+            "default.md",
+            chapter("digit: int = 7  # 0 | 1"),
+            "default of digit must be a whole number: 0 | 1, written out:",
+        ),
+        ("kind.md", chapter('digit: int = "1"'), "default of digit must be a whole number, written out:"),
+        ("computed.md", chapter("digit: int = 1 + 1"), "default of digit must be a whole number, written out:"),
         ("comment.md", chapter("digit: int = 1  # the digit"), "must begin with 'a | b | c'"),
         ("choices.md", chapter("digit: int = 1  # 1 | two"), "must begin with 'a | b | c'"),
         ("range.md", chapter("digit: int = 1  # 0 to nine"), "'N to M' for a number"),
-        ("empty.md", chapter("digit: int = 1  # 9 to 0"), "the default of digit must be a whole number: 9 to 0:"),
+        (
+            "empty.md",
+            chapter("digit: int = 1  # 9 to 0"),
+            "default of digit must be a whole number: 9 to 0, written out:",
+        ),
     ],
 )
 def test_a_file_that_is_no_chapter_gets_one_sentence(folder, name, text, sentence):

@@ -9,8 +9,8 @@ A chapter is a MyST notebook (``book/<chapter>.md``). Its cell with the tag ``pa
     seed: int = 0  # 0 to 4294967295; fixes all that is drawn
     note: str = ""  # ; free text goes behind the first semicolon
 
-The types are int, float, str and bool. Papermill imports this module for every notebook it runs, and every chapter
-imports it too, so what is slow to import (papermill, jupytext, torch) is imported by the function that needs it.
+The types are int, float, str and bool. Papermill imports this module whenever it starts, and every chapter imports it
+too, so what is slow to import (papermill, jupytext, torch) is imported by the function that needs it.
 `expvae_book.engine` is what papermill is taught when it starts.
 """
 
@@ -22,8 +22,7 @@ import shlex
 import tokenize
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib import import_module
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +55,7 @@ class Parameter:
 
     name: str
     kind: type
-    default: Value
+    default: Value | None  # None while the declaration is being read
     constraint: str = ""  # as written: "0 | 1 | 2", "0 or more", "above 0", "0 to 9" or nothing
     choices: tuple[Value, ...] = ()
     lowest: float = -math.inf
@@ -77,12 +76,9 @@ class Parameter:
             ValueError: If the value has another type, is not among the choices or is out of range.
         """
         value = _convert(given, self.kind)
-        if self.choices and value not in self.choices:
-            raise ValueError(f"{value!r} is not among the choices")
-        if isinstance(value, float | int):
-            excluded = self.constraint.startswith("above") and value == self.lowest
-            if not self.lowest <= value <= self.highest or excluded:
-                raise ValueError(f"{value!r} is out of range")
+        allowed = self.lowest <= value <= self.highest if isinstance(value, float | int) else True
+        if not allowed or (self.choices and value not in self.choices):
+            raise ValueError(f"{value!r} is not {self.constraint!r}")
         return value
 
 
@@ -108,8 +104,9 @@ def declared(notebook: "NotebookNode", path: str) -> dict[str, Parameter]:
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     parameters = [
-        _declaration(statement, " ".join(comments[line] for line in _lines(statement) if line in comments), path)
+        _declaration(statement, " ".join(comments[line] for line in lines if line in comments), path)
         for statement in statements
+        for lines in [range(statement.lineno, statement.end_lineno + 1)]  # a formatter may break a long line
     ]
     return {parameter.name: parameter for parameter in parameters}
 
@@ -134,9 +131,9 @@ def check(parameters: Mapping[str, object], known: Mapping[str, Parameter], path
 
 
 class ChapterHandler:
-    """Lets papermill read chapters; registered under its entry-point group ``papermill.io`` by the path's beginning.
+    """How papermill reads chapters and writes notebooks, any path of which it leaves to its handler of local files.
 
-    Files that are not Markdown go to papermill's own handler.
+    `expvae_book.engine` puts these functions into that handler. Files that are not Markdown are read as they were.
     """
 
     @staticmethod
@@ -153,14 +150,12 @@ class ChapterHandler:
             return _local_files("read", path)
         from nbformat import writes
 
-        import_module("expvae_book.engine")  # papermill has done that, unless the installation is older than the engine
         try:
-            text = _local_files("read", path)
+            notebook = _notebook(_local_files("read", path), path)
         except FileNotFoundError:
             raise ChapterError(f"There is no chapter {path}.") from None
         except UnicodeDecodeError:
             raise ChapterError(f"{path} is not a chapter that can be run: it is not text in UTF-8.") from None
-        notebook = _notebook(text, path)
         declared(notebook, path)
         notebook.metadata["language_info"] = {"name": "python"}
         for part in filter(None, [notebook, _parameters_cell(notebook)]):
@@ -177,11 +172,6 @@ class ChapterHandler:
         if path.endswith(".md"):
             raise ChapterError(f"The executed notebook cannot be written to {path}: give a name that ends in .ipynb.")
         _local_files("write", text, path)
-
-    @staticmethod
-    def listdir(path: str) -> list[str]:
-        """The files in a folder."""
-        return _local_files("listdir", path)
 
     @staticmethod
     def pretty_path(path: str) -> str:
@@ -210,18 +200,16 @@ def run(chapter: str, parameters: Mapping[str, Value], compute: Callable[[], "Ru
     from expvae_book import runs
 
     if not runs.reading():
-        _require_device(parameters)
+        _require_devices(parameters)
         return compute()
-    found = runs.load(chapter, dict(parameters))
-    again = f"```bash\n{command(chapter, parameters)}\n```"
-    if found is None:
+    run = runs.load(chapter, parameters)
+    again = f"Make it {'again ' if run else ''}with\n\n```bash\n{command(chapter, parameters)}\n```"
+    if run is None:
         wanted = ", ".join(f"{name} = {value}" for name, value in parameters.items())
-        stop_page(f"No stored run of this chapter with {wanted}. Make it with\n\n{again}")
-    elif found.outdated:
-        changed = "; ".join(found.outdated)
-        notice(f"This run is outdated: it was made by {changed}. Make it again with\n\n{again}", "warning")
-        _stop_where_lacking(f"The stored run lacks what this page shows from here on. Make it again with\n\n{again}")
-    return found
+        stop_page(f"No stored run of this chapter with {wanted}. {again}")
+    elif run.outdated:
+        _notice_outdated(f"This run is outdated: it was made by {'; '.join(run.outdated)}.", again)
+    return run
 
 
 def run_each(
@@ -267,24 +255,22 @@ def run_all(
     """
     from expvae_book import runs
 
-    if not runs.reading():
-        for one in wanted:
-            _require_device(one)
     found = [runs.load(chapter, one) for one in wanted]
+    told_by = told_by or [name for name, value in wanted[0].items() if any(one[name] != value for one in wanted)]
+    names = [", ".join(str(one[name]) for name in told_by) for one in wanted]
     if not runs.reading():
+        _require_devices(*wanted)
         missing = [i for i, run in enumerate(found) if run is None or run.outdated or not run.of_data_at_hand]
         made = compute([dict(wanted[place]) for place in missing]) if missing else []
         for place, run in zip(missing, made, strict=True):
             found[place] = run or found[place]  # an outdated run rather than none
-    told_by = told_by or [name for name, value in wanted[0].items() if any(one[name] != value for one in wanted)]
-    names = [", ".join(str(one[name]) for name in told_by) for one in wanted]
-    if runs.reading() and all(run is None for run in found):
+    elif not any(found):
         stop_page(f"No stored run of this chapter for any {', '.join(told_by)} of {'; '.join(dict.fromkeys(names))}.")
-    old = {name: run.outdated for name, run in zip(names, found, strict=True) if run is not None and run.outdated}
+    pairs = zip(names, found, strict=True)
+    old = dict.fromkeys(f"{name} ({', '.join(run.outdated)})" for name, run in pairs if run and run.outdated)
     if old:
-        listed = "; ".join(f"{name} ({', '.join(changed)})" for name, changed in old.items())
-        notice(f"These runs are outdated, because they were made by earlier protocols: {listed}.", "warning")
-        _stop_where_lacking("A stored run lacks what this page shows from here on. Run the chapter again.")
+        said = f"These runs are outdated, because they were made by earlier protocols: {'; '.join(old)}."
+        _notice_outdated(said, "Run the chapter again.")
     return found
 
 
@@ -292,11 +278,9 @@ def command(chapter: str, parameters: Mapping[str, Value]) -> str:
     """The command that makes a run, with the parameters that differ from the chapter's defaults."""
     path = f"book/{chapter}.md"
     known = declared(_notebook((BOOK / f"{chapter}.md").read_text(encoding="utf-8"), path), path)
-    words = ["papermill", path, "out.ipynb"]
-    for name, parameter in known.items():
-        if parameters.get(name, parameter.default) != parameter.default:
-            words += ["-p", name, str(parameters[name])]
-    return shlex.join(words)
+    other = {name for name, parameter in known.items() if parameters.get(name, parameter.default) != parameter.default}
+    options = [word for name in known if name in other for word in ("-p", name, str(parameters[name]))]
+    return shlex.join(["papermill", path, "out.ipynb", *options])
 
 
 def notice(markdown: str, kind: str = "note") -> None:
@@ -331,30 +315,29 @@ def stop_page(markdown: str) -> None:
     shell.input_transformers_cleanup.append(lambda lines: [])
 
 
-def _require_device(parameters: Mapping[str, Value]) -> None:
-    # Before anything is loaded or computed; papermill cannot ask, whose process need not be where the kernel is.
-    if "device" in parameters:
-        from expvae_book import devices
+def _require_devices(*wanted: Mapping[str, Value]) -> None:
+    # Before anything is computed; papermill cannot ask, whose process need not be where the kernel is.
+    from expvae_book import devices
 
-        devices.choose_device(parameters["device"])
+    for parameters in wanted:
+        devices.choose_device(parameters.get("device", "auto"))
 
 
-def _stop_where_lacking(markdown: str) -> None:
-    """Let the first later cell that asks a run for something it lacks stop the page, without an error.
+def _notice_outdated(said: str, again: str) -> None:
+    """Show that runs are outdated, and let the first later cell that asks one for what it lacks stop the page.
 
-    Outside a notebook there is no page to stop, and nothing is changed.
+    Outside a notebook there is no page to stop.
     """
     from IPython import get_ipython
 
-    lacking = (KeyError, FileNotFoundError)  # what `expvae_book.runs` raises
+    notice(f"{said} {again}", "warning")
     shell = get_ipython()
     if shell is None:
         return
+    lacking = (KeyError, FileNotFoundError)  # what `expvae_book.runs` raises
 
-    def stop(
-        _shell: object, _kind: object, _error: object, _traceback: object, tb_offset: int | None = None
-    ) -> list[str]:
-        stop_page(markdown)
+    def stop(*_error: object, **_options: object) -> list[str]:
+        stop_page(f"The stored run lacks what this page shows from here on. {again}")
         return []
 
     def forget(result: "ExecutionResult | None") -> None:
@@ -396,45 +379,41 @@ def _notebook(text: str, path: str) -> "NotebookNode":
     return notebook
 
 
-def _lines(statement: ast.stmt) -> range:
-    return range(statement.lineno, (statement.end_lineno or statement.lineno) + 1)  # a formatter may break a long line
-
-
 def _declaration(statement: ast.stmt, comment: str, path: str) -> Parameter:
     line = ast.unparse(statement)
     kinds = {kind.__name__: kind for kind in KINDS}
     match statement:
-        case ast.AnnAssign(target=ast.Name(id=name), annotation=ast.Name(id=kind_name), value=ast.expr() as value) if (
-            kind_name in kinds
-        ):
+        case ast.AnnAssign(ast.Name(name), ast.Name(kind_name), ast.expr() as value) if kind_name in kinds:
             kind = kinds[kind_name]
         case _:
             raise ChapterError(f"{path}: {line!r} in the parameters cell must read 'name: int|float|str|bool = value'.")
     constraint, _, text = (part.strip() for part in comment.partition(";"))
-    bound = re.fullmatch(r"above (\S+)|(\S+) or more|(\S+) to (\S+)", constraint) if kind in (int, float) else None
     try:
-        choices = tuple(_convert(choice.strip(), kind) for choice in constraint.split("|")) if "|" in constraint else ()
-        lowest = float(bound[1] or bound[2] or bound[3]) if bound else -math.inf
-        highest = float(bound[4] or math.inf) if bound else math.inf
+        parameter = Parameter(name, kind, None, constraint, *_limits(constraint, kind), text)
     except ValueError:
-        choices, bound = (), None
-    if constraint and not (choices or bound):
         raise ChapterError(
             f"{path}: the comment {comment!r} on {name} must begin with 'a | b | c' in the parameter's type, "
             "with 'N or more', 'above N' or 'N to M' for a number, or with a semicolon."
-        )
+        ) from None
     try:
         default = ast.literal_eval(value)
-    except ValueError:
-        raise ChapterError(f"{path}: the default of {name} must be written out, not computed: {line!r}.") from None
-    parameter = Parameter(name, kind, default, constraint, choices, lowest, highest, text)
-    try:
-        kept = isinstance(default, (int, float) if kind is float else kind) and parameter.value(default) == default
+        if type(default) not in (kind, int if kind is float else kind) or parameter.value(default) != default:
+            raise ValueError(default)
     except (ValueError, OverflowError):
-        kept = False
-    if not kept:
-        raise ChapterError(f"{path}: the default of {name} must be {parameter}: {line!r}.")
-    return parameter
+        raise ChapterError(f"{path}: the default of {name} must be {parameter}, written out: {line!r}.") from None
+    return replace(parameter, default=default)
+
+
+def _limits(constraint: str, kind: type) -> tuple[tuple[Value, ...], float, float]:
+    """The choices, the lowest and the highest number that a constraint allows."""
+    if "|" in constraint:
+        return tuple(_convert(choice.strip(), kind) for choice in constraint.split("|")), -math.inf, math.inf
+    bound = re.fullmatch(r"above (\S+)|(\S+) or more|(\S+) to (\S+)", constraint) if kind in (int, float) else None
+    if bound is None and constraint:
+        raise ValueError(f"{constraint!r} constrains no {kind.__name__}")
+    above, least, first, last = bound.groups() if bound else (None, "-inf", None, None)
+    lowest = math.nextafter(float(above), math.inf) if above else float(least or first)
+    return (), lowest, float(last or math.inf)
 
 
 def _convert(given: object, kind: type) -> Value:

@@ -6,7 +6,8 @@ read says so in its metadata and brings its own declarations, also after ``paper
 that is known of one chapter can be taken for what is known of another.
 """
 
-from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from expvae_book.chapters import CHAPTER, INJECTED_PATHS, ChapterHandler, Parameter, check, declared
@@ -18,22 +19,9 @@ if TYPE_CHECKING:
 class Engine:
     """Papermill's own engine, except that it lets the parameters of a chapter be checked.
 
-    It passes on instead of inheriting, because papermill may ask for it while papermill is being imported from here.
+    It does not inherit, because papermill may ask for it while papermill is being imported from here; the other
+    functions are lent to it when that is done.
     """
-
-    @staticmethod
-    def execute_notebook(nb: "NotebookNode", kernel_name: str, **options: Any) -> "NotebookNode":
-        """Run a notebook."""
-        from papermill.engines import NBClientEngine
-
-        return NBClientEngine.execute_notebook(nb, kernel_name, **options)
-
-    @staticmethod
-    def nb_kernel_name(nb: "NotebookNode", name: str | None = None) -> str:
-        """The kernel that a notebook asks for."""
-        from papermill.engines import NBClientEngine
-
-        return NBClientEngine.nb_kernel_name(nb, name)
 
     @staticmethod
     def nb_language(nb: "NotebookNode", language: str | None = None) -> str:
@@ -44,30 +32,24 @@ class Engine:
         path = nb.metadata.get(CHAPTER)
         if path is None:
             return NBClientEngine.nb_language(nb, language)
-        writer = _ParameterWriter(declared(nb, path), path)
-        papermill_translators.register(repr(writer), writer)
-        return repr(writer)
+        known = declared(nb, path)
+        name = f"{path} {known}"
+        papermill_translators.register(name, SimpleNamespace(codify=partial(_codify, known, path)))
+        return name
 
 
-@dataclass(frozen=True)
-class _ParameterWriter:
-    """Stands in for papermill's translator of parameters to Python, for one chapter."""
+def _codify(known: dict[str, Parameter], path: str, parameters: dict[str, Any], comment: str = "Parameters") -> str:
+    """The source of the cell that sets the checked parameters of a chapter, in place of papermill's translator."""
+    from papermill.translators import PythonTranslator
 
-    known: dict[str, Parameter]
-    path: str
-
-    def codify(self, parameters: dict[str, Any], comment: str = "Parameters") -> str:
-        """The source of the cell that sets the checked parameters."""
-        from papermill.translators import PythonTranslator
-
-        paths = {name: value for name, value in parameters.items() if name in INJECTED_PATHS}
-        given = {name: value for name, value in parameters.items() if name not in paths}
-        return PythonTranslator.codify(paths | check(given, self.known, self.path), comment)
+    paths = {name: value for name, value in parameters.items() if name in INJECTED_PATHS}
+    given = {name: value for name, value in parameters.items() if name not in paths}
+    return PythonTranslator.codify(paths | check(given, known, path), comment)
 
 
 def _teach() -> None:
     from nbformat.v4 import new_notebook
-    from papermill.engines import papermill_engines
+    from papermill.engines import NBClientEngine, papermill_engines
     from papermill.iorw import papermill_io
     from papermill.models import Parameter as PapermillParameter
     from papermill.translators import PythonTranslator, papermill_translators
@@ -87,6 +69,8 @@ def _teach() -> None:
                 for p in declared(new_notebook(cells=[parameters_cell]), path).values()
             ]
 
+    Engine.execute_notebook = NBClientEngine.execute_notebook
+    Engine.nb_kernel_name = NBClientEngine.nb_kernel_name
     papermill_translators.register("python", Translator)
     papermill_engines.register(None, Engine)  # the one that is taken where none is named
     papermill_engines.register("nbclient", Engine)

@@ -24,9 +24,7 @@ def main() -> None:
     if provenance.commit()["dirty"]:
         print("The code differs from its commit, which the records will name.", file=sys.stderr)
     differing = 0
-    for run in stored:
-        if asked and run.chapter not in asked:
-            continue
+    for run in (run for run in stored if run.chapter in (asked or known)):
         try:
             run = probes.verify(run)
             said = f"{run.state}; greatest difference {run.record['verified']['difference']:.1e}"

@@ -39,12 +39,8 @@ def setting(variable: str, default: str) -> Path:
         SettingError: If the variable names a home that is not known here.
     """
     value = os.environ.get(variable)
-    try:
-        path = expanded(value or default, variable)
-    except SettingError:
-        if value:
-            raise
-        path = Path(os.devnull, default)
+    at_home = os.path.expanduser(default).replace("~", os.devnull)  # noqa: PTH111 - pathlib's raises without a home
+    path = expanded(value, variable) if value else Path(at_home)
     return path if path.is_absolute() else repository() / path
 
 
@@ -75,7 +71,7 @@ def folder(path: Path, source: str) -> Path:
     Raises:
         SettingError: If a file lies there, or in place of a folder above it.
     """
-    there = next(part for part in (path, *path.parents) if part.exists())
-    if not there.is_dir():
-        raise SettingError(f"{source} must name a folder, and {there} is a file")
+    lowest = next(part for part in (path, *path.parents) if part.exists())
+    if not lowest.is_dir():
+        raise SettingError(f"{source} must name a folder, and {lowest} is a file")
     return path

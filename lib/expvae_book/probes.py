@@ -81,9 +81,9 @@ def take(
     draw = images if callable(images) else images.__getitem__
     facts = {"weights": file, **_described(model), "layer": layer, "seed": seed, "images": count or len(images)}
     # On the CPU whatever trained it: there TF32 may move a number as far as another model would.
-    found = _evaluate(copy.deepcopy(model).cpu(), draw, facts)
-    facts |= {"size": draw(torch.zeros(1, dtype=torch.int64)).shape[-1], "latents": found["probe means"].shape[1]}
-    return Probe(facts, found, draw)
+    arrays = _evaluate(copy.deepcopy(model).cpu(), draw, facts)
+    facts |= {"size": draw(torch.zeros(1, dtype=torch.int64)).shape[-1], "latents": arrays["probe means"].shape[1]}
+    return Probe(facts, arrays, draw)
 
 
 def verify(run: runs.Run, draw: Draw | None = None) -> runs.Run:
@@ -134,23 +134,26 @@ def _evaluate(model: nn.Module, draw: Draw, facts: dict[str, Any]) -> dict[str, 
     order_N = torch.randperm(facts["images"], generator=torch.Generator().manual_seed(facts["seed"]))
     means, maps = [], []
     for index_B in order_N[:COUNT].split(BATCH):
-        found = attention(model.encode, facts["layer"], to_unit(draw(index_B).cpu()), METHOD)
-        means.append(found.encoded[0].detach())
-        maps.append(F.adaptive_avg_pool2d(found.map_BYX.detach()[:, None], GRID)[:, 0])
+        result = attention(model.encode, facts["layer"], to_unit(draw(index_B).cpu()), METHOD)
+        means.append(result.encoded[0].detach())
+        maps.append(F.adaptive_avg_pool2d(result.map_BYX.detach()[:, None], GRID)[:, 0])
     return {"probe means": torch.cat(means).float().numpy(), "probe maps": torch.cat(maps).float().numpy()}
 
 
 def _described(model: nn.Module) -> dict[str, Any]:
     if not isinstance(model, Stack):
         return {"model": type(model).__name__}
-    layers = []
-    for layer in model.layers:
-        below, (units, *_) = layer.visible_shape, layer.hidden_shape
-        if isinstance(layer, ConvRBM):
-            window = {"kernel": layer.weight.shape[-1], "stride": layer.stride}
-            layers.append({"shape": list(below), "filters": units, **window})
-        else:
-            layers.append({"visible": below[0], "hidden": units})
+    layers = [
+        {
+            "shape": list(layer.visible_shape),
+            "filters": layer.hidden_shape[0],
+            "kernel": layer.weight.shape[-1],
+            "stride": layer.stride,
+        }
+        if isinstance(layer, ConvRBM)
+        else {"visible": layer.visible_shape[0], "hidden": layer.hidden_shape[0]}
+        for layer in model.layers
+    ]
     return {"model": "Stack", "layers": layers, "units": model.units, "shape": list(model.shape)}
 
 
@@ -186,14 +189,13 @@ def _images(run: runs.Run, facts: dict[str, Any]) -> Draw:
     data = "sample" if run.card.generated else "real"
     if not run.of_data_at_hand:
         raise CannotVerifyError(f"the data at hand are not those of its card, {run.card.name}")
+    draws = {
+        "mnist": lambda: mnist.load(data).test_NYX[:, None].__getitem__,
+        "ucsd": lambda: ucsd.load(data, size=facts["size"]).test_NYX[:, None].__getitem__,
+        "mvtec": lambda: mvtec.load(category, data).test_NCYX.__getitem__,
+        "dsprites": lambda: grey(dsprites.load(data)),
+    }
     try:
-        if dataset == "dsprites":
-            return grey(dsprites.load(data))
-        load = {
-            "mnist": lambda: mnist.load(data).test_NYX[:, None],
-            "ucsd": lambda: ucsd.load(data, size=facts["size"]).test_NYX[:, None],
-            "mvtec": lambda: mvtec.load(category, data).test_NCYX,
-        }
-        return load[dataset]().__getitem__
+        return draws[dataset]()
     except FileNotFoundError as error:
         raise CannotVerifyError(f"its data are not at hand: {error}") from None

@@ -158,15 +158,15 @@ FAULTS = r"""
 >tests/test_claims.py::test_other_methods_subsets_and_missing_values_do_not_match
 -(row["metric"], row["method"], row["subset"]) == (metric, method, subset)
 +(row["metric"], row["method"]) == (metric, method)
-# parameter-above-takes-its-bound lib/expvae_book/chapters.py
+# parameter-above-takes-its-bound lib/expvae_book/parameters.py
 >tests/test_chapters.py::test_values
 -math.nextafter(float(above), math.inf)
 +float(above)
-# parameter-false-is-true lib/expvae_book/chapters.py
+# parameter-false-is-true lib/expvae_book/parameters.py
 >tests/test_chapters.py::test_values
--else text in ("True", "true")
-+else bool(text)
-# parameter-any-choice lib/expvae_book/chapters.py
+-str(given).strip() in ("True", "true")
++bool(given)
+# parameter-any-choice lib/expvae_book/parameters.py
 >tests/test_chapters.py::test_values
 -(self.choices and value not in self.choices)
 +(self.choices and not value)

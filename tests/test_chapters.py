@@ -21,7 +21,7 @@ from papermill.cli import papermill as command
 from papermill.iorw import load_notebook_node, papermill_io
 from papermill.parameterize import parameterize_notebook
 
-from expvae_book import chapters, render, runs
+from expvae_book import chapters, parameters, render, runs
 from expvae_book.data.card import DataCard
 from expvae_book.recipes import MNIST
 from expvae_book.render import PageError
@@ -179,7 +179,7 @@ def test_two_chapters_in_one_process_keep_their_own_parameters(folder):
     options = {"prepare_only": True, "progress_bar": False}
     papermill.inspect_notebook("book/small.md")
     papermill.execute_notebook("book/other.md", "out.ipynb", {"beta": 2}, **options)
-    with pytest.raises(chapters.ChapterError, match=r"book/other.md has no parameter 'digit'; it has beta\."):
+    with pytest.raises(parameters.ChapterError, match=r"book/other.md has no parameter 'digit'; it has beta\."):
         papermill.execute_notebook("book/other.md", "out.ipynb", {"digit": 1}, **options)
     papermill.execute_notebook("book/small.md", "out.ipynb", {"digit": 1}, **options)
 
@@ -199,7 +199,7 @@ def test_chapters_read_side_by_side_keep_their_own_parameters(folder):
     def prepared(name):
         options = {"prepare_only": True, "progress_bar": False}
         notebook = papermill.execute_notebook(f"book/{name}.md", None, given[name], **options)
-        with pytest.raises(chapters.ChapterError, match=f"^book/{name}.md has no parameter 'rate'"):
+        with pytest.raises(parameters.ChapterError, match=f"^book/{name}.md has no parameter 'rate'"):
             papermill.execute_notebook(f"book/{name}.md", None, {"rate": 1}, **options)
         return injected(notebook).splitlines()[1:]
 
@@ -295,7 +295,7 @@ def test_a_byte_order_mark_and_other_line_ends_change_nothing(folder, monkeypatc
 
 def test_a_chapter_in_another_encoding_gets_one_sentence(folder):
     Path("book/small.md").write_bytes(chapter().encode("utf-16"))
-    with pytest.raises(chapters.ChapterError, match=r"^book/small.md is not a chapter .* not text in UTF-8\.$"):
+    with pytest.raises(parameters.ChapterError, match=r"^book/small.md is not a chapter .* not text in UTF-8\.$"):
         papermill.execute_notebook("book/small.md", None, prepare_only=True)
 
 
@@ -333,7 +333,7 @@ print(files, caught.stdout)"""
 @pytest.mark.parametrize("line", ["%matplotlib inline", "!pip list", "digit?", "get_ipython().magic('time')"])
 def test_a_magic_among_the_parameters_gets_one_sentence(folder, line):
     Path("book/small.md").write_text(chapter(f"digit: int = 1\n{line}"))
-    with pytest.raises(chapters.ChapterError, match=r"^book/small.md: .* (parameters cell) .*") as raised:
+    with pytest.raises(parameters.ChapterError, match=r"^book/small.md: .* (parameters cell) .*") as raised:
         papermill.execute_notebook("book/small.md", None, prepare_only=True)
     assert line in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -348,14 +348,14 @@ CHAPTERS = sorted(path.stem for path in chapters.BOOK.glob("*.md") if "[paramete
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_no_chapter_takes_a_whole_number_that_is_too_large_to_compute_with(name):
     path = f"book/{name}.md"
-    known = chapters.declared(chapters._notebook((chapters.BOOK / f"{name}.md").read_text(), path), path)
+    known = parameters.declared(chapters._notebook((chapters.BOOK / f"{name}.md").read_text(), path), path)
     assert known
     for parameter in known.values():
         if parameter.kind is int:
-            with pytest.raises(chapters.ChapterError, match=f"^{path}: {parameter.name} = .* is not allowed; give"):
-                chapters.check({parameter.name: 2**32}, known, path)
+            with pytest.raises(parameters.ChapterError, match=f"^{path}: {parameter.name} = .* is not allowed; give"):
+                parameters.check({parameter.name: 2**32}, known, path)
     if "seed" in known:
-        assert chapters.check({"seed": 2**32 - 1}, known, path) == {"seed": 2**32 - 1}
+        assert parameters.check({"seed": 2**32 - 1}, known, path) == {"seed": 2**32 - 1}
 
 
 def absent_device() -> str:
@@ -422,7 +422,7 @@ def test_paths_that_papermill_injects_are_no_unknown_parameters(folder):
 def test_a_file_that_is_no_chapter_gets_one_sentence(folder, name, text, sentence):
     if text is not None:
         Path("book", name).write_text(text)
-    with pytest.raises(chapters.ChapterError) as raised:
+    with pytest.raises(parameters.ChapterError) as raised:
         papermill.execute_notebook(f"book/{name}", "out.ipynb", progress_bar=False)
     assert sentence in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -477,12 +477,12 @@ def test_values(kind, constraint, given, expected):
     default = {int: 8, float: 0.1, str: "8", bool: True}[kind]
     source = f"name: {kind.__name__} = {default!r}  # {constraint}; text"
     cell = nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})
-    known = chapters.declared(nbformat.v4.new_notebook(cells=[cell]), "x.md")
+    known = parameters.declared(nbformat.v4.new_notebook(cells=[cell]), "x.md")
     if expected is None:
-        with pytest.raises(chapters.ChapterError, match=r"x\.md: name = "):
-            chapters.check({"name": given}, known, "x.md")
+        with pytest.raises(parameters.ChapterError, match=r"x\.md: name = "):
+            parameters.check({"name": given}, known, "x.md")
     else:
-        value = chapters.check({"name": given}, known, "x.md")["name"]
+        value = parameters.check({"name": given}, known, "x.md")["name"]
         assert value == expected
         assert type(value) is kind
 
@@ -497,17 +497,17 @@ def test_values(kind, constraint, given, expected):
 )
 def test_a_declaration_over_several_lines_keeps_its_comment(source):
     cell = nbformat.v4.new_code_cell(source, metadata={"tags": ["parameters"]})
-    known = chapters.declared(nbformat.v4.new_notebook(cells=[cell]), "x.md")
+    known = parameters.declared(nbformat.v4.new_notebook(cells=[cell]), "x.md")
     assert known["unit"].choices == ("spin", "binary")
     assert known["unit"].help == "states"
-    with pytest.raises(chapters.ChapterError, match=r"unit = 'spun' is not allowed; give text: spin \| binary\."):
-        chapters.check({"unit": "spun"}, known, "x.md")
+    with pytest.raises(parameters.ChapterError, match=r"unit = 'spun' is not allowed; give text: spin \| binary\."):
+        parameters.check({"unit": "spun"}, known, "x.md")
 
 
 def test_a_chapter_without_parameters_takes_none():
-    assert chapters.declared(nbformat.v4.new_notebook(), "x.md") == {}
-    with pytest.raises(chapters.ChapterError, match=r"x\.md has no parameter 'digit'; it has none"):
-        chapters.check({"digit": 1}, {}, "x.md")
+    assert parameters.declared(nbformat.v4.new_notebook(), "x.md") == {}
+    with pytest.raises(parameters.ChapterError, match=r"x\.md has no parameter 'digit'; it has none"):
+        parameters.check({"digit": 1}, {}, "x.md")
 
 
 def test_stop_page_blanks_the_later_cells(tmp_path):

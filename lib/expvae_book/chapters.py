@@ -1,133 +1,29 @@
 """How chapters run and are rendered: papermill executes them with checked parameters, Jupyter Book shows stored runs.
 
-A chapter is a MyST notebook (``book/<chapter>.md``). Its cell with the tag ``parameters`` declares one a line::
+A chapter is a MyST notebook (``book/<chapter>.md``) that declares its parameters (`expvae_book.parameters`).
 
-    digit: int = 1  # 0 | 1 | 2 | 3; the inlier class
-    layer: str = "conv3"  # conv1 | conv2 | conv3
-    epochs: int = 100  # 1 or more; passes over the training images
-    learning_rate: float = 1e-3  # above 0; step size of Adam
-    seed: int = 0  # 0 to 4294967295; fixes all that is drawn
-    note: str = ""  # ; free text goes behind the first semicolon
-
-The types are int, float, str and bool. Papermill imports this module whenever it starts, and every chapter imports it
-too, so what is slow to import (papermill, jupytext, torch) is imported by the function that needs it.
-`expvae_book.engine` is what papermill is taught when it starts.
+Papermill imports this module whenever it starts, and every chapter imports it too, so what is slow to import
+(papermill, jupytext, torch) is imported by the function that needs it. `expvae_book.engine` is what papermill is
+taught then.
 """
 
-import ast
-import io
-import math
 import re
 import shlex
-import tokenize
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
-import click
-
+from expvae_book.parameters import ChapterError, Value, declared, parameters_cell
 from expvae_book.places import REPOSITORY
 
 if TYPE_CHECKING:
-    from IPython.core.interactiveshell import ExecutionResult
     from nbformat import NotebookNode
 
     from expvae_book.runs import Run
 
 BOOK = REPOSITORY / "book"
-KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
 # A chapter that papermill has read, and its parameters cell, have the chapter's path under this key of their metadata.
 CHAPTER = "expvae_chapter"
-INJECTED_PATHS = {"PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH"}  # papermill --inject-paths
-
-Value = int | float | str | bool
-
-
-class ChapterError(click.ClickException, ValueError):
-    """A mistake in a chapter or in its parameters: one sentence on the command line, a ValueError in Python."""
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One parameter that a chapter declares."""
-
-    name: str
-    kind: type
-    default: Value | None  # None while the declaration is being read
-    constraint: str = ""  # as written: "0 | 1 | 2", "0 or more", "above 0", "0 to 9" or nothing
-    choices: tuple[Value, ...] = ()
-    lowest: float = -math.inf
-    highest: float = math.inf
-    help: str = ""
-
-    def __str__(self) -> str:
-        """What a value must be, such as "a whole number: 0 or more"."""
-        return KINDS[self.kind] + (f": {self.constraint}" if self.constraint else "")
-
-    def value(self, given: object) -> Value:
-        """The given value in the parameter's type.
-
-        Text is parsed (``papermill -r`` passes nothing else). A whole number is turned back into text where text is
-        wanted, because ``papermill -p`` guesses types and makes a number of every text that looks like one.
-
-        Raises:
-            ValueError: If the value has another type, is not among the choices or is out of range.
-        """
-        value = _convert(given, self.kind)
-        allowed = self.lowest <= value <= self.highest if isinstance(value, float | int) else True
-        if not allowed or (self.choices and value not in self.choices):
-            raise ValueError(f"{value!r} is not {self.constraint!r}")
-        return value
-
-
-def declared(notebook: "NotebookNode", path: str) -> dict[str, Parameter]:
-    """The parameters that a chapter declares, by name; none where no cell has the tag ``parameters``.
-
-    Args:
-        notebook: The chapter.
-        path: The name that error messages give it.
-
-    Raises:
-        ChapterError: If a line of the cell is no declaration, or a default does not keep its own declaration.
-    """
-    cell = _parameters_cell(notebook)
-    if cell is None:
-        return {}
-    source = cell.source
-    try:
-        statements = ast.parse(source).body
-    except SyntaxError as error:
-        line = (error.text or "").strip()
-        raise ChapterError(f"{path}: the parameters cell is not valid Python: {error.msg}, in {line!r}.") from None
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
-    parameters = [
-        _declaration(statement, " ".join(comments[line] for line in lines if line in comments), path)
-        for statement in statements
-        for lines in [range(statement.lineno, statement.end_lineno + 1)]  # a formatter may break a long line
-    ]
-    return {parameter.name: parameter for parameter in parameters}
-
-
-def check(parameters: Mapping[str, object], known: Mapping[str, Parameter], path: str) -> dict[str, Value]:
-    """The given parameters in the declared types.
-
-    Raises:
-        ChapterError: If the chapter declares no parameter of a given name, or a value breaks its declaration.
-    """
-    unknown = [name for name in parameters if name not in known]
-    if unknown:
-        valid = f"it has {', '.join(known)}" if known else "it has none"
-        raise ChapterError(f"{path} has no parameter {', '.join(map(repr, unknown))}; {valid}.")
-    checked = {}
-    for name, given in parameters.items():
-        try:
-            checked[name] = known[name].value(given)
-        except (ValueError, OverflowError):
-            raise ChapterError(f"{path}: {name} = {given!r} is not allowed; give {known[name]}.") from None
-    return checked
 
 
 class ChapterHandler:
@@ -158,7 +54,7 @@ class ChapterHandler:
             raise ChapterError(f"{path} is not a chapter that can be run: it is not text in UTF-8.") from None
         declared(notebook, path)
         notebook.metadata["language_info"] = {"name": "python"}
-        for part in filter(None, [notebook, _parameters_cell(notebook)]):
+        for part in filter(None, [notebook, parameters_cell(notebook)]):
             part.metadata[CHAPTER] = path
         return writes(notebook)
 
@@ -340,7 +236,7 @@ def _notice_outdated(said: str, again: str) -> None:
         stop_page(f"The stored run lacks what this page shows from here on. {again}")
         return []
 
-    def forget(result: "ExecutionResult | None") -> None:
+    def forget(result: Any) -> None:
         if result is not None and isinstance(result.error_in_exec, lacking):
             result.error_in_exec = None  # the kernel would report it, although the notice has answered it
 
@@ -355,10 +251,6 @@ def _local_files(action: str, *arguments: str) -> Any:
 
     handler = papermill_io.get_handler("local")
     return getattr(type(handler), action)(handler, *arguments)
-
-
-def _parameters_cell(notebook: "NotebookNode") -> "NotebookNode | None":
-    return next((cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])), None)
 
 
 def _notebook(text: str, path: str) -> "NotebookNode":
@@ -377,57 +269,3 @@ def _notebook(text: str, path: str) -> "NotebookNode":
     if "kernelspec" not in notebook.metadata:
         raise ChapterError(f"{path} is not a chapter that can be run: its top names no kernelspec.")
     return notebook
-
-
-def _declaration(statement: ast.stmt, comment: str, path: str) -> Parameter:
-    line = ast.unparse(statement)
-    kinds = {kind.__name__: kind for kind in KINDS}
-    match statement:
-        case ast.AnnAssign(ast.Name(name), ast.Name(kind_name), ast.expr() as value) if kind_name in kinds:
-            kind = kinds[kind_name]
-        case _:
-            raise ChapterError(f"{path}: {line!r} in the parameters cell must read 'name: int|float|str|bool = value'.")
-    constraint, _, text = (part.strip() for part in comment.partition(";"))
-    try:
-        parameter = Parameter(name, kind, None, constraint, *_limits(constraint, kind), text)
-    except ValueError:
-        raise ChapterError(
-            f"{path}: the comment {comment!r} on {name} must begin with 'a | b | c' in the parameter's type, "
-            "with 'N or more', 'above N' or 'N to M' for a number, or with a semicolon."
-        ) from None
-    try:
-        default = ast.literal_eval(value)
-        if type(default) not in (kind, int if kind is float else kind) or parameter.value(default) != default:
-            raise ValueError(default)
-    except (ValueError, OverflowError):
-        raise ChapterError(f"{path}: the default of {name} must be {parameter}, written out: {line!r}.") from None
-    return replace(parameter, default=default)
-
-
-def _limits(constraint: str, kind: type) -> tuple[tuple[Value, ...], float, float]:
-    """The choices, the lowest and the highest number that a constraint allows."""
-    if "|" in constraint:
-        return tuple(_convert(choice.strip(), kind) for choice in constraint.split("|")), -math.inf, math.inf
-    bound = re.fullmatch(r"above (\S+)|(\S+) or more|(\S+) to (\S+)", constraint) if kind in (int, float) else None
-    if bound is None and constraint:
-        raise ValueError(f"{constraint!r} constrains no {kind.__name__}")
-    above, least, first, last = bound.groups() if bound else (None, "-inf", None, None)
-    lowest = math.nextafter(float(above), math.inf) if above else float(least or first)
-    return (), lowest, float(last or math.inf)
-
-
-def _convert(given: object, kind: type) -> Value:
-    text = given.strip() if isinstance(given, str) else None
-    whole = isinstance(given, Integral) and not isinstance(given, bool)
-    if kind is bool and (isinstance(given, bool) or text in ("True", "true", "False", "false")):
-        return given if isinstance(given, bool) else text in ("True", "true")
-    # Papermill makes numbers of `-p gammas 10` and `-p lambdas 0.5`, whatever the parameter is.
-    if kind is str and (whole or isinstance(given, str) or (isinstance(given, float) and math.isfinite(given))):
-        return str(given)
-    if kind is int and (whole or (text is not None and re.fullmatch(r"[+-]?[0-9]+", text))):
-        return int(given)
-    if kind is float and (text is not None or (isinstance(given, Real) and not isinstance(given, bool))):
-        number = float(given)
-        if math.isfinite(number):
-            return number
-    raise ValueError(f"{given!r} is no {kind.__name__}")

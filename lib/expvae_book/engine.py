@@ -10,10 +10,13 @@ from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from expvae_book.chapters import CHAPTER, INJECTED_PATHS, ChapterHandler, Parameter, check, declared
+from expvae_book.chapters import CHAPTER, ChapterHandler
+from expvae_book.parameters import Parameter, check, declared
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
+
+INJECTED_PATHS = {"PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH"}  # papermill --inject-paths
 
 
 class Engine:

@@ -134,7 +134,7 @@ def side_by_side(
     steps: int,
 ) -> Callable[[], None]:
     """So many steps of expvae_book.factorvae, without its bar and its files; they go on at the next call."""
-    group = factorvae.Group.made(candidates, recipe, device)
+    group = factorvae.Group(candidates, recipe, device)
     draw = sprites.to(device).images
 
     def turn() -> None:

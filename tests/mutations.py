@@ -89,7 +89,7 @@ FAULTS = r"""
 >tests/test_factorvae.py::test_steps_equal_those_of_a_plain_loop
 -[-torch.sigmoid(-d_MB[:, :draws])
 +[torch.sigmoid(-d_MB[:, :draws])
-# constant-alpha-not-detached lib/expvae_book/factorvae.py
+# constant-alpha-not-detached lib/expvae_book/attention_loss.py
 >tests/test_factorvae.py::test_what_the_attention_loss_moves
 -second_order = graph and penalty.alpha == "second_order"
 +second_order = graph

@@ -106,7 +106,7 @@ def test_the_plain_loop_of_factorvae_takes_the_steps_of_ours(monkeypatch):
     benchmark = load("factorvae")
     recipe = replace(DSPRITES["report2"], batch_size=6)
     sprites, index_N = dsprites.load("sample"), torch.arange(0, dsprites.COUNT, 9001)
-    group = factorvae.Group.made([factorvae.Candidate(gamma=benchmark.GAMMA, seed=0)], recipe, CPU)
+    group = factorvae.Group([factorvae.Candidate(gamma=benchmark.GAMMA, seed=0)], recipe, CPU)
     drawn = torch.Generator().set_state(group.generators[0].get_state())
     noises, orders, losses = [], [], []
     monkeypatch.setattr(torch, "randn_like", lambda _mu: noises.pop(0))
@@ -120,7 +120,7 @@ def test_the_plain_loop_of_factorvae_takes_the_steps_of_ours(monkeypatch):
         orders.extend(torch.rand(6, 10, generator=drawn).argsort(0).T)
         torch.randint(10, (2,), generator=drawn)
         losses.append(step(vae, critic, optimizers, *sprites.images(pairs).float().chunk(2)))
-        weights.update({"encoder": vae.encoder, "decoder": vae.decoder, "critic": critic})
+        weights.update({"encoder": vae.encoder, "decoder": vae.decoder, "discriminator": critic})
 
     monkeypatch.setattr(benchmark, "plain_step", replayed)
     monkeypatch.setattr(benchmark, "_endless", lambda _loader: iter([torch.empty(2, 0)] * 3))

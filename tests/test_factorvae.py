@@ -12,11 +12,13 @@ from torch.nn import functional as F
 
 from expvae import Method, attention, discriminator_loss, overlap, permute_latents, total_correlation
 from expvae.models import DSPRITES_LAYERS, DSpritesVAE
-from expvae_book import disentanglement, factorvae, training, weights
+from expvae_book import attention_loss, checkpoints, disentanglement, factorvae, weights
+from expvae_book.attention_loss import VARIANTS, AttentionPenalty
+from expvae_book.checkpoints import TrainingDivergedError
 from expvae_book.data import dsprites
-from expvae_book.factorvae import VARIANTS, AttentionPenalty, Candidate
+from expvae_book.factorvae import Candidate
 from expvae_book.recipes import StepRecipe
-from expvae_book.training import TrainingDivergedError, build
+from expvae_book.training import build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,7 +52,7 @@ def narrowed(network):
     return nn.Sequential(layers)
 
 
-def narrow_critic(latent_dim):
+def narrow_discriminator(latent_dim):
     layers = OrderedDict(linear1=nn.Linear(latent_dim, 16), relu1=nn.LeakyReLU(0.2), linear2=nn.Linear(16, 2))
     return nn.Sequential(layers)
 
@@ -79,7 +81,7 @@ def float64(monkeypatch):
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch):
     monkeypatch.setattr(factorvae, "DSpritesVAE", NarrowVAE)
-    monkeypatch.setattr(factorvae, "discriminator", narrow_critic)
+    monkeypatch.setattr(factorvae, "discriminator", narrow_discriminator)
 
 
 @pytest.fixture
@@ -94,7 +96,7 @@ def train(candidates, draw, recipe=RECIPE, **options):
 
 
 def assert_same_model(ours, theirs):
-    for network, other in [(ours.vae, theirs.vae), (ours.critic, theirs.critic)]:
+    for network, other in [(ours.vae, theirs.vae), (ours.discriminator, theirs.discriminator)]:
         for (name, value), other_value in zip(network.state_dict().items(), other.state_dict().values(), strict=True):
             assert torch.equal(value, other_value), name
 
@@ -181,7 +183,7 @@ def test_permuted_latents_keep_their_values_and_lose_their_partners():
 
 
 def group_of(candidates, recipe=RECIPE):
-    return factorvae.Group.made(candidates, recipe, CPU)
+    return factorvae.Group(candidates, recipe, CPU)
 
 
 def pair_of_models(sprites, penalty, images=3):
@@ -231,9 +233,9 @@ def test_maps_are_those_of_attention_on_each_model_alone(name, graph, sprites, f
     group, x_BMYX, noise_MBI, _ = pair_of_models(sprites, penalty)
     A_BMCHW, mu_MBI, _, z_MBI = factorvae._encoded(group, x_BMYX, noise_MBI, penalty.layer)
     latents_MBI = mu_MBI if penalty.method.score == "each_mean" else z_MBI
-    maps_MBIHW = factorvae.attention_maps(A_BMCHW, latents_MBI, penalty, graph)
+    maps_MBIHW = attention_loss.attention_maps(A_BMCHW, latents_MBI, penalty, graph)
     for m in range(2):
-        vae, generator = group.vae(m, LATENTS), torch.Generator().manual_seed(m)
+        vae, generator = group.vae(m), torch.Generator().manual_seed(m)
         alone = attention(
             vae.encode, f"encoder.{penalty.layer}", x_BMYX[:, m : m + 1], penalty.method, generator=generator
         )
@@ -252,11 +254,9 @@ def test_attention_loss_equals_a_loop_over_images(name, pairs, maps, sprites, fl
     penalty = replace(EVERY_PENALTY[name], pairs=pairs, maps=maps)
     group, x_BMYX, noise_MBI, random_M2 = pair_of_models(sprites, penalty)
     A_BMCHW, mu_MBI, _, z_MBI = factorvae._encoded(group, x_BMYX, noise_MBI, penalty.layer)
-    found_M = factorvae.attention_loss(A_BMCHW, mu_MBI, z_MBI, penalty, random_M2)
+    found_M = attention_loss.attention_loss(A_BMCHW, mu_MBI, z_MBI, penalty, random_M2)
     expected = [
-        slow_attention_loss(
-            group.vae(m, LATENTS), x_BMYX[:, m : m + 1], noise_MBI[m], penalty, random_M2[m].tolist()
-        ).item()
+        slow_attention_loss(group.vae(m), x_BMYX[:, m : m + 1], noise_MBI[m], penalty, random_M2[m].tolist()).item()
         for m in range(2)
     ]
     assert min(expected) > 0
@@ -269,7 +269,7 @@ def test_per_batch_divides_by_the_number_of_images_once_more(sprites, float64):
         penalty = replace(VARIANTS["report2"], per_batch=per_batch)
         group, x_BMYX, noise_MBI, random_M2 = pair_of_models(sprites, penalty, images=5)
         A_BMCHW, mu_MBI, _, z_MBI = factorvae._encoded(group, x_BMYX, noise_MBI, penalty.layer)
-        values.append(factorvae.attention_loss(A_BMCHW, mu_MBI, z_MBI, penalty, random_M2))
+        values.append(attention_loss.attention_loss(A_BMCHW, mu_MBI, z_MBI, penalty, random_M2))
     torch.testing.assert_close(values[1], values[0] / 5, rtol=1e-14, atol=0)
 
 
@@ -277,7 +277,7 @@ def test_the_same_latent_twice_overlaps_wholly(sprites, float64):
     penalty = VARIANTS["brongers2021"]
     group, x_BMYX, noise_MBI, _ = pair_of_models(sprites, penalty)
     A_BMCHW, mu_MBI, _, z_MBI = factorvae._encoded(group, x_BMYX, noise_MBI, penalty.layer)
-    found_M = factorvae.attention_loss(A_BMCHW, mu_MBI, z_MBI, penalty, torch.tensor([[1, 1], [1, 2]])) * 3
+    found_M = attention_loss.attention_loss(A_BMCHW, mu_MBI, z_MBI, penalty, torch.tensor([[1, 1], [1, 2]])) * 3
     assert found_M[0].item() == pytest.approx(1)
     assert found_M[1].item() < 0.99
 
@@ -292,7 +292,7 @@ def attention_loss_of(group, x_BMYX, noise_MBI, random_M2):
     """L_AD of all models together, as a function of the parameters that the group holds."""
     penalty = group.candidates[0].penalty
     A_BMCHW, mu_MBI, _, z_MBI = factorvae._encoded(group, x_BMYX, noise_MBI, penalty.layer)
-    return factorvae.attention_loss(A_BMCHW, mu_MBI, z_MBI, penalty, random_M2).sum()
+    return attention_loss.attention_loss(A_BMCHW, mu_MBI, z_MBI, penalty, random_M2).sum()
 
 
 def gradients(loss, group):
@@ -383,7 +383,7 @@ def test_constant_alpha_at_conv1_moves_the_544_parameters_of_conv1(sprites, floa
     assert sum(value[: len(value) // 2].numel() for value in reached.values()) == 544
     for m in range(2):
         # The same with α frozen where it was: Σ_c ReLU(α_c ReLU(A_c)), enlarged, compared and divided by B.
-        vae, x_BCYX = group.vae(m, LATENTS), x_BMYX[:, m : m + 1]
+        vae, x_BCYX = group.vae(m), x_BMYX[:, m : m + 1]
         frozen = attention(
             vae.encode, vae.encoder.conv1, x_BCYX, penalty.method, generator=torch.Generator().manual_seed(m)
         )
@@ -414,7 +414,7 @@ def test_constant_alpha_at_conv1_moves_the_544_parameters_of_conv1(sprites, floa
 def plain_loop(candidate, draw, steps):
     """The same training of one model in plain PyTorch: its VAE, its discriminator and the parts of each step."""
     vae = build(lambda: NarrowVAE(LATENTS), candidate.seed)
-    critic = build(lambda: narrow_critic(LATENTS), candidate.seed)
+    critic = build(lambda: narrow_discriminator(LATENTS), candidate.seed)
     adam = torch.optim.Adam(vae.parameters(), RECIPE.learning_rate, (0.9, 0.999), fused=False, foreach=False)
     critic_adam = torch.optim.Adam(critic.parameters(), 1e-4, (0.5, 0.9), fused=False, foreach=False)
     generator, size, history = torch.Generator().manual_seed(candidate.seed), RECIPE.batch_size, []
@@ -478,7 +478,7 @@ def test_steps_equal_those_of_a_plain_loop(candidate, sprites, float64):
     vae, critic, history = plain_loop(candidate, sprites.images, 5)
     for found, expected in zip(steps, history, strict=True):
         assert {name: part.item() for name, part in found.items()} == pytest.approx(expected, rel=1e-9, abs=1e-12)
-    for network, beside in [(vae.encoder, group.encoder), (vae.decoder, group.decoder), (critic, group.critic)]:
+    for network, beside in [(vae.encoder, group.encoder), (vae.decoder, group.decoder), (critic, group.discriminator)]:
         for name, value in beside.alone(0).items():
             torch.testing.assert_close(value, network.get_parameter(name).detach(), rtol=0, atol=1e-10)
 
@@ -502,7 +502,7 @@ def test_gradients_reach_adam_in_the_layout_of_their_weights(sprites, monkeypatc
 
 def test_an_attached_discriminator_adds_its_gradient_through_the_latents(sprites, float64, monkeypatch):
     seen = []
-    monkeypatch.setattr(factorvae, "_apply", lambda optimizer, parameters, given: seen.append(list(given)))
+    monkeypatch.setattr(factorvae, "_apply", lambda optimizer, given: seen.append(list(given)))
     candidate = Candidate(gamma=5.0, seed=3)
     for detached in (True, False):
         group = group_of([replace(candidate, detached=detached)])
@@ -511,7 +511,7 @@ def test_an_attached_discriminator_adds_its_gradient_through_the_latents(sprites
     names = [f"{part}.{name}" for part in ("encoder", "decoder") for name in group.networks()[part].alone(0)]
 
     vae = build(lambda: NarrowVAE(LATENTS), 3)
-    network = build(lambda: narrow_critic(LATENTS), 3)
+    network = build(lambda: narrow_discriminator(LATENTS), 3)
     generator = torch.Generator().manual_seed(3)
     chosen = TRAIN_N[torch.randint(len(TRAIN_N), (16,), generator=generator)][:8]
     mu, logvar = vae.encode(sprites.images(chosen).double())
@@ -591,7 +591,7 @@ def test_two_models_of_full_size_train_side_by_side_as_alone(sprites, wide, monk
             found, expected = (torch.tensor(getattr(model.curves, name)) for model in (ours, theirs))
             torch.testing.assert_close(found[:2], expected[:2], rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(found, expected, rtol=relative, atol=absolute)
-        for network in ("vae", "critic"):
+        for network in ("vae", "discriminator"):
             found, expected = (
                 torch.cat([value.flatten() for value in getattr(model, network).state_dict().values()])
                 for model in (ours, theirs)
@@ -634,7 +634,7 @@ def test_a_killed_training_goes_on_to_the_same_models(at, sprites, monkeypatch, 
     assert len(drawn) == 24
 
     monkeypatch.setenv("EXPVAE_CACHE", str(tmp_path / "killed"))
-    monkeypatch.setattr(factorvae, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(weights, "CHECKPOINT_SECONDS", 0.0)
     drawn.clear(), measured.clear()
     with pytest.raises(KeyboardInterrupt):
         train(KILLED, draw, **options | {"measure": kill})
@@ -697,7 +697,7 @@ def test_what_another_process_trained_while_this_one_waited_is_not_trained_again
 def test_where_the_cache_cannot_be_written_models_are_trained_without(
     readable, sprites, monkeypatch, read_only, open_place, capsys
 ):
-    monkeypatch.setattr(factorvae, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(weights, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setenv("EXPVAE_CACHE", str(open_place / "cache"))
     expected = train(KILLED, sprites.images, steps=3)
     if readable:
@@ -718,7 +718,7 @@ def test_where_the_cache_cannot_be_written_models_are_trained_without(
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(sprites, cache, monkeypatch, full_disk):
-    monkeypatch.setattr(factorvae, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(weights, "CHECKPOINT_SECONDS", 0.0)
     drawn = []
 
     def draw(index_B):
@@ -729,12 +729,12 @@ def test_a_full_disk_keeps_the_last_checkpoint(sprites, cache, monkeypatch, full
         with full_disk() if len(drawn) == 3 else nullcontext():
             save(*arguments)
 
-    save = training.save_file
-    monkeypatch.setattr(training, "save_file", limited)
+    save = checkpoints.save_file
+    monkeypatch.setattr(checkpoints, "save_file", limited)
     with pytest.raises(OSError, match=r"FactorVAE-\w+\.checkpoint could not be written \(.*\); nothing was lost, "):
         train([Candidate()], draw, steps=4)
     assert sorted(path.suffix for path in cache.iterdir()) == [".checkpoint", ".lock"]
-    monkeypatch.setattr(training, "save_file", save)
+    monkeypatch.setattr(checkpoints, "save_file", save)
     train([Candidate()], draw, steps=4)
     assert len(drawn) == 3 + 2
 
@@ -768,7 +768,7 @@ def test_a_seed_fixes_everything(sprites, monkeypatch, tmp_path):
     for ours, theirs in zip(first, again, strict=True):
         assert_same_model(ours, theirs)
         assert curves(ours) == curves(theirs)
-    for ours, theirs in [(first[0].vae, first[1].vae), (first[0].critic, first[1].critic)]:
+    for ours, theirs in [(first[0].vae, first[1].vae), (first[0].discriminator, first[1].discriminator)]:
         for (name, value), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
             assert not torch.equal(value, other), name
 
@@ -799,9 +799,9 @@ def test_curves_are_the_means_over_the_steps_up_to_each_entry(sprites, monkeypat
 
 def test_beta_vae_leaves_the_discriminator_as_it_was(sprites):
     trained = train([Candidate(beta=4.0, seed=2)], sprites.images, steps=2)[0]
-    start, vae = build(lambda: narrow_critic(LATENTS), 2), build(lambda: NarrowVAE(LATENTS), 2)
+    start, vae = build(lambda: narrow_discriminator(LATENTS), 2), build(lambda: NarrowVAE(LATENTS), 2)
     for name, value in start.state_dict().items():
-        assert torch.equal(trained.critic.state_dict()[name], value), name
+        assert torch.equal(trained.discriminator.state_dict()[name], value), name
     assert not any(torch.equal(trained.vae.state_dict()[name], value) for name, value in vae.state_dict().items())
     assert trained.curves.total_correlation == trained.curves.discriminator == trained.curves.attention == []
     assert len(trained.curves.kl) == 2
@@ -845,17 +845,15 @@ def test_a_loss_that_is_not_finite_ends_the_training(sprites, cache, monkeypatch
     with pytest.raises(TrainingDivergedError, match="is no longer finite by step 2: try a smaller learning_rate"):
         train([Candidate(seed=1)], sprites.images, recipe)
     assert list(cache.glob("*.safetensors")) == list(cache.glob("*.checkpoint")) == []
-    monkeypatch.setattr(factorvae, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(weights, "CHECKPOINT_SECONDS", 0.0)
     with pytest.raises(TrainingDivergedError, match=r"the last good checkpoint is .*FactorVAE-.*\.checkpoint"):
         train([Candidate(seed=1)], sprites.images, recipe)
 
 
 def test_weights_that_are_not_finite_replace_no_checkpoint(sprites, cache, monkeypatch):
     """The loss of a step is taken before its update: it is finite once more than the weights."""
-    monkeypatch.setattr(factorvae, "CHECKPOINT_SECONDS", 0.0)
-    with pytest.raises(
-        TrainingDivergedError, match=r"no longer finite by step 2: try a smaller learning_rate or weight$"
-    ):
+    monkeypatch.setattr(weights, "CHECKPOINT_SECONDS", 0.0)
+    with pytest.raises(TrainingDivergedError, match=r"no longer finite by step 1: try a smaller learning_rate$"):
         train([Candidate()], sprites.images, replace(RECIPE, learning_rate=float("inf")))
     assert list(cache.glob("*.checkpoint")) == []
 

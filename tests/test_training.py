@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from expvae import elbo_terms, kl_divergence, reconstruction_loss, sample_latents
 from expvae.models import MNISTVAE
-from expvae_book import training
+from expvae_book import checkpoints, training
 from expvae_book.recipes import MNIST, Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -350,7 +350,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path):
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
     assert child.returncode == -signal.SIGKILL
-    step = int(training.read_tensors(tmp_path / "checkpoint")[1]["step"])
+    step = int(checkpoints.read_tensors(tmp_path / "checkpoint")[1]["step"])
     assert 31 <= step <= 33  # in the middle of the fifth epoch, steps 29 to 35
 
     resumed_steps = []
@@ -370,7 +370,7 @@ def test_a_run_resumes_from_every_kind_of_step(tmp_path, last):
     options = {"recipe": replace(RECIPE, reduction="mean", kl_warmup_epochs=2), "epochs": 3}
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "checkpoint", interrupt, checkpoint_seconds=0.0, **options)
-    assert int(training.read_tensors(tmp_path / "checkpoint")[1]["step"]) == last
+    assert int(checkpoints.read_tensors(tmp_path / "checkpoint")[1]["step"]) == last
     assert_same_training(fit(tmp_path / "checkpoint", **options), fit(**options))
 
 
@@ -381,22 +381,22 @@ def test_another_seed_gives_another_training():
 
 def test_a_failed_write_leaves_the_earlier_file_alone(tmp_path, monkeypatch, full_disk):
     path = tmp_path / "weights"
-    training.write_tensors(path, {"value": torch.ones(3)}, {"step": "1"})
+    checkpoints.write_tensors(path, {"value": torch.ones(3)}, {"step": "1"})
 
     def fail(tensors, filename, metadata):
         Path(filename).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(training, "save_file", fail)
+    monkeypatch.setattr(checkpoints, "save_file", fail)
     with pytest.raises(OSError, match="No space left"):
-        training.write_tensors(path, {"value": torch.zeros(3)}, {"step": "2"})
+        checkpoints.write_tensors(path, {"value": torch.zeros(3)}, {"step": "2"})
     assert [file.name for file in tmp_path.iterdir()] == ["weights"]
 
     monkeypatch.undo()
     with full_disk(), pytest.raises(OSError, match=rf"^{path} could not be written \(.*\); nothing was lost, .*again$"):
-        training.write_tensors(path, {"value": torch.zeros(99)}, {"step": "2"})
+        checkpoints.write_tensors(path, {"value": torch.zeros(99)}, {"step": "2"})
     assert [file.name for file in tmp_path.iterdir()] == ["weights"]
-    tensors, metadata = training.read_tensors(path)
+    tensors, metadata = checkpoints.read_tensors(path)
     assert tensors["value"].tolist() == [1, 1, 1]
     assert metadata == {"step": "1"}
 
@@ -404,11 +404,11 @@ def test_a_failed_write_leaves_the_earlier_file_alone(tmp_path, monkeypatch, ful
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
 def test_a_file_that_is_found_damaged_is_named(tmp_path, kept):
     path = tmp_path / "weights"
-    training.write_tensors(path, {"value": torch.ones(99)}, {"step": "1"})
+    checkpoints.write_tensors(path, {"value": torch.ones(99)}, {"step": "1"})
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * kept)])
     with pytest.raises(ValueError, match=rf"^{path} is damaged \(.*\); delete it and run again$"):
-        training.read_tensors(path)
+        checkpoints.read_tensors(path)
 
 
 # --- divergence ------------------------------------------------------------------------------------------------------
@@ -426,10 +426,10 @@ def poisoned(step_of_nan):
     return model
 
 
-@pytest.mark.parametrize(("step_of_nan", "epoch"), [(2, 1), (11, 2), (21, 3)])
-def test_nan_stops_the_training_and_keeps_the_last_good_checkpoint(tmp_path, step_of_nan, epoch):
+@pytest.mark.parametrize("step_of_nan", [2, 11, 21])
+def test_nan_stops_the_training_and_keeps_the_last_good_checkpoint(tmp_path, step_of_nan):
     model, images, checkpoint = poisoned(step_of_nan), discs(60, 8), tmp_path / "checkpoint"
-    with pytest.raises(training.TrainingDivergedError) as caught:
+    with pytest.raises(checkpoints.TrainingDivergedError) as caught:
         training.train(
             model,
             images[8:],
@@ -442,30 +442,30 @@ def test_nan_stops_the_training_and_keeps_the_last_good_checkpoint(tmp_path, ste
             progress=False,
         )
     assert str(caught.value) == (
-        f"the loss or a weight is no longer finite in epoch {epoch}: try a smaller learning_rate; "
+        f"the loss or a weight is no longer finite by step {step_of_nan}: try a smaller learning_rate; "
         f"the last good checkpoint is {checkpoint}"
     )
-    tensors, metadata = training.read_tensors(checkpoint)
+    tensors, metadata = checkpoints.read_tensors(checkpoint)
     assert int(metadata["step"]) == step_of_nan - 1
     assert all(value.isfinite().all() for value in tensors.values())
-    assert_same_training(fit(checkpoint, epochs=4), fit(epochs=4))  # the cause is gone
+    assert_same_training(fit(checkpoint), fit())  # the cause is gone
 
 
 def test_nan_is_found_without_checkpoints():
     model, images = poisoned(9), discs(60, 8)
-    with pytest.raises(training.TrainingDivergedError, match=r"epoch 2: try a smaller learning_rate$"):
+    with pytest.raises(checkpoints.TrainingDivergedError, match=r"by step 14: try a smaller learning_rate$"):
         training.train(model, images[8:], images[:8], RECIPE, epochs=10, seed=1, progress=False)
 
 
 def test_a_last_step_that_leaves_no_finite_weights_is_found():
     images, recipe = discs(16, 8), replace(RECIPE, learning_rate=1e39)  # infinite in float32
-    with pytest.raises(training.TrainingDivergedError, match=r"epoch 1: try a smaller learning_rate$"):
+    with pytest.raises(checkpoints.TrainingDivergedError, match=r"by step 1: try a smaller learning_rate$"):
         training.train(TinyVAE(), images[:8], images[8:], recipe, epochs=1, seed=1, progress=False)
 
 
 def test_too_large_a_learning_rate_stops_with_a_sentence(tmp_path):
     checkpoint = tmp_path / "checkpoint"
-    with pytest.raises(training.TrainingDivergedError, match=r"no longer finite in epoch \d+: try a smaller"):
+    with pytest.raises(checkpoints.TrainingDivergedError, match=r"no longer finite by step \d+: try a smaller"):
         fit(checkpoint, recipe=replace(RECIPE, learning_rate=1e3), checkpoint_seconds=0.0)
-    tensors, _ = training.read_tensors(checkpoint)
+    tensors, _ = checkpoints.read_tensors(checkpoint)
     assert all(value.isfinite().all() for name, value in tensors.items() if name.startswith("model/"))

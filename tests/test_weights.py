@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from expvae import models
-from expvae_book import devices, protocols, training, weights
+from expvae_book import checkpoints, devices, protocols, training, weights
 from expvae_book.recipes import Recipe
 
 RECIPE = Recipe(source="test", epochs=100, batch_size=4, learning_rate=1e-2, latent_dim=2)
@@ -208,7 +208,7 @@ def test_a_training_that_was_cut_off_goes_on(frequent_checkpoints, monkeypatch, 
 
 
 def test_a_training_that_diverges_stores_no_weights():
-    with pytest.raises(training.TrainingDivergedError, match="no longer finite"):
+    with pytest.raises(checkpoints.TrainingDivergedError, match="no longer finite"):
         trained(recipe=replace(RECIPE, learning_rate=1e39))
     assert stored() == []
 
@@ -265,11 +265,11 @@ def test_a_damaged_checkpoint_is_named():
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(frequent_checkpoints, full_disk, monkeypatch, tmp_path):
-    taken, save = [], training.save_file
+    taken, save = [], checkpoints.save_file
 
     def grow(step):
         if step == 7:
-            monkeypatch.setattr(training, "save_file", limited)
+            monkeypatch.setattr(checkpoints, "save_file", limited)
 
     def limited(*arguments):
         with full_disk():
@@ -281,7 +281,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(frequent_checkpoints, full_disk, 
     assert str(caught.value).startswith(f"{checkpoint} could")
     assert "damaged" not in str(caught.value)
     assert sorted(path.suffix for path in weights.folder().iterdir()) == [".checkpoint", ".lock"]
-    monkeypatch.setattr(training, "save_file", save)
+    monkeypatch.setattr(checkpoints, "save_file", save)
     resumed = trained(lambda: TinyVAE(taken.append))
     assert len(taken) == STEPS - 6
     monkeypatch.setenv("EXPVAE_CACHE", str(tmp_path / "empty cache"))

@@ -14,18 +14,12 @@ Everything lies on the device of the model, chains and noise included. All rando
 generator on that device, whose state is part of every checkpoint.
 """
 
-import dataclasses
-import hashlib
-import json
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
-from tqdm import tqdm
 
 from expvae.models import (
     ConvRBM,
@@ -37,12 +31,10 @@ from expvae.models import (
     require_means,
     visible_values,
 )
-from expvae_book import protocols, weights
+from expvae_book.checkpoints import Epochs, total_of
 from expvae_book.recipes import RBMRecipe
-from expvae_book.training import TrainingDivergedError, build, read_tensors, write_tensors
 
 VALIDATION_BATCH = 512
-STEPS_PER_REPORT = 20  # reading the loss waits for the device, so the bar and the check for NaN do it rarely
 MEAN_BOUND = 0.01  # means of units are kept so far from off and on where biases start from them
 # Log-odds at which the hidden biases of a convolutional machine start. Most windows see nothing but black; units whose
 # mean is zero there let what the machine above is given tell of ink alone. For binary units it is the start that Hinton
@@ -190,62 +182,54 @@ def train(
             are outside [0, 1], or [-1, 1] for spins, or NaN.
         OSError: If a checkpoint cannot be written; the one before it stays.
     """
-    device = model.weight.device
-    _require_means("train", train, model)
-    _require_means("validation", validation, model)
-    train, validation = train.to(device), validation.to(device)
-    count = len(train)
-    steps_per_epoch = -(-count // recipe.batch_size)
-    total = epochs * steps_per_epoch
-    generator = torch.Generator(device).manual_seed(seed)
-    if checkpoint is not None and checkpoint.exists():
-        state = _load(checkpoint, model, generator)
-        if state.total != total:
-            raise ValueError(
-                f"{checkpoint} is of a training of {state.total} steps, not of the {total} of epochs={epochs}"
-            )
-    else:
-        state = _started(model, count, total, recipe, generator)
-    history = state.history
+    training = _RBMTraining(model, train, validation, recipe, epochs, seed)
+    training.run(checkpoint, checkpoint_seconds, progress, keep_last=True)
+    return training.history
 
-    written = time.monotonic()
-    with tqdm(
-        total=total, initial=state.step, unit="step", disable=not progress, mininterval=2, dynamic_ncols=True
-    ) as bar:
-        while state.step < total:
-            started = time.monotonic()
-            epoch, step_in_epoch = divmod(state.step, steps_per_epoch)
-            first = step_in_epoch * recipe.batch_size
-            v = _visible(model, train[state.order_N[first : first + recipe.batch_size]])
 
-            for name, velocity in state.velocity.items():
-                velocity.mul_(recipe.momentum)
-                if name == "weight" and recipe.weight_decay:
-                    velocity.sub_(model.weight.detach(), alpha=recipe.weight_decay / model.rates["weight"])
-            state.chain = add_contrast(state.velocity, model, v, state.chain, recipe.steps, generator)
-            rate = recipe.learning_rate * (1 - state.step / total if recipe.decay else 1.0)
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    parameter.add_(state.velocity[name], alpha=rate * model.rates[name])
+class _RBMTraining(Epochs):
+    def __init__(self, model: Machine, train: Images, validation: Images, recipe: RBMRecipe, epochs: int, seed: int):
+        device = model.weight.device
+        _require_means("train", train, model)
+        _require_means("validation", validation, model)
+        super().__init__(len(train), recipe.batch_size, epochs, torch.Generator(device).manual_seed(seed))
+        self.model, self.recipe = model, recipe
+        self.train, self.validation = train.to(device), validation.to(device)
+        self.weights = {f"model/{name}": value for name, value in model.state_dict().items()}
+        self.velocity = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+        self.others |= {f"velocity/{name}": value for name, value in self.velocity.items()}
+        self.chain = None
+        if recipe.persistent:
+            # Without hidden units, the first samples are drawn from the visible biases alone.
+            self.chain = model.weight.new_zeros(recipe.batch_size, *model.hidden_shape)
+            self.others["chain"] = self.chain
+        self.history = History()
+        self.histories = [self.history]
 
-            state.step += 1
-            history.images += len(v)
-            epoch_ends = state.step % steps_per_epoch == 0
-            if epoch_ends or state.step % STEPS_PER_REPORT == 0:
-                _require_finite(model, epoch, checkpoint)
-            history.seconds += time.monotonic() - started
-            if epoch_ends:
-                likelihood, gap = validate(model, train, validation)
-                history.pseudo_likelihood.append(likelihood)
-                history.free_energy_gap.append(gap)
-                state.order_N = torch.randperm(count, generator=generator, device=device)
-                bar.set_postfix_str(f"epoch {epoch + 1}/{epochs}, pseudo-likelihood {likelihood:.1f} nats/image", False)
-            bar.update()
-            if checkpoint is not None and (state.step == total or time.monotonic() - written >= checkpoint_seconds):
-                _require_finite(model, epoch, checkpoint)
-                _save(checkpoint, model, generator, state)
-                written = time.monotonic()
-    return history
+    @torch.no_grad()
+    def step(self) -> None:
+        model, recipe = self.model, self.recipe
+        v = _visible(model, self.train[self.chosen()])
+        for name, velocity in self.velocity.items():
+            velocity.mul_(recipe.momentum)
+            if name == "weight" and recipe.weight_decay:
+                velocity.sub_(model.weight, alpha=recipe.weight_decay / model.rates["weight"])
+        end = add_contrast(self.velocity, model, v, self.chain, recipe.steps, self.generator)
+        if self.chain is not None:
+            self.chain.copy_(end)
+        rate = recipe.learning_rate * (1 - self.done / self.total if recipe.decay else 1.0)
+        for name, parameter in model.named_parameters():
+            parameter.add_(self.velocity[name], alpha=rate * model.rates[name])
+        self.history.images += len(v)
+
+    def value(self) -> tuple[float, str]:
+        measured = self.history.pseudo_likelihood
+        return total_of(self.weights), f"pseudo-likelihood {measured[-1] if measured else float('nan'):.1f}"
+
+    def end_epoch(self) -> None:
+        likelihood, gap = validate(self.model, self.train, self.validation)
+        self.history.pseudo_likelihood.append(likelihood)
+        self.history.free_energy_gap.append(gap)
 
 
 def train_stack(
@@ -256,7 +240,7 @@ def train_stack(
     *,
     epochs: int,
     seed: int,
-    folder: Path | None = None,
+    checkpoint: Path | None = None,
     checkpoint_seconds: float = 60.0,
     progress: bool = True,
 ) -> list[History]:
@@ -273,8 +257,9 @@ def train_stack(
         recipe: Hyper-parameters of every machine; its own number of epochs is not read.
         epochs: Passes over the training images for every machine.
         seed: Fixes order and samples.
-        folder: Where each machine keeps a checkpoint, layer0.safetensors and so on, or None to keep nothing. Machines
-            whose training is complete there are only read. See `train` for what is asked of them.
+        checkpoint: Path of the checkpoints, of which each machine has its own, with its number appended to the name;
+            None to keep nothing. Machines whose training is complete there are only read. See `train` for what is
+            asked of them.
         checkpoint_seconds: Time between two checkpoints.
         progress: Show a bar for each machine.
 
@@ -297,7 +282,7 @@ def train_stack(
                 recipe,
                 epochs=epochs,
                 seed=seed,
-                checkpoint=None if folder is None else file(folder, index),
+                checkpoint=checkpoint and checkpoint.with_name(f"{checkpoint.name}{index}"),
                 checkpoint_seconds=checkpoint_seconds,
                 progress=progress,
             )
@@ -305,106 +290,6 @@ def train_stack(
         if index + 1 < len(stack.layers):
             given = [_means(layer, images) for images in given]
     return histories
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained stack and how it came about.
-
-    Attributes:
-        model: The stack, on the device asked for.
-        histories: What the training of each machine measured, from the bottom up.
-        key: Digest of everything that determines the weights.
-        file: Name of their folder in the cache.
-    """
-
-    model: Stack
-    histories: list[History]
-    key: str
-    file: str
-
-
-def trained(
-    make: Callable[[], Stack],
-    train_NCYX: UInt8[Tensor, "n c y x"],
-    validation_NCYX: UInt8[Tensor, "m c y x"],
-    recipe: RBMRecipe,
-    *,
-    epochs: int,
-    seed: int,
-    device: torch.device,
-    progress: bool = True,
-) -> Trained:
-    """Train a stack, or read its machines from the cache as far as the same training has been done.
-
-    See expvae_book.weights for the cache.
-
-    Two processes that ask for the same stack at once train it once: the second waits for the first. Where the cache
-    cannot be written, a stack that is not whole there is trained without, and a line on stderr says so.
-
-    Args:
-        make: Builds the untrained stack.
-        train_NCYX: Training images.
-        validation_NCYX: Held-out images of the training split.
-        recipe: Hyper-parameters of every machine; its own number of epochs is not read.
-        epochs: Passes over the training images for every machine.
-        seed: Fixes initial weights, order and samples.
-        device: Where to train, and where the stack is afterwards.
-        progress: Show a bar for each machine.
-
-    Raises:
-        TrainingDivergedError: If a weight stops being finite.
-        ValueError: If a file of the cache is damaged.
-        OSError: If the disk is full; the last checkpoint stays.
-    """
-    stack = build(make, seed).to(device)
-    hyper_parameters = dataclasses.asdict(recipe)
-    del hyper_parameters["source"], hyper_parameters["epochs"]
-    determinants = {
-        "stack": repr(stack),
-        "recipe": hyper_parameters,
-        "epochs": epochs,
-        "seed": seed,
-        "train": weights.tensor_digest(train_NCYX),
-        "validation": weights.tensor_digest(validation_NCYX),
-        "protocols": protocols.versions(protocols.RBM),
-    }
-    key = hashlib.sha256(json.dumps(determinants, sort_keys=True).encode()).hexdigest()
-    folder = weights.folder() / f"Stack-{key[:20]}"
-    with weights.held(folder.with_suffix(".lock"), folder, "*.tmp") as problem:
-        kept: Path | None = folder
-        if problem and not all(finished(file(folder, index)) for index in range(len(stack.layers))):
-            weights.say_not_kept(problem)
-            kept = None
-        histories = train_stack(
-            stack, train_NCYX, validation_NCYX, recipe, epochs=epochs, seed=seed, folder=kept, progress=progress
-        )
-    return Trained(stack.eval(), histories, key, folder.name)
-
-
-def finished(path: Path) -> bool:
-    """Whether a file of the cache holds a machine at the end of its training, and no checkpoint on the way there."""
-    if not weights.there(path):
-        return False
-    _, metadata = read_tensors(path)
-    return metadata["step"] == metadata["total"]
-
-
-def file(folder: Path, index: int) -> Path:
-    """Where the folder of a stack keeps one of its machines."""
-    return folder / f"layer{index}.safetensors"
-
-
-@dataclass
-class _State:
-    """Where a training run stands, beside the weights and the generator."""
-
-    total: int
-    order_N: Int64[Tensor, " n"]
-    velocity: dict[str, Tensor]
-    chain: Tensor | None
-    step: int = 0
-    history: History = field(default_factory=History)
 
 
 def _require_means(name: str, images: Images, model: Machine) -> None:
@@ -421,53 +306,3 @@ def _visible(model: Machine, images: Images) -> Tensor:
 def _means(model: Machine, images: Images) -> Tensor:
     """Means of the hidden units given the images."""
     return torch.cat([model.activate(model(_visible(model, part))) for part in images.split(VALIDATION_BATCH)])
-
-
-def _started(model: Machine, count: int, total: int, recipe: RBMRecipe, generator: torch.Generator) -> _State:
-    device = model.weight.device
-    chain = None
-    if recipe.persistent:
-        # Without hidden units, the first samples are drawn from the visible biases alone.
-        chain = torch.zeros(recipe.batch_size, *model.hidden_shape, dtype=model.weight.dtype, device=device)
-    return _State(
-        total=total,
-        order_N=torch.randperm(count, generator=generator, device=device),
-        velocity={name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()},
-        chain=chain,
-    )
-
-
-def _require_finite(model: Machine, epoch: int, checkpoint: Path | None) -> None:
-    if all(bool(parameter.detach().sum().isfinite()) for parameter in model.parameters()):
-        return
-    kept = f"; the last good checkpoint is {checkpoint}" if checkpoint is not None and checkpoint.exists() else ""
-    raise TrainingDivergedError(f"a weight is no longer finite in epoch {epoch + 1}: try a smaller learning_rate{kept}")
-
-
-def _save(path: Path, model: Machine, generator: torch.Generator, state: _State) -> None:
-    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
-    tensors |= {f"velocity/{name}": value for name, value in state.velocity.items()}
-    tensors |= {"generator": generator.get_state(), "order": state.order_N}
-    tensors |= {} if state.chain is None else {"chain": state.chain}
-    described = {"step": str(state.step), "total": str(state.total), "history": json.dumps(vars(state.history))}
-    write_tensors(path, tensors, described)
-
-
-def _load(path: Path, model: Machine, generator: torch.Generator) -> _State:
-    tensors, metadata = read_tensors(path)
-    device = model.weight.device
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "velocity": {}}
-    for key, value in tensors.items():
-        kind, _, name = key.partition("/")
-        if kind in parts:
-            parts[kind][name] = value.to(device)
-    model.load_state_dict(parts["model"])
-    generator.set_state(tensors["generator"])
-    return _State(
-        total=int(metadata["total"]),
-        order_N=tensors["order"].to(device),
-        velocity=parts["velocity"],
-        chain=tensors["chain"].to(device) if "chain" in tensors else None,
-        step=int(metadata["step"]),
-        history=History(**json.loads(metadata["history"])),
-    )

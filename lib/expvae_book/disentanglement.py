@@ -373,7 +373,7 @@ def gradient_rows(trained: Trained, x_BCYX: Float[Tensor, "b 1 64 64"]) -> list[
     rest = cost_B.mean() + trained.candidate.beta * kl_B.mean()
     if trained.candidate.gamma:
         z_BI = sample_latents(*vae.encode(x_BCYX), generator)
-        rest = rest + trained.candidate.gamma * total_correlation(trained.critic(z_BI)[None]).sum()
+        rest = rest + trained.candidate.gamma * total_correlation(trained.discriminator(z_BI)[None]).sum()
     parts = torch.autograd.grad(rest, list(vae.encoder.parameters()))
     rows = [runs.row(names.GRADIENT, torch.cat([part.flatten() for part in parts]).norm().item(), "rest of the loss")]
     encoder = SideBySide([vae.encoder]).to(x_BCYX.device)

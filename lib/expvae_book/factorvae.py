@@ -8,105 +8,27 @@ Suffixes of tensor names as in expvae.attention, and M models side by side, K ma
 """
 
 import dataclasses
-import hashlib
-import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, UInt8
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
-from expvae import PRESETS as MAPS
-from expvae import (
-    Method,
-    discriminator_loss,
-    kl_divergence,
-    overlap,
-    permute_latents,
-    reconstruction_loss,
-    total_correlation,
-    upsample,
-)
-from expvae.models import DSPRITES_LAYERS, DSpritesVAE, SideBySide, discriminator
+from expvae import discriminator_loss, kl_divergence, permute_latents, reconstruction_loss, total_correlation
+from expvae.models import DSpritesVAE, SideBySide, discriminator
 from expvae_book import devices, protocols, weights
+from expvae_book.attention_loss import SIDE, VARIANTS, AttentionPenalty, attention_loss
+from expvae_book.checkpoints import Training, adam
 from expvae_book.recipes import StepRecipe
-from expvae_book.training import TrainingDivergedError, build, read_tensors, write_tensors
+from expvae_book.training import build
 
-Pairs = Literal["consecutive", "all", "random"]
-Alpha = Literal["second_order", "constant"]
 Draw = Callable[[Int64[Tensor, " b"]], UInt8[Tensor, "b 1 64 64"]]
-Stored = tuple[dict[str, Tensor], dict[str, str]]  # what the file of a model holds: tensors and metadata
 
-SIDE = 64  # of the images
+KIND = "FactorVAE"  # in the names of the files of the cache
 POINTS = 100  # of each curve of losses
-CHECKPOINT_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class AttentionPenalty:
-    """The choices that separate the published variants of the attention disentanglement loss L_AD.
-
-    Attributes:
-        layer: The layer whose maps are compared, one of DSPRITES_LAYERS.
-        method: How a map is made; its score must be "each_mean" or "each_sample", and it has no normaliser.
-        pairs: Which maps of an image are compared: "consecutive" pairs (1st, 2nd), (2nd, 3rd) … of those with the
-            highest response, as the second report describes; "all" pairs of these; or two latents at "random", with
-            replacement, the same for all images of a step (Brongers et al.).
-        maps: How many of the highest there are; 2 are one pair.
-        alpha: Whether the gradient of the loss takes the channels' weights α, which are gradients themselves, as
-            functions of the parameters ("second_order") or as "constant".
-        enlarged: Whether maps are compared at the images' resolution instead of the layer's.
-        per_batch: Whether the mean over the images is divided by their number once more.
-
-    Raises:
-        ValueError: If a choice is unknown or does not fit the others.
-    """
-
-    layer: str = "conv4"
-    method: Method = MAPS["liu2020_paper"]
-    pairs: Pairs = "consecutive"
-    maps: int = 2
-    alpha: Alpha = "second_order"
-    enlarged: bool = False
-    per_batch: bool = False
-
-    def __post_init__(self):
-        choices = {"layer": DSPRITES_LAYERS, "pairs": get_args(Pairs), "alpha": get_args(Alpha)}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of: {', '.join(allowed)}")
-        if self.maps < 2:
-            raise ValueError(f"maps={self.maps} must be 2 or more, to make a pair")
-        method = self.method
-        fits = method.score in ("each_mean", "each_sample") and method.tensor != "after" and method.normaliser == "none"
-        if not (fits and method.channels in ("relu_of_sum", "sum_of_relu")):
-            raise ValueError(
-                "method must have score each_mean or each_sample, tensor before or mixed, normaliser none and channels "
-                f"relu_of_sum or sum_of_relu; got {method}"
-            )
-
-
-# What was published of it. The paper prints the formula and neither layer nor pairs; conv4 is the last layer whose maps
-# have more than one position. The second report says "the last convolutional layer", pairs maps consecutively with four
-# in its example, and does not say whether α is constant.
-VARIANTS = {
-    "liu2020": AttentionPenalty(),
-    "report2": AttentionPenalty(maps=4),
-    "brongers2021": AttentionPenalty(
-        layer="conv1",
-        method=MAPS["brongers2021_disentanglement"],
-        pairs="random",
-        alpha="constant",
-        enlarged=True,
-        per_batch=True,
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -169,87 +91,13 @@ class Trained:
 
     candidate: Candidate
     vae: DSpritesVAE
-    critic: torch.nn.Sequential
+    discriminator: nn.Sequential
     curves: Curves
     key: str
     file: str
     device: str
 
 
-# --- losses -------------------------------------------------------------------------------------------------------
-
-
-def attention_maps(
-    A_BMCHW: Float[Tensor, "b m c h w"], latents_MBI: Float[Tensor, "m b i"], penalty: AttentionPenalty, graph: bool
-) -> Float[Tensor, "m b i h w"]:
-    """The maps that L_AD compares of every latent given, at the layer's resolution (see expvae.attention).
-
-    Args:
-        A_BMCHW: The layer's output, before its ReLU.
-        latents_MBI: Latents that depend on it, each of one image.
-        penalty: How the maps are made.
-        graph: Whether they can be differentiated in turn, with α as the penalty has it.
-    """
-    values_BMCHW = A_BMCHW.relu() if penalty.method.tensor == "mixed" else A_BMCHW
-    second_order = graph and penalty.alpha == "second_order"
-    maps = []
-    for latent_MB in latents_MBI.unbind(2):
-        (gradient,) = torch.autograd.grad(latent_MB.sum(), A_BMCHW, retain_graph=True, create_graph=second_order)
-        alpha_BMC11 = gradient.float().mean((3, 4), keepdim=True)
-        weighted_BMCHW = (alpha_BMC11 if second_order else alpha_BMC11.detach()) * values_BMCHW.float()
-        if penalty.method.channels == "relu_of_sum":
-            maps.append(weighted_BMCHW.sum(2).relu())
-        else:
-            maps.append(weighted_BMCHW.relu().sum(2))
-    return torch.stack(maps, 2).transpose(0, 1)
-
-
-def attention_loss(
-    A_BMCHW: Float[Tensor, "b m c h w"],
-    mu_MBI: Float[Tensor, "m b i"],
-    z_MBI: Float[Tensor, "m b i"],
-    penalty: AttentionPenalty,
-    random_M2: Int64[Tensor, "m 2"],
-) -> Float[Tensor, " m"]:
-    """L_AD of each model: the AD ratio of pairs of maps, mean over pairs and images.
-
-    Args:
-        A_BMCHW: Output of the penalty's layer, before its ReLU.
-        mu_MBI: Means of the latents, which depend on it.
-        z_MBI: Samples of the latents, likewise.
-        penalty: Which maps, and which pairs.
-        random_M2: The two latents that are compared where pairs are "random".
-
-    Raises:
-        ValueError: If there are fewer latents than the penalty compares.
-    """
-    latents_MBI = mu_MBI if penalty.method.score == "each_mean" else z_MBI
-    count, images, latent_dim = latents_MBI.shape
-    if penalty.maps > latent_dim:
-        raise ValueError(f"maps={penalty.maps} is more than the {latent_dim} latents there are")
-    if penalty.pairs == "random":
-        chosen_MBK = random_M2[:, None].expand(-1, images, -1)
-    elif penalty.maps == latent_dim and penalty.pairs == "all":
-        chosen_MBK = torch.arange(latent_dim, device=mu_MBI.device).expand(count, images, -1)
-    else:
-        response_MBI = attention_maps(A_BMCHW, latents_MBI, penalty, graph=False).detach().mean((3, 4))
-        chosen_MBK = response_MBI.topk(penalty.maps, dim=2).indices
-    # The k-th latent of each image is a latent of its own kind, so that one backward pass serves all images.
-    maps_MBKHW = attention_maps(A_BMCHW, latents_MBI.gather(2, chosen_MBK), penalty, graph=True)
-    if penalty.enlarged:
-        enlarged_BKYX = upsample(maps_MBKHW.flatten(0, 1), (SIDE, SIDE), penalty.method.align_corners)
-        maps_MBKHW = enlarged_BKYX.unflatten(0, (count, images))
-    k = maps_MBKHW.shape[2]
-    pairs = list(combinations(range(k), 2)) if penalty.pairs == "all" else [(i, i + 1) for i in range(k - 1)]
-    first, second = (list(indices) for indices in zip(*pairs, strict=True))
-    loss_M = overlap(maps_MBKHW[:, :, first], maps_MBKHW[:, :, second]).mean((1, 2))
-    return loss_M / images if penalty.per_batch else loss_M
-
-
-# --- training -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
 class Group:
     """Models that stand side by side: all have the same penalty or none, and all have a discriminator or none.
 
@@ -257,56 +105,72 @@ class Group:
         candidates: What each of them is.
         encoder: Their encoders as one network.
         decoder: Their decoders.
-        critic: Their discriminators.
-        optimizers: Of encoder and decoder, and of the discriminators.
+        discriminator: Their discriminators.
+        optimizer: Of encoder and decoder.
+        discriminator_optimizer: Of the discriminators.
+        moments: Of both optimizers, by name.
         generators: The source of each model's randomness, on the CPU.
-        weights: β, γ and λ of each, by their names in Candidate.
+        beta_M: β of each.
+        gamma_M: γ of each.
+        attention_weight_M: λ of each.
+
+    Args:
+        candidates: What they are; their seeds give the initial weights.
+        recipe: Number of latents, and settings of the optimizers.
+        device: Where they are.
     """
 
-    candidates: Sequence[Candidate]
-    encoder: SideBySide
-    decoder: SideBySide
-    critic: SideBySide
-    optimizers: tuple[torch.optim.Adam, torch.optim.Adam]
-    generators: list[torch.Generator]
-    weights: dict[str, Float[Tensor, " m"]]
-
-    @classmethod
-    def made(cls, candidates: Sequence[Candidate], recipe: StepRecipe, device: torch.device) -> "Group":
-        """A group with the initial weights of its candidates' seeds."""
+    def __init__(self, candidates: Sequence[Candidate], recipe: StepRecipe, device: torch.device):
+        self.candidates, self.latent_dim, self.device = candidates, recipe.latent_dim, device
         vaes = [build(lambda: DSpritesVAE(recipe.latent_dim), one.seed) for one in candidates]
-        critics = [build(lambda: discriminator(recipe.latent_dim), one.seed) for one in candidates]
-        encoder = SideBySide([vae.encoder for vae in vaes]).to(device)
-        decoder = SideBySide([vae.decoder for vae in vaes]).to(device)
-        critic = SideBySide(critics).to(device)
-        vae_parameters = [*encoder.parameters(), *decoder.parameters()]
-        optimizers = (
-            torch.optim.Adam(vae_parameters, lr=recipe.learning_rate, betas=recipe.betas, fused=True),
-            torch.optim.Adam(
-                critic.parameters(), lr=recipe.critic_learning_rate, betas=recipe.critic_betas, fused=True
-            ),
+        discriminators = [build(lambda: discriminator(recipe.latent_dim), one.seed) for one in candidates]
+        self.encoder = SideBySide([vae.encoder for vae in vaes]).to(device)
+        self.decoder = SideBySide([vae.decoder for vae in vaes]).to(device)
+        self.discriminator = SideBySide(discriminators).to(device)
+        self.optimizer, moments = adam(
+            self.parameters("encoder", "decoder"), lr=recipe.learning_rate, betas=recipe.betas
         )
-        names = ("beta", "gamma", "attention_weight")
-        return cls(
-            candidates,
-            encoder,
-            decoder,
-            critic,
-            optimizers,
-            [torch.Generator().manual_seed(one.seed) for one in candidates],
-            {name: torch.tensor([getattr(one, name) for one in candidates], device=device) for name in names},
+        self.discriminator_optimizer, others = adam(
+            self.parameters("discriminator"), lr=recipe.critic_learning_rate, betas=recipe.critic_betas
+        )
+        self.moments = moments | others
+        self.generators = [torch.Generator().manual_seed(one.seed) for one in candidates]
+        self.beta_M, self.gamma_M, self.attention_weight_M = (
+            torch.tensor([getattr(one, name) for one in candidates], device=device)
+            for name in ("beta", "gamma", "attention_weight")
         )
 
     def networks(self) -> dict[str, SideBySide]:
         """All of it that has weights, by name."""
-        return {"encoder": self.encoder, "decoder": self.decoder, "critic": self.critic}
+        return {"encoder": self.encoder, "decoder": self.decoder, "discriminator": self.discriminator}
 
-    def vae(self, index: int, latent_dim: int) -> DSpritesVAE:
+    def parameters(self, *networks: str) -> dict[str, Tensor]:
+        """The parameters of some of its networks, by name."""
+        return {f"{name}.{key}": value for name in networks for key, value in self.networks()[name].named_parameters()}
+
+    def parts(self) -> list[str]:
+        """Names of the parts of its losses, as `step` gives them."""
+        one = self.candidates[0]
+        attention = ["attention"] if one.attention_weight > 0 else []
+        return ["reconstruction", "kl", *attention, *(["total_correlation", "discriminator"] if one.gamma > 0 else [])]
+
+    def alone(self, index: int) -> dict[str, Tensor]:
+        """The weights of one of the models, VAE and discriminator."""
+        return {
+            f"{name}.{key}": value
+            for name, network in self.networks().items()
+            for key, value in network.alone(index).items()
+        }
+
+    def vae(self, index: int) -> DSpritesVAE:
         """One of the VAEs alone, in evaluation mode."""
-        vae = DSpritesVAE(latent_dim).to(next(self.encoder.parameters()).device)
-        vae.encoder.load_state_dict(self.encoder.alone(index))
-        vae.decoder.load_state_dict(self.decoder.alone(index))
-        return vae.eval()
+        return _loaded(DSpritesVAE(self.latent_dim), self.alone(index)).to(self.device)
+
+
+def _loaded(network: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> Any:
+    """The network in evaluation mode, with its weights out of those of a model."""
+    network.load_state_dict({name: tensors[f"{prefix}{name}"] for name in network.state_dict()})
+    return network.eval()
 
 
 def _encoded(
@@ -368,7 +232,9 @@ class Criticism:
     leaked_MBI: Float[Tensor, "m b i"]
 
 
-def criticise(critic: SideBySide, joint_MBI: Float[Tensor, "m b i"], permuted_MBI: Float[Tensor, "m b i"]) -> Criticism:
+def criticise(
+    network: SideBySide, joint_MBI: Float[Tensor, "m b i"], permuted_MBI: Float[Tensor, "m b i"]
+) -> Criticism:
     """Both losses that the discriminator gives, and their gradients, from one pass through it in each direction.
 
     Of each draw both losses know the difference d of the two logits alone: TC is the mean of d over draws from q(z),
@@ -376,10 +242,10 @@ def criticise(critic: SideBySide, joint_MBI: Float[Tensor, "m b i"], permuted_MB
     gradients of both, at any layer, are that of d times one factor for each draw, and d goes back only once.
     """
     draws = joint_MBI.shape[1]
-    linear = [name for name, layer in critic.layers.items() if isinstance(layer, torch.nn.Linear)]
+    linear = [name for name, layer in network.layers.items() if isinstance(layer, nn.Linear)]
     inputs, outputs, previous = [torch.cat([joint_MBI, permuted_MBI], 1).detach().requires_grad_()], [], None
-    for name in critic.layers:
-        value = critic(inputs[-1] if name in linear else outputs[-1], after=previous, until=name)
+    for name in network.layers:
+        value = network(inputs[-1] if name in linear else outputs[-1], after=previous, until=name)
         (outputs if name in linear else inputs).append(value)
         previous = name
     logits_MB2 = outputs[-1].float()
@@ -398,7 +264,7 @@ def criticise(critic: SideBySide, joint_MBI: Float[Tensor, "m b i"], permuted_MB
         total_correlation(logits_MB2[:, :draws]),
         toward_inputs_MBI[:, :draws] / draws,
         discriminator_loss(logits_MB2[:, :draws], logits_MB2[:, draws:]),
-        [gradients[name] for name, _ in critic.weights.named_parameters()],
+        [gradients[name] for name, _ in network.weights.named_parameters()],
         toward_inputs_MBI[:, :draws] * slope_MB1[:, :draws],
     )
 
@@ -409,10 +275,7 @@ def step(group: Group, draw: Draw, train_N: Int64[Tensor, " n"], batch_size: int
     Returns:
         The parts of the loss, [M] each.
     """
-    vae_parameters = [*group.encoder.parameters(), *group.decoder.parameters()]
-    critic_parameters = list(group.critic.parameters())
-    device = vae_parameters[0].device
-    latent_dim = group.decoder.weights["conv_weight"].shape[1]
+    device, latent_dim = group.device, group.latent_dim
     indices, noises, orders, randoms = [], [], [], []
     for generator in group.generators:
         indices.append(torch.randint(len(train_N), (2 * batch_size,), generator=generator))
@@ -424,31 +287,31 @@ def step(group: Group, draw: Draw, train_N: Int64[Tensor, " n"], batch_size: int
     x = draw(chosen).to(device).float().view(2, batch_size, len(group.candidates), SIDE, SIDE)
     noise_2MBI, order_MBI = torch.stack(noises, 1).to(device), torch.stack(orders).to(device)
     random_M2 = torch.stack(randoms).to(device)
-    # The cache of cast weights lives as long as the context, that is one step.
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+    with devices.mixed(precision, device):
         parts, z_MBI = losses(group, x[0], noise_2MBI[0], random_M2)
         if group.candidates[0].gamma > 0:
             with torch.no_grad():
                 permuted_MBI = permute_latents(_encoded(group, x[1], noise_2MBI[1], None)[3], order_MBI)
-            criticism = criticise(group.critic, z_MBI, permuted_MBI)
-    total_M = parts["reconstruction"] + group.weights["beta"] * parts["kl"]
+            criticism = criticise(group.discriminator, z_MBI, permuted_MBI)
+    total_M = parts["reconstruction"] + group.beta_M * parts["kl"]
     if "attention" in parts:
-        total_M = total_M + group.weights["attention_weight"] * parts["attention"]
+        total_M = total_M + group.attention_weight_M * parts["attention"]
+    outputs, toward = [total_M.sum()], [None]
     if group.candidates[0].gamma > 0:
         parts["total_correlation"], parts["discriminator"] = criticism.total_correlation_M, criticism.loss_M
-        toward_latents_MBI = group.weights["gamma"][:, None, None] * criticism.toward_latents_MBI
+        toward_latents_MBI = group.gamma_M[:, None, None] * criticism.toward_latents_MBI
         if not group.candidates[0].detached:
             toward_latents_MBI = toward_latents_MBI + criticism.leaked_MBI
-        gradients = torch.autograd.grad([total_M.sum(), z_MBI], vae_parameters, [None, toward_latents_MBI])
-        _apply(group.optimizers[1], critic_parameters, criticism.gradients)
-    else:
-        gradients = torch.autograd.grad(total_M.sum(), vae_parameters)
-    _apply(group.optimizers[0], vae_parameters, gradients)
+        outputs.append(z_MBI)
+        toward.append(toward_latents_MBI)
+        _apply(group.discriminator_optimizer, criticism.gradients)
+    parameters = list(group.parameters("encoder", "decoder").values())
+    _apply(group.optimizer, torch.autograd.grad(outputs, parameters, toward))
     return {name: part.detach() for name, part in parts.items()}
 
 
-def _apply(optimizer: torch.optim.Adam, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    for parameter, gradient in zip(parameters, gradients, strict=True):
+def _apply(optimizer: torch.optim.Adam, gradients: Sequence[Tensor]) -> None:
+    for parameter, gradient in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
         # The fused Adam walks through both in the order of memory, whatever their strides say.
         same = parameter.stride() == gradient.stride()
         parameter.grad = gradient if same else torch.empty_like(parameter).copy_(gradient)
@@ -507,193 +370,84 @@ def train(
     """
     if len(set(candidates)) < len(candidates):
         raise ValueError("candidates must differ from each other; two are equal")
-    if precision not in devices.PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(devices.PRECISIONS)}; got {precision!r}")
+    devices.mixed(precision, device)  # refuses what is unknown
     shared = {
-        "recipe": {
-            name: value for name, value in dataclasses.asdict(recipe).items() if name not in ("source", "steps")
-        },
         "steps": steps,
         "precision": precision,
         "data": data_digest,
         "train": weights.tensor_digest(train_N),
-        "protocols": protocols.versions(protocols.FACTORVAE),
         "measurements": measurements,
+        "file": 2,  # how weights are named in it
     }
-    keys = {one: _digest(shared | {"candidate": dataclasses.asdict(one)}) for one in candidates}
-    missing = [one for one in candidates if not weights.there(_path(keys[one]))]
-    groups = grouped(missing)
-    not_kept: dict[Candidate, Stored] = {}
-    with tqdm(
-        total=steps * len(candidates), unit="step", disable=not progress, mininterval=2, dynamic_ncols=True
-    ) as bar:
-        bar.update(steps * (len(candidates) - len(missing)))
-        for members in groups:
-            not_kept |= _train_group(
-                members, keys, draw, train_N, recipe, steps, device, precision, measure, measurements, bar
-            )
-    # Also models trained just now go through the file, so that both ways give the same models to the last bit.
-    stored = (not_kept.get(one) or read_tensors(_path(keys[one])) for one in candidates)
-    return [_rebuilt(one, keys[one], *its, recipe, device) for one, its in zip(candidates, stored, strict=True)]
+    keys = {
+        one: weights.key_of(recipe, protocols.FACTORVAE, candidate=dataclasses.asdict(one), **shared)
+        for one in candidates
+    }
+    present = [one for one in candidates if weights.there(weights.place(KIND, keys[one]))]
+    entries = {one: weights.Entry.read(weights.place(KIND, keys[one])) for one in present}
+    for members in grouped([one for one in candidates if one not in entries]):
+
+        def fit(checkpoint: Path | None, members: Sequence[Candidate] = members) -> list[tuple[dict[str, Tensor], Any]]:
+            group = Group(members, recipe, device)
+            training = _GroupTraining(group, draw, train_N, recipe.batch_size, steps, precision, measure, measurements)
+            training.run(checkpoint, weights.CHECKPOINT_SECONDS, progress)
+            return [(group.alone(index), vars(curves)) for index, curves in enumerate(training.histories)]
+
+        made, _ = weights.cached(KIND, [keys[one] for one in members], device, fit)
+        entries |= dict(zip(members, made, strict=True))
+    return [_trained(one, keys[one], entries[one], recipe.latent_dim, device) for one in candidates]
 
 
-def _train_group(
-    members: Sequence[Candidate],
-    keys: Mapping[Candidate, str],
-    draw: Draw,
-    train_N: Tensor,
-    recipe: StepRecipe,
-    steps: int,
-    device: torch.device,
-    precision: str,
-    measure: Callable[[DSpritesVAE], Mapping[str, float]] | None,
-    measurements: int,
-    bar: tqdm,
-) -> dict[Candidate, Stored]:
-    """Train a group and write it into the cache; returns what could not be kept there."""
-    file = weights.folder() / f"FactorVAE-{_digest([keys[one] for one in members])[:20]}.checkpoint"
-    with weights.held(file.with_suffix(".lock"), file.parent, f"{file.name}.*.tmp") as problem:
-        if all(weights.there(_path(keys[one])) for one in members):  # another process made them while this one waited
-            bar.update(steps * len(members))
-            return {}
-        if problem:
-            weights.say_not_kept(problem)
-        checkpoint = None if problem else file
-        group = Group.made(members, recipe, device)
-        done, curves, totals = _resume(checkpoint, group, device)
-        bar.update(done * len(members))
-        per_point = max(1, steps // POINTS)
-        due = {round(steps * (i + 1) / measurements) for i in range(measurements)} if measure else set()
-        written = started = time.monotonic()
+class _GroupTraining(Training):
+    def __init__(
+        self,
+        group: Group,
+        draw: Draw,
+        train_N: Tensor,
+        batch_size: int,
+        steps: int,
+        precision: str,
+        measure: Callable[[DSpritesVAE], Mapping[str, float]] | None,
+        measurements: int,
+    ):
+        self.group, self.given, self.total = group, (draw, train_N, batch_size, precision), steps
+        count = len(group.candidates)
+        self.totals = {name: torch.zeros(count, device=group.device) for name in group.parts()}
+        self.weights = {f"model/{name}": value for name, value in group.parameters(*group.networks()).items()}
+        self.others = group.moments | {f"totals/{name}": total for name, total in self.totals.items()}
+        self.generators = group.generators
+        self.histories = [Curves(beside=count) for _ in group.candidates]
+        self.per_point = max(1, steps // POINTS)
+        self.score = measure
+        self.due = {round(steps * (i + 1) / measurements) for i in range(measurements)} if measure else set()
 
-        def lap() -> None:
-            nonlocal started
-            now = time.monotonic()
-            for curve in curves:
-                curve.seconds += now - started
-            started = now
+    def step(self) -> None:
+        for name, part in step(self.group, *self.given).items():
+            self.totals[name] += part
 
-        while done < steps:
-            parts = step(group, draw, train_N, recipe.batch_size, precision)
-            for name, part in parts.items():
-                totals[name] = totals.get(name, 0) + part
-            done += 1
-            bar.update(len(members))
-            if done % per_point == 0 or done == steps:
-                _record(curves, totals, done, per_point if done % per_point == 0 else done % per_point, checkpoint)
-                worst = max(curve.reconstruction[-1] + curve.kl[-1] for curve in curves)
-                bar.set_postfix_str(f"{len(members)} side by side, loss {worst:.1f} nats/image", refresh=False)
-                totals = {}
-            if done in due:
-                lap()
-                for index, curve in enumerate(curves):
-                    curve.measured[str(done)] = dict(measure(group.vae(index, recipe.latent_dim)))
-                started = time.monotonic()
-            if checkpoint and time.monotonic() - written >= CHECKPOINT_SECONDS and done < steps:
-                lap()
-                _save(checkpoint, group, done, curves, totals)
-                written = time.monotonic()
-        lap()
-        not_kept: dict[Candidate, Stored] = {}
-        for index, (one, curve) in enumerate(zip(members, curves, strict=True)):
-            curve.beside = len(members)
-            tensors = {
-                f"{name}.{key}": value
-                for name, network in group.networks().items()
-                for key, value in network.alone(index).items()
-            }
-            described = {"curves": json.dumps(dataclasses.asdict(curve)), "device": devices.describe_device(device)}
-            if checkpoint:
-                write_tensors(_path(keys[one]), tensors, described)
-            else:
-                not_kept[one] = tensors, described
-        if checkpoint:
-            checkpoint.unlink(missing_ok=True)
-        return not_kept
+    def report(self) -> tuple[float, str] | None:
+        since = self.done % self.per_point
+        if since and self.done < self.total:
+            return None
+        means = {name: (total / (since or self.per_point)).tolist() for name, total in self.totals.items()}
+        for index, curves in enumerate(self.histories):
+            curves.step.append(self.done)
+            for name, values in means.items():
+                getattr(curves, name).append(values[index])
+        for total in self.totals.values():
+            total.zero_()
+        worst = max(curves.reconstruction[-1] + curves.kl[-1] for curves in self.histories)
+        text = f"{len(self.histories)} side by side, loss {worst:.1f} nats/image"
+        return sum(sum(values) for values in means.values()), text
+
+    def measure(self) -> None:
+        if self.done in self.due:
+            for index, curves in enumerate(self.histories):
+                curves.measured[str(self.done)] = dict(self.score(self.group.vae(index)))
 
 
-def _record(
-    curves: Sequence[Curves], totals: Mapping[str, Tensor], done: int, over: int, checkpoint: Path | None
-) -> None:
-    """Append the mean of each part over the last steps to the curves."""
-    means = {name: (total / over).tolist() for name, total in totals.items()}
-    for index, curve in enumerate(curves):
-        curve.step.append(done)
-        for name, values in means.items():
-            if values[index] - values[index] != 0:  # NaN and both infinities
-                kept = f"; the last good checkpoint is {checkpoint}" if checkpoint and checkpoint.exists() else ""
-                raise TrainingDivergedError(
-                    f"{name} is no longer finite by step {done}: try a smaller learning_rate or weight{kept}"
-                )
-            getattr(curve, name).append(values[index])
-
-
-def _save(path: Path, group: Group, done: int, curves: Sequence[Curves], totals: Mapping[str, Tensor]) -> None:
-    for network in group.networks().values():
-        if not all(parameter.isfinite().all() for parameter in network.parameters()):
-            return  # the loss of the next step stops the training, and the last good checkpoint stays
-    tensors = {f"totals/{name}": total for name, total in totals.items()}
-    tensors |= {f"generator/{index}": generator.get_state() for index, generator in enumerate(group.generators)}
-    for name, network in group.networks().items():
-        for key, parameter in network.named_parameters():
-            tensors[f"{name}/{key}"] = parameter
-            for optimizer in group.optimizers:
-                moments = optimizer.state.get(parameter, {})
-                tensors |= {f"adam/{part}/{name}/{key}": value for part, value in moments.items()}
-    described = {"done": str(done), "curves": json.dumps([dataclasses.asdict(curve) for curve in curves])}
-    write_tensors(path, tensors, described)
-
-
-def _resume(path: Path | None, group: Group, device: torch.device) -> tuple[int, list[Curves], dict[str, Tensor]]:
-    """Put a group where its checkpoint left it; where there is none, it stays at the start."""
-    if path is None or not path.exists():
-        return 0, [Curves() for _ in group.candidates], {}
-    tensors, metadata = read_tensors(path)
-    with torch.no_grad():
-        for name, network in group.networks().items():
-            for key, parameter in network.named_parameters():
-                parameter.copy_(tensors[f"{name}/{key}"])
-                if f"adam/step/{name}/{key}" not in tensors:  # of a discriminator that nothing trains
-                    continue
-                optimizer = group.optimizers[1 if name == "critic" else 0]
-                # Adam keeps each moment in the memory layout of its weight; the file has them all contiguous.
-                optimizer.state[parameter] = {
-                    "step": tensors[f"adam/step/{name}/{key}"].to(device),
-                    "exp_avg": torch.empty_like(parameter).copy_(tensors[f"adam/exp_avg/{name}/{key}"]),
-                    "exp_avg_sq": torch.empty_like(parameter).copy_(tensors[f"adam/exp_avg_sq/{name}/{key}"]),
-                }
-    for index, generator in enumerate(group.generators):
-        generator.set_state(tensors[f"generator/{index}"])
-    totals = {key.removeprefix("totals/"): value.to(device) for key, value in tensors.items() if "totals/" in key}
-    return int(metadata["done"]), [Curves(**curve) for curve in json.loads(metadata["curves"])], totals
-
-
-def _rebuilt(
-    one: Candidate,
-    key: str,
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    recipe: StepRecipe,
-    device: torch.device,
-) -> Trained:
-    """A model and how it came about, from what its file holds."""
-    vae, critic = DSpritesVAE(recipe.latent_dim), discriminator(recipe.latent_dim)
-    parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}, "critic": {}}
-    for name, value in tensors.items():
-        network, _, rest = name.partition(".")
-        parts[network][rest] = value
-    vae.encoder.load_state_dict(parts["encoder"])
-    vae.decoder.load_state_dict(parts["decoder"])
-    critic.load_state_dict(parts["critic"])
-    curves = Curves(**json.loads(metadata["curves"]))
-    return Trained(
-        one, vae.to(device).eval(), critic.to(device).eval(), curves, key, _path(key).name, metadata["device"]
-    )
-
-
-def _path(key: str) -> Path:
-    return weights.folder() / f"FactorVAE-{key[:20]}.safetensors"
-
-
-def _digest(determinants: object) -> str:
-    return hashlib.sha256(json.dumps(determinants, sort_keys=True).encode()).hexdigest()
+def _trained(one: Candidate, key: str, entry: weights.Entry, latent_dim: int, device: torch.device) -> Trained:
+    """A model and how it came about, from what the cache holds."""
+    vae = _loaded(DSpritesVAE(latent_dim), entry.tensors).to(device)
+    network = _loaded(discriminator(latent_dim), entry.tensors, "discriminator.").to(device)
+    return Trained(one, vae, network, Curves(**entry.history), key, weights.place(KIND, key).name, entry.device)

@@ -29,9 +29,10 @@ from expvae.models import (
     MVTecVAE,
     Stack,
 )
-from expvae_book import contrastive, protocols, provenance, runs, weights
+from expvae_book import protocols, provenance, runs, weights
+from expvae_book.checkpoints import read_tensors
 from expvae_book.data import dsprites, mnist, mvtec, ucsd
-from expvae_book.training import read_tensors, to_unit
+from expvae_book.training import to_unit
 
 COUNT = 64  # images
 GRID = 8  # rows and columns of a coarse map
@@ -105,7 +106,7 @@ def verify(run: runs.Run, draw: Draw | None = None) -> runs.Run:
     facts = run.record.get("probe")
     if facts is None:
         raise CannotVerifyError("it has no probe")
-    if not _cached(facts):
+    if not weights.there(weights.folder() / facts["weights"]):
         if draw is not None:
             return run
         raise CannotVerifyError(f"its weights are not in the cache, {weights.folder()}")
@@ -157,30 +158,21 @@ def _described(model: nn.Module) -> dict[str, Any]:
     return {"model": "Stack", "layers": layers, "units": model.units, "shape": list(model.shape)}
 
 
-def _cached(facts: dict[str, Any]) -> bool:
-    path = weights.folder() / facts["weights"]
-    if facts["model"] != "Stack":
-        return weights.there(path)
-    return all(contrastive.finished(contrastive.file(path, number)) for number in range(len(facts["layers"])))
-
-
 def _loaded(facts: dict[str, Any]) -> nn.Module:
     """The model of a probe, from the cache."""
-    path = weights.folder() / facts["weights"]
-    if facts["model"] != "Stack":
-        model = VAES[facts["model"]](facts["latents"])
-        tensors, _ = read_tensors(path)
-        # The file of a FactorVAE holds its discriminator too.
-        model.load_state_dict({name: tensors[name] for name in model.state_dict()})
-        return model.eval()
+    tensors, _ = read_tensors(weights.folder() / facts["weights"])
+    model = _stack(facts) if facts["model"] == "Stack" else VAES[facts["model"]](facts["latents"])
+    # The file of a FactorVAE holds its discriminator too.
+    model.load_state_dict({name: tensors[name] for name in model.state_dict()})
+    return model.eval()
+
+
+def _stack(facts: dict[str, Any]) -> Stack:
     layers = []
-    for number, described in enumerate(facts["layers"]):
+    for described in facts["layers"]:
         described = {name: tuple(value) if isinstance(value, list) else value for name, value in described.items()}
-        layer = (ConvRBM if "kernel" in described else RBM)(**described, units=facts["units"])
-        tensors, _ = read_tensors(contrastive.file(path, number))
-        layer.load_state_dict({name: tensors[f"model/{name}"] for name in layer.state_dict()})
-        layers.append(layer)
-    return Stack(layers, tuple(facts["shape"])).eval()
+        layers.append((ConvRBM if "kernel" in described else RBM)(**described, units=facts["units"]))
+    return Stack(layers, tuple(facts["shape"]))
 
 
 def _images(run: runs.Run, facts: dict[str, Any]) -> Draw:

@@ -1,7 +1,7 @@
 """The cache of trained weights: nothing is trained twice, and nothing outdated is reused.
 
 A file is named by a digest of what determines its content: the model's class and shapes, the recipe, the number of
-epochs, the seed, the images, and the version of the protocol of training. It lies outside the repository, in
+epochs or steps, the seed, the images, and the version of the protocol of training. It lies outside the repository, in
 the folder that the environment variable EXPVAE_CACHE names (default: ~/.cache/expvae), as safetensors. What is there
 can be read where nothing may be written; where the cache cannot be made or written, models are trained without it.
 """
@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -25,8 +26,9 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from expvae import models
-from expvae_book import devices, places, protocols, training
-from expvae_book.recipes import Recipe
+from expvae_book import contrastive, devices, places, protocols, training
+from expvae_book.checkpoints import read_tensors, write_tensors
+from expvae_book.recipes import RBMRecipe, Recipe, StepRecipe
 
 CHECKPOINT_SECONDS = 180.0  # what a kill may cost; a checkpoint of the largest network is a gigabyte to write
 _may_train = ContextVar("may_train", default=True)
@@ -42,7 +44,7 @@ class Trained:
 
     Attributes:
         model: The model, in evaluation mode, on the device asked for.
-        history: Losses per epoch, seconds and images.
+        history: What the training measured; of a stack, a list of what that of each machine did, from the bottom up.
         key: Digest of everything that determines the weights.
         file: Name of their file in the cache.
         device: The device that trained them.
@@ -50,11 +52,32 @@ class Trained:
     """
 
     model: nn.Module
-    history: training.History
+    history: training.History | list[contrastive.History]
     key: str
     file: str
     device: str
     reused: bool
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a file of the cache holds.
+
+    Attributes:
+        tensors: Weights by name.
+        history: What the training measured, as JSON has it.
+        device: The device that trained them.
+    """
+
+    tensors: dict[str, Tensor]
+    history: Any
+    device: str
+
+    @classmethod
+    def read(cls, path: Path) -> "Entry":
+        """What this file holds; a ValueError if it is damaged."""
+        tensors, metadata = read_tensors(path)
+        return cls(tensors, json.loads(metadata["history"]), metadata["device"])
 
 
 def folder() -> Path:
@@ -68,13 +91,12 @@ def there(path: Path) -> bool:
 
 
 @contextmanager
-def held(lock: Path, folder: Path, half_written: str) -> Iterator[OSError | None]:
+def held(lock: Path) -> Iterator[OSError | None]:
     """Hold a part of the cache against other processes, as far as it can be written.
 
     Args:
-        lock: The file that stands for the part.
-        folder: Where its files are; made where it is missing.
-        half_written: Pattern of the files in it that a process which was killed may have left; they are removed.
+        lock: The file that stands for the part, in the folder of the cache. What a process which was killed may have
+            left half-written under its name is removed.
 
     Yields:
         None, or why nothing can be written there. Then nothing is held, and what is there can still be read.
@@ -82,10 +104,10 @@ def held(lock: Path, folder: Path, half_written: str) -> Iterator[OSError | None
     problem = None
     with ExitStack() as stack:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            lock.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(lock))
-            TemporaryFile(dir=folder).close()  # a lock can be had where nothing else may be written
-            for file in folder.glob(half_written):
+            TemporaryFile(dir=lock.parent).close()  # a lock can be had where nothing else may be written
+            for file in lock.parent.glob(f"{lock.stem}.*.tmp"):
                 file.unlink()
         except OSError as error:
             problem = error
@@ -120,11 +142,64 @@ def cached_only() -> Iterator[None]:
         _may_train.reset(before)
 
 
+def place(kind: str, key: str) -> Path:
+    """Where the cache keeps a model of a kind."""
+    return folder() / f"{kind}-{key[:20]}.safetensors"
+
+
+def cached(
+    kind: str,
+    keys: Sequence[str],
+    device: torch.device,
+    train: Callable[[Path | None], Sequence[tuple[dict[str, Tensor], Any]]],
+) -> tuple[list[Entry], bool]:
+    """Read models that one training gives from the cache, or train, where not all of them are there.
+
+    Also what was trained just now goes through its file, so that both ways give the same models to the last bit.
+
+    Args:
+        kind: What they are, for the names of files.
+        keys: For each model, a digest of everything that determines it.
+        device: Where they are trained, for the record.
+        train: Trains, with the checkpoint at this path or without, and returns weights and history of each model. It
+            may append to the path's name; all such files are removed at the end.
+
+    Returns:
+        What the cache holds of each model, or would hold if it could be written; and whether it was all there.
+
+    Raises:
+        NotCachedError: Within `cached_only`, where training is needed.
+        ValueError: If a file of the cache is damaged.
+        OSError: If the disk is full; the last checkpoint stays.
+    """
+    paths = [place(kind, key) for key in keys]
+    missing = [path for path in paths if not there(path)]
+    if missing and not _may_train.get():
+        raise NotCachedError(f"{missing[0]} is not there, and nothing is to be trained here")
+    checkpoint = place(kind, keys[0] if len(keys) == 1 else _digest(keys)).with_suffix(".checkpoint")
+    with held(checkpoint.with_suffix(".lock")) as problem:
+        reused = all(there(path) for path in paths)
+        if not reused:
+            if problem:
+                say_not_kept(problem)
+            where = devices.describe_device(device)
+            entries = [Entry(*result, where) for result in train(None if problem else checkpoint)]
+            if problem:
+                return entries, False
+            for path, key, entry in zip(paths, keys, entries, strict=True):
+                described = {"key": key, "history": json.dumps(entry.history), "device": where}
+                write_tensors(path, entry.tensors, described)
+        if not problem:
+            for file in folder().glob(f"{checkpoint.name}*"):
+                file.unlink()
+        return [Entry.read(path) for path in paths], reused
+
+
 def trained(
     make: Callable[[], nn.Module],
     train_NCYX: UInt8[Tensor, "n c y x"],
     validation_NCYX: UInt8[Tensor, "m c y x"],
-    recipe: Recipe,
+    recipe: Recipe | RBMRecipe,
     *,
     epochs: int,
     seed: int,
@@ -133,7 +208,7 @@ def trained(
     precision: str = "float32",
     progress: bool = True,
 ) -> Trained:
-    """Train a model, or read its weights where the same training has been done before.
+    """Train a VAE or a stack of Boltzmann machines, or read its weights where the same training has been done before.
 
     A training that was cut off goes on from its last checkpoint. Two processes that ask for the same weights at
     once train them once: the second waits for the first. Where the cache cannot be written, the model is trained
@@ -143,24 +218,22 @@ def trained(
         make: Builds the untrained model, such as the class of a model.
         train_NCYX: Training images.
         validation_NCYX: Held-out images of the training split.
-        recipe: Hyper-parameters; its own number of epochs is not read.
-        epochs: Passes over the training images.
+        recipe: Hyper-parameters, for a stack those of every machine; its own number of epochs is not read.
+        epochs: Passes over the training images, for a stack those of every machine.
         seed: Fixes initial weights, order and noise.
         device: Where to train, and where the model is afterwards.
         variant: What tells `make` from other ways to build a model of the same class and shapes, such as weights that
             it starts from; "" where nothing does.
-        precision: "float32", or "bfloat16" for automatic mixed precision: weights stay float32, and convolutions and
-            matrix products are computed in bfloat16. See `expvae_book.devices.choose_precision`.
+        precision: "float32", or for VAEs "bfloat16" (`expvae_book.devices.mixed`, and `choose_precision`).
         progress: Show a bar with loss and remaining time.
 
     Raises:
-        expvae_book.training.TrainingDivergedError: If the loss stops being finite.
+        expvae_book.checkpoints.TrainingDivergedError: If the loss or a weight stops being finite.
         NotCachedError: Within `cached_only`, if the weights are not in the cache.
         ValueError: If the model is none of this library's, the precision is unknown, or a file of the cache is damaged.
         OSError: If the disk is full; the last checkpoint stays.
     """
-    if precision not in devices.PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(devices.PRECISIONS)}; got {precision!r}")
+    devices.mixed(precision, device)  # refuses what is unknown
     model = training.build(make, seed).to(device)
     kind = type(model)
     if not kind.__module__.startswith(f"{models.__name__}."):
@@ -169,55 +242,63 @@ def trained(
             "models by their names and the version of the protocol, and could not tell when yours changes; call "
             f"{training.__name__}.train"
         )
+    is_stack = isinstance(recipe, RBMRecipe)
     # Only where they are used, so that other trainings keep the keys that they had before there was a choice.
     options = {"variant": variant} if variant else {}
-    options |= {"precision": precision} if precision != "float32" else {}
-    key = _key(model, train_NCYX, validation_NCYX, recipe, epochs, seed, options)
-    path = folder() / f"{kind.__name__}-{key[:20]}.safetensors"
-    checkpoint = path.with_suffix(".checkpoint")
-    if not (_may_train.get() or there(path)):
-        raise NotCachedError(f"{path} is not there, and nothing is to be trained here")
-    with held(path.with_suffix(".lock"), path.parent, f"{path.stem}.*.tmp") as problem:
-        reused = there(path)
-        if not reused:
-            if problem:
-                say_not_kept(problem)
-            # Without the cache of cast weights, which would keep those of the first step for all the others.
-            mixed = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False)
-            with mixed:
-                history = training.train(
-                    model,
-                    train_NCYX,
-                    validation_NCYX,
-                    recipe,
-                    epochs=epochs,
-                    seed=seed,
-                    checkpoint=None if problem else checkpoint,
-                    checkpoint_seconds=CHECKPOINT_SECONDS,
-                    progress=progress,
-                )
-            metadata = {
-                "key": key,
-                "history": json.dumps(vars(history)),
-                "device": devices.describe_device(device),
-            }
-            tensors = model.state_dict()
-            if not problem:
-                training.write_tensors(path, tensors, metadata)
-        if not problem:
-            checkpoint.unlink(missing_ok=True)
-        if reused or not problem:
-            tensors, metadata = training.read_tensors(path)
-    # Also a model trained just now goes through the file, so that both ways give the same model to the last bit.
-    model = training.build(make, seed).to(device)
-    model.load_state_dict(tensors)
-    model.eval()
-    return Trained(
-        model, training.History(**json.loads(metadata["history"])), key, path.name, metadata["device"], reused
+    options |= {"stack": repr(model)} if is_stack else {}
+    mixed = {"precision": precision} if precision != "float32" else {}
+    key = key_of(
+        recipe,
+        protocols.RBM if is_stack else protocols.TRAINING,
+        model=kind.__name__,
+        shapes={name: list(value.shape) for name, value in model.state_dict().items()},
+        epochs=epochs,
+        seed=seed,
+        train=train_NCYX,
+        validation=validation_NCYX,
+        **options,
+        **mixed,
     )
 
+    def train(checkpoint: Path | None) -> list[tuple[dict[str, Tensor], Any]]:
+        history = (contrastive.train_stack if is_stack else training.train)(
+            model,
+            train_NCYX,
+            validation_NCYX,
+            recipe,
+            epochs=epochs,
+            seed=seed,
+            checkpoint=checkpoint,
+            checkpoint_seconds=CHECKPOINT_SECONDS,
+            progress=progress,
+            **mixed,
+        )
+        return [(model.state_dict(), [vars(part) for part in history] if is_stack else vars(history))]
 
-def tensor_digest(tensor: torch.Tensor) -> str:
+    (entry,), reused = cached(kind.__name__, [key], device, train)
+    model = training.build(make, seed).to(device)
+    model.load_state_dict(entry.tensors)
+    history = [contrastive.History(**part) for part in entry.history] if is_stack else training.History(**entry.history)
+    return Trained(model.eval(), history, key, place(kind.__name__, key).name, entry.device, reused)
+
+
+def key_of(recipe: Recipe | RBMRecipe | StepRecipe, protocol: str, **determinants: Any) -> str:
+    """Digest of what determines the weights of a model: all but the recipe's source and its own epochs or steps.
+
+    Args:
+        recipe: Hyper-parameters.
+        protocol: The one that the training follows, of expvae_book.protocols.
+        determinants: Whatever else; JSON and tensors.
+    """
+    hyper_parameters = dataclasses.asdict(recipe)
+    del hyper_parameters["source"], hyper_parameters["steps" if isinstance(recipe, StepRecipe) else "epochs"]
+    values = {
+        name: tensor_digest(value) if isinstance(value, Tensor) else value for name, value in determinants.items()
+    }
+    return _digest({"recipe": hyper_parameters, "protocols": protocols.versions(protocol), **values})
+
+
+def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 of the shape, type and content of a tensor."""
     content = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{tuple(content.shape)} {content.dtype}".encode())
@@ -225,26 +306,5 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def _key(
-    model: nn.Module,
-    train_NCYX: UInt8[Tensor, "n c y x"],
-    validation_NCYX: UInt8[Tensor, "m c y x"],
-    recipe: Recipe,
-    epochs: int,
-    seed: int,
-    options: dict[str, str],
-) -> str:
-    hyper_parameters = dataclasses.asdict(recipe)
-    del hyper_parameters["source"], hyper_parameters["epochs"]
-    determinants = {
-        "model": type(model).__name__,
-        "shapes": {name: list(value.shape) for name, value in model.state_dict().items()},
-        "recipe": hyper_parameters,
-        "epochs": epochs,
-        "seed": seed,
-        "train": tensor_digest(train_NCYX),
-        "validation": tensor_digest(validation_NCYX),
-        "protocols": protocols.versions(protocols.TRAINING),
-        **options,
-    }
+def _digest(determinants: object) -> str:
     return hashlib.sha256(json.dumps(determinants, sort_keys=True).encode()).hexdigest()

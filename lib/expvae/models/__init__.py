@@ -21,13 +21,13 @@ if TYPE_CHECKING:
         RBM as RBM,
         ConvRBM as ConvRBM,
         Machine as Machine,
-        Stack as Stack,
         hard as hard,
         in_units as in_units,
         one_bit_pseudo_log_likelihood as one_bit_pseudo_log_likelihood,
         require_means as require_means,
         visible_values as visible_values,
     )
+    from expvae.models._stack import Stack as Stack
     from expvae.models._ucsd import UCSDVAE as UCSDVAE, BrongersUCSDVAE as BrongersUCSDVAE
 
 __getattr__, __all__ = attach(
@@ -40,13 +40,13 @@ __getattr__, __all__ = attach(
             "RBM",
             "ConvRBM",
             "Machine",
-            "Stack",
             "hard",
             "in_units",
             "one_bit_pseudo_log_likelihood",
             "require_means",
             "visible_values",
         ],
+        "_stack": ["Stack"],
         "_ucsd": ["BrongersUCSDVAE", "UCSDVAE"],
     },
 )

@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -77,13 +76,21 @@ def discriminator(latent_dim: int = 10) -> nn.Sequential:
     Args:
         latent_dim: Number of latents, D.
     """
-    widths = [latent_dim, *[1000] * 5]
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for number, (inputs, outputs) in enumerate(pairwise(widths), 1):
-        layers[f"linear{number}"] = nn.Linear(inputs, outputs)
-        layers[f"relu{number}"] = nn.LeakyReLU(0.2)
-    layers["linear6"] = nn.Linear(1000, 2)
-    return nn.Sequential(layers)
+    return nn.Sequential(
+        OrderedDict(
+            linear1=nn.Linear(latent_dim, 1000),
+            relu1=nn.LeakyReLU(0.2),
+            linear2=nn.Linear(1000, 1000),
+            relu2=nn.LeakyReLU(0.2),
+            linear3=nn.Linear(1000, 1000),
+            relu3=nn.LeakyReLU(0.2),
+            linear4=nn.Linear(1000, 1000),
+            relu4=nn.LeakyReLU(0.2),
+            linear5=nn.Linear(1000, 1000),
+            relu5=nn.LeakyReLU(0.2),
+            linear6=nn.Linear(1000, 2),
+        )
+    )
 
 
 class SideBySide(nn.Module):

@@ -1,4 +1,4 @@
-"""Restricted Boltzmann machines, fully connected and convolutional, and stacks of them.
+"""Restricted Boltzmann machines, fully connected and convolutional.
 
 A machine gives visible units v and hidden units h the probability exp(-E(v, h)) / Z, with
 
@@ -17,14 +17,13 @@ Noise makes a unit of log-odds. With L logistic noise, the difference of two Gum
 (Maddison, Mnih & Teh 2017, the binary concrete distribution).
 
 Grey levels of images, in [0, 1], stand for the probability that a pixel is on: as visible units they are its mean, x or
-2x - 1, as in scikit-learn's BernoulliRBM, or a sample.
+2x - 1, as in scikit-learn's BernoulliRBM.
 
 Suffixes of tensor names as in expvae.attention; V visible and H hidden units of a fully connected machine, K filters
 of a convolutional one.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -36,7 +35,6 @@ from torch.nn.grad import conv2d_weight
 Units = Literal["binary", "spin"]
 
 INITIAL_DEVIATION = 0.01  # of the weights (Hinton 2010, Section 8)
-CHUNK = 2**24  # values that are held at once of hidden units with flipped pixels
 
 
 # --- units ------------------------------------------------------------------------------------------------------------
@@ -59,26 +57,20 @@ def require_means(name: str, values: Float[Tensor, "..."], units: Units) -> None
         )
 
 
-def visible_values(
-    x: UInt8[Tensor, "..."] | Float[Tensor, "..."], units: Units, generator: torch.Generator | None = None
-) -> Float[Tensor, "..."]:
-    """Visible units of images: means, or samples where there is a generator to draw them from.
+def visible_values(x: UInt8[Tensor, "..."] | Float[Tensor, "..."], units: Units) -> Float[Tensor, "..."]:
+    """Visible units of images: their means.
 
     Args:
         x: Grey levels 0…255 as bytes, or [0, 1] as floats.
         units: Means are x in [0, 1] for "binary" and 2x - 1 in [-1, 1] for "spin".
-        generator: Draws each unit in one of its two states, on with probability x.
 
     Raises:
         ValueError: If floats are outside [0, 1] or NaN.
     """
-    if x.dtype != torch.uint8:
-        require_means("x", x, "binary")
-    p = x.to(torch.float32).div_(255) if x.dtype == torch.uint8 else x
-    if generator is not None:
-        draw = torch.rand(p.shape, generator=generator, device=generator.device).to(p.device)
-        p = (draw < p).to(p.dtype)
-    return in_units(p, units)
+    if x.dtype == torch.uint8:
+        return in_units(x.to(torch.float32).div_(255), units)
+    require_means("x", x, "binary")
+    return in_units(x, units)
 
 
 def logistic_noise(like: Float[Tensor, "..."], generator: torch.Generator) -> Float[Tensor, "..."]:
@@ -88,26 +80,8 @@ def logistic_noise(like: Float[Tensor, "..."], generator: torch.Generator) -> Fl
 
 
 def hard(logits: Float[Tensor, "..."], generator: torch.Generator) -> Float[Tensor, "..."]:
-    """Sample of units with these log-odds, 1 where they are on and 0 where not (Gumbel-max).
-
-    The same state of the generator gives the same noise as in `relaxed`.
-    """
+    """Sample of units with these log-odds, 1 where they are on and 0 where not (Gumbel-max)."""
     return (logits + logistic_noise(logits, generator) > 0).to(logits.dtype)
-
-
-def relaxed(logits: Float[Tensor, "..."], temperature: float, generator: torch.Generator) -> Float[Tensor, "..."]:
-    """Relaxed sample in [0, 1], σ((logits + L) / temperature): differentiable, and `hard` as the temperature falls.
-
-    Raises:
-        ValueError: If the temperature is not positive.
-    """
-    _require_positive(temperature)
-    return ((logits + logistic_noise(logits, generator)) / temperature).sigmoid()
-
-
-def _require_positive(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be positive")
 
 
 # --- machines ---------------------------------------------------------------------------------------------------------
@@ -115,6 +89,8 @@ def _require_positive(temperature: float) -> None:
 
 class Machine(nn.Module):
     """What both kinds of machine share.
+
+    Each kind gives `hidden_fields`, the field c + Wv, `visible_fields`, the field b + Wᵀh, and `add_slopes`.
 
     Attributes:
         units: "binary" or "spin", of visible and hidden units.
@@ -154,31 +130,6 @@ class Machine(nn.Module):
             "hidden_bias": self.step**-2 / positions,
         }
 
-    def hidden_fields(self, v: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
-        """The field c + Wv."""
-        raise NotImplementedError
-
-    def visible_fields(self, h: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
-        """The field b + Wᵀh."""
-        raise NotImplementedError
-
-    def add_slopes(
-        self, total: dict[str, Tensor], v: Float[Tensor, "b ..."], h: Float[Tensor, "b ..."], times: float
-    ) -> None:
-        """Add to `total`, in place, so many times the mean over images of -∂E(v, h)/∂θ for each parameter θ.
-
-        That is hᵀv for the weight, v and h for the biases, added up over the positions that share a parameter.
-        """
-        raise NotImplementedError
-
-    def pseudo_log_likelihood(self, v: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
-        """Σ_i log p(v_i | all other visible units), in nats: log σ(F(v with unit i flipped) - F(v)), over all units i.
-
-        Flipping takes v to 1 - v, or to -v for spins. Where v is a grey level, and not one of the two states, this is
-        the measure that scikit-learn takes of such images, and no probability.
-        """
-        raise NotImplementedError
-
     def hidden_logits(self, v: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
         """Log-odds of the hidden units being on, s·(c + Wv)."""
         return self.step * self.hidden_fields(v)
@@ -196,6 +147,21 @@ class Machine(nn.Module):
         """F(v) = -bᵀv - Σ_j log(1 + exp(a_j)), and -bᵀv - Σ_j log 2cosh(a_j) for spins, with a = c + Wv, in nats."""
         require_means("v", v, self.units)
         return -self._biased(v) - self._log_sums(self.hidden_logits(v)).flatten(1).sum(1)
+
+    @torch.no_grad()
+    def pseudo_log_likelihood(self, v: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
+        """Σ_i log p(v_i | all other visible units), in nats: log σ(F(v with unit i flipped) - F(v)), over all units i.
+
+        Flipping takes v to 1 - v, or to -v for spins. Where v is a grey level, and not one of the two states, this is
+        the measure that scikit-learn takes of such images, and no probability. It takes a free energy for each unit.
+        """
+        before_B = self.free_energy(v)
+        total_B = torch.zeros_like(before_B)
+        for unit in range(v[0].numel()):
+            flipped_BV = v.flatten(1).clone()
+            flipped_BV[:, unit] = self.flipped(flipped_BV[:, unit])
+            total_B += F.logsigmoid(self.free_energy(flipped_BV.view_as(v)) - before_B)
+        return total_B
 
     def forward(
         self,
@@ -222,7 +188,8 @@ class Machine(nn.Module):
         fields = self.hidden_fields(v)
         if temperature is None:
             return fields
-        _require_positive(temperature)
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature} must be positive")
         # A product, not a quotient, is what expvae._gradients knows how to take for many scores at once.
         return (fields + logistic_noise(fields, generator) / self.step) * (1 / temperature)
 
@@ -247,6 +214,12 @@ class Machine(nn.Module):
         return F.softplus(logits) if self.units == "binary" else F.softplus(logits) - logits / 2
 
 
+def _require_some(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be 1 or more")
+
+
 class RBM(Machine):
     """Fully connected restricted Boltzmann machine: every visible unit touches every hidden one.
 
@@ -260,9 +233,7 @@ class RBM(Machine):
     """
 
     def __init__(self, visible: int, hidden: int, units: str = "binary"):
-        for name, value in (("visible", visible), ("hidden", hidden)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be 1 or more")
+        _require_some(visible=visible, hidden=hidden)
         super().__init__(units, (hidden, visible), (visible,), (hidden,))
 
     def hidden_fields(self, v_BV: Float[Tensor, "b v"]) -> Float[Tensor, "b h"]:
@@ -276,28 +247,14 @@ class RBM(Machine):
     def add_slopes(
         self, total: dict[str, Tensor], v_BV: Float[Tensor, "b v"], h_BH: Float[Tensor, "b h"], times: float
     ) -> None:
-        """Add to `total`, in place, so many times the mean over images of -∂E(v, h)/∂θ for each parameter θ."""
+        """Add to `total`, in place, so many times the mean over images of -∂E(v, h)/∂θ for each parameter θ.
+
+        That is hᵀv for the weight, v and h for the biases.
+        """
         # In one call each: the sum over images, its factor and the addition, without a copy as large as the weight.
         total["weight"].addmm_(h_BH.T, v_BV, alpha=times / len(v_BV))
         total["visible_bias"].add_(v_BV.mean(0), alpha=times)
         total["hidden_bias"].add_(h_BH.mean(0), alpha=times)
-
-    @torch.no_grad()
-    def pseudo_log_likelihood(self, v_BV: Float[Tensor, "b v"]) -> Float[Tensor, " b"]:
-        """Σ_i log p(v_i | all other visible units), in nats; see Machine. Takes V·H steps for each image."""
-        require_means("v_BV", v_BV, self.units)
-        total_B = v_BV.new_zeros(len(v_BV))
-        logits_B1H = self.hidden_logits(v_BV).unsqueeze(1)
-        before_B11 = self._log_sums(logits_B1H).sum(2, keepdim=True)
-        change_BV = self.flipped(v_BV) - v_BV
-        at_once = max(1, CHUNK // logits_B1H.numel())
-        for first in range(0, v_BV.shape[1], at_once):
-            part = slice(first, first + at_once)
-            # A flipped unit adds its column of W to the logits: a part V of them at a time.
-            logits_BVH = torch.addcmul(logits_B1H, change_BV[:, part, None], self.weight.T[part], value=self.step)
-            gained_BV = (self._log_sums(logits_BVH).sum(2, keepdim=True) - before_B11).squeeze(2)
-            total_B += F.logsigmoid(-change_BV[:, part] * self.visible_bias[part] - gained_BV).sum(1)
-        return total_B
 
 
 class ConvRBM(Machine):
@@ -320,9 +277,7 @@ class ConvRBM(Machine):
 
     def __init__(self, shape: tuple[int, int, int], filters: int, kernel: int, stride: int = 1, units: str = "binary"):
         channels, height, width = shape
-        for name, value in (("filters", filters), ("kernel", kernel), ("stride", stride)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be 1 or more")
+        _require_some(filters=filters, kernel=kernel, stride=stride)
         if kernel > min(height, width):
             raise ValueError(f"kernel={kernel} is larger than the image, {height}x{width}")
         positions = tuple((side - kernel) // stride + 1 for side in (height, width))
@@ -342,41 +297,14 @@ class ConvRBM(Machine):
     def add_slopes(
         self, total: dict[str, Tensor], v_BCYX: Float[Tensor, "b c y x"], h_BKHW: Float[Tensor, "b k h w"], times: float
     ) -> None:
-        """Add to `total`, in place, so many times the mean over images of -∂E(v, h)/∂θ for each parameter θ."""
+        """Add to `total`, in place, so many times the mean over images of -∂E(v, h)/∂θ for each parameter θ.
+
+        That is as for `RBM`, added up over the positions that share a parameter.
+        """
         share = times / len(v_BCYX)
         total["weight"].add_(conv2d_weight(v_BCYX, self.weight.shape, h_BKHW, self.stride), alpha=share)
         total["visible_bias"].add_(v_BCYX.sum((0, 2, 3)), alpha=share)
         total["hidden_bias"].add_(h_BKHW.sum((0, 2, 3)), alpha=share)
-
-    @torch.no_grad()
-    def pseudo_log_likelihood(self, v_BCYX: Float[Tensor, "b c y x"]) -> Float[Tensor, " b"]:
-        """Σ_i log p(v_i | all other visible units), in nats; see Machine.
-
-        Pixels as far apart as the kernel is wide share no window: flipped at once, they do not touch each other's
-        hidden units, so that all pixels take as many passes as a filter has weights.
-        """
-        require_means("v_BCYX", v_BCYX, self.units)
-        total_B = v_BCYX.new_zeros(len(v_BCYX))
-        logits_BKHW = self.hidden_logits(v_BCYX)
-        before_BKHW = self._log_sums(logits_BKHW)
-        change_BCYX = self.flipped(v_BCYX) - v_BCYX
-        _, channels, side, _ = self.weight.shape
-        window_11YX = v_BCYX.new_ones(1, 1, side, side)
-        for channel in range(channels):
-            for y, x in torch.cartesian_prod(torch.arange(side), torch.arange(side)).tolist():
-                chosen = (slice(None), channel, slice(y, None, side), slice(x, None, side))
-                flips_BCYX = torch.zeros_like(v_BCYX)
-                flips_BCYX[chosen] = self.step * change_BCYX[chosen]
-                logits = logits_BKHW + F.conv2d(flips_BCYX, self.weight, stride=self.stride)
-                gained_B1HW = (self._log_sums(logits) - before_BKHW).sum(1, keepdim=True)
-                # To each pixel, what the windows gained that it lies in.
-                gained_B1YX = F.conv_transpose2d(
-                    gained_B1HW, window_11YX, stride=self.stride, output_padding=self.beyond
-                )
-                gained = gained_B1YX[:, 0, chosen[2], chosen[3]]
-                difference = -change_BCYX[chosen] * self.visible_bias[channel] - gained
-                total_B += F.logsigmoid(difference).flatten(1).sum(1)
-        return total_B
 
 
 def one_bit_pseudo_log_likelihood(
@@ -407,106 +335,3 @@ def gibbs(model: Machine, v: Float[Tensor, "b ..."], steps: int, generator: torc
         h = in_units(hard(model.hidden_logits(v), generator), model.units)
         v = in_units(hard(model.visible_logits(h), generator), model.units)
     return v
-
-
-# --- stacks -----------------------------------------------------------------------------------------------------------
-
-
-class Stack(nn.Module):
-    """Machines one upon the other: the hidden units of each are the visible units of the next.
-
-    For expvae.attention, ``encode`` maps images to latents, the hidden units of the top machine, and ``maps.0``,
-    ``maps.1`` … are the layers: the fields of each machine's hidden units as [B, C, H, W], before their activation.
-    Those of a ConvRBM lie where they are in the image. Those of an RBM have no place; they are laid out row by row in a
-    grid with one channel, as nearly square as their number allows.
-
-    Args:
-        layers: Machines, from the bottom up; an RBM takes the flattened units of what is below.
-        shape: Channels, height and width of the images.
-
-    Raises:
-        ValueError: If there is no machine, their units differ, or one does not fit on what is below it.
-    """
-
-    def __init__(self, layers: Sequence[Machine], shape: tuple[int, int, int] = (1, 28, 28)):
-        super().__init__()
-        if not layers:
-            raise ValueError("layers must hold at least one machine, got none")
-        if len({layer.units for layer in layers}) > 1:
-            raise ValueError(f"layers must have the same units, got: {', '.join(layer.units for layer in layers)}")
-        given = [shape, *(layer.hidden_shape for layer in layers)]
-        for index, (layer, below) in enumerate(zip(layers, given, strict=False)):
-            if layer.visible_shape not in (below, (math.prod(below),)):
-                raise ValueError(
-                    f"layers[{index}] has visible units of shape {list(layer.visible_shape)}, but what is below it has "
-                    f"{list(below)}"
-                )
-        self.layers = nn.ModuleList(layers)
-        self.maps = nn.ModuleList(
-            nn.Identity() if len(layer.hidden_shape) == 3 else nn.Unflatten(1, (1, *_grid(layer.hidden_shape[0])))
-            for layer in layers
-        )
-        self.shape, self.units = shape, layers[0].units
-
-    def visible(self, x_BCYX: Float[Tensor, "b c y x"]) -> Float[Tensor, "b ..."]:
-        """Visible units of the lowest machine: the means that images in [0, 1] stand for, in the shape it takes."""
-        return visible_values(x_BCYX, self.units).reshape(-1, *self.layers[0].visible_shape)
-
-    def encode(
-        self,
-        x_BCYX: Float[Tensor, "b c y x"],
-        temperature: float | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "b d"]:
-        """Hidden units of the top machine given images in [0, 1]: the latents, in [0, 1], or [-1, 1] for spins.
-
-        Without a temperature, the means of each layer are the visible units of the next, as they are in training.
-        With one, each layer puts out a relaxed sample instead. Both can be differentiated with respect to the images.
-
-        Raises:
-            ValueError: If the temperature is not positive, one of temperature and generator lacks the other, or the
-                images are outside [0, 1] or NaN.
-        """
-        values = self.visible(x_BCYX)
-        for layer, arrange in zip(self.layers, self.maps, strict=True):
-            fields = layer(values.reshape(-1, *layer.visible_shape), temperature, generator)
-            values = layer.activate(arrange(fields))
-        return values.flatten(1)
-
-    def decode(self, h_BD: Float[Tensor, "b d"], generator: torch.Generator | None = None) -> Float[Tensor, "b c y x"]:
-        """Images in [0, 1] given the hidden units of the top machine: the means of the pixels.
-
-        Args:
-            h_BD: Hidden units, or their means.
-            generator: Draws the units between; without it, each layer's means are passed down.
-        """
-        values = h_BD
-        for layer in reversed(self.layers):
-            logits = layer.visible_logits(values.reshape(-1, *layer.hidden_shape))
-            p = logits.sigmoid() if generator is None or layer is self.layers[0] else hard(logits, generator)
-            values = in_units(p, self.units)
-        return p.reshape(-1, *self.shape)
-
-    def reconstruct(self, x_BCYX: Float[Tensor, "b c y x"]) -> Float[Tensor, "b c y x"]:
-        """Images in [0, 1], up through all layers and down again, by means."""
-        return self.decode(self.encode(x_BCYX))
-
-    @torch.no_grad()
-    def sample(self, count: int, steps: int, generator: torch.Generator) -> Float[Tensor, "b c y x"]:
-        """Images of the model: Gibbs sampling of the top machine, then down, drawing all units but the pixels.
-
-        Args:
-            count: How many images.
-            steps: Of Gibbs sampling, from visible units of the top machine that are on or off with even odds.
-            generator: Source of all samples.
-        """
-        top = self.layers[-1]
-        even = torch.zeros(count, *top.visible_shape, dtype=top.weight.dtype, device=top.weight.device)
-        v = gibbs(top, in_units(hard(even, generator), self.units), steps, generator)
-        return self.decode(in_units(hard(top.hidden_logits(v), generator), self.units).flatten(1), generator)
-
-
-def _grid(count: int) -> tuple[int, int]:
-    """Rows and columns, as nearly the same as their product allows."""
-    rows = max(number for number in range(1, math.isqrt(count) + 1) if count % number == 0)
-    return rows, count // rows

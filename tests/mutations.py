@@ -85,7 +85,7 @@ FAULTS = r"""
 >tests/test_factorvae.py::test_total_correlation_is_the_difference_of_the_log_probabilities
 -(logits_MB2[..., 0] - logits_MB2[..., 1]).mean(1)
 +(logits_MB2[..., 1] - logits_MB2[..., 0]).mean(1)
-# discriminator-slope-sign lib/expvae_book/factorvae.py
+# discriminator-slope-sign lib/expvae_book/discriminators.py
 >tests/test_factorvae.py::test_steps_equal_those_of_a_plain_loop
 -[-torch.sigmoid(-d_MB[:, :draws])
 +[torch.sigmoid(-d_MB[:, :draws])

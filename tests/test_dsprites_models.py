@@ -183,12 +183,12 @@ def test_a_layer_of_another_kind_is_refused_by_name():
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (nn.Conv2d(2, 2, 3, groups=2), "layer has groups, dilation or a padding"),
-        (nn.Conv2d(1, 2, 3, dilation=2), "layer has groups, dilation or a padding"),
-        (nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), "layer has groups, dilation or a padding"),
-        (nn.ConvTranspose2d(1, 2, 3, stride=2, output_padding=1), "layer has groups, dilation or a padding"),
-        (nn.Conv2d(1, 2, 3, bias=False), "layer has no bias"),
-        (nn.Linear(4, 2, bias=False), "layer has no bias"),
+        (nn.Conv2d(2, 2, 3, groups=2), "layer has groups, dilation, a padding or no bias"),
+        (nn.Conv2d(1, 2, 3, dilation=2), "layer has groups, dilation, a padding or no bias"),
+        (nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), "layer has groups, dilation, a padding or no bias"),
+        (nn.ConvTranspose2d(1, 2, 3, stride=2, output_padding=1), "layer has groups, dilation, a padding or no bias"),
+        (nn.Conv2d(1, 2, 3, bias=False), "layer has groups, dilation, a padding or no bias"),
+        (nn.Linear(4, 2, bias=False), "layer has groups, dilation, a padding or no bias"),
     ],
 )
 def test_a_layer_that_would_be_computed_wrongly_is_refused_by_name(layer, message):

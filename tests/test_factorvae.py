@@ -861,7 +861,7 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(sprites, cache, monke
 def test_equal_candidates_and_unknown_precisions_are_refused(sprites, cache):
     with pytest.raises(ValueError, match="two are equal"):
         train([Candidate(gamma=1.0), Candidate(gamma=1.0)], sprites.images)
-    with pytest.raises(ValueError, match="precision must be one of float32, bfloat16; got 'float16'"):
+    with pytest.raises(ValueError, match="precision must be one of auto, float32, bfloat16; got 'float16'"):
         train([Candidate()], sprites.images, precision="float16")
     assert not cache.exists()
 

@@ -100,10 +100,8 @@ def attention_maps(
         (gradient,) = torch.autograd.grad(latent_MB.sum(), A_BMCHW, retain_graph=True, create_graph=second_order)
         alpha_BMC11 = gradient.float().mean((3, 4), keepdim=True)
         weighted_BMCHW = (alpha_BMC11 if second_order else alpha_BMC11.detach()) * values_BMCHW.float()
-        if penalty.method.channels == "relu_of_sum":
-            maps.append(weighted_BMCHW.sum(2).relu())
-        else:
-            maps.append(weighted_BMCHW.relu().sum(2))
+        relu_last = penalty.method.channels == "relu_of_sum"
+        maps.append(weighted_BMCHW.sum(2).relu() if relu_last else weighted_BMCHW.relu().sum(2))
     return torch.stack(maps, 2).transpose(0, 1)
 
 

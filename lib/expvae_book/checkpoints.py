@@ -9,7 +9,8 @@ these back, into the memory layout and onto the device that they had.
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from jaxtyping import Int64
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from expvae_book.files import replacing
@@ -29,8 +30,9 @@ class TrainingDivergedError(RuntimeError):
     """The loss or a weight is NaN or infinite; the last good checkpoint is kept."""
 
 
-class Training:
-    """A training as the loop sees it.
+@dataclass
+class State:
+    """Where a training stands: all that a checkpoint holds.
 
     Attributes:
         weights: What is trained, by name; none of it is stored unless all of it is finite.
@@ -45,74 +47,19 @@ class Training:
     others: dict[str, Tensor]
     generators: list[torch.Generator]
     histories: list[Any]
-    total: int
-    done = 0
+    total: int = 0
+    done: int = 0
 
-    def step(self) -> None:
-        """Take one step, with `done` still at the number of those before it."""
-        raise NotImplementedError
-
-    def report(self) -> tuple[float, str] | None:
-        """After a step: a number that is finite as long as all is well, and what the bar says; None to wait."""
-        raise NotImplementedError
-
-    def measure(self) -> None:
-        """What comes after a step and is not counted as time of the training."""
-
-    def run(self, checkpoint: Path | None, seconds: float, progress: bool, keep_last: bool = False) -> None:
-        """Take all steps that are still to be taken.
-
-        Args:
-            checkpoint: A safetensors file to start from where it exists, and to write to; None to keep nothing.
-            seconds: Time between two checkpoints.
-            progress: Show a bar with remaining time.
-            keep_last: Whether there is to be a checkpoint of the end as well.
-
-        Raises:
-            TrainingDivergedError: If a loss or weight stops being finite; the checkpoint is the last good one.
-            ValueError: If the checkpoint is damaged or of a training with another number of steps.
-            OSError: If a checkpoint cannot be written; the one before it stays.
-        """
-        if checkpoint is not None and checkpoint.exists():
-            self._load(checkpoint)
-        written = time.monotonic()
-        with tqdm(
-            total=self.total, initial=self.done, unit="step", disable=not progress, mininterval=2, dynamic_ncols=True
-        ) as bar:
-            while self.done < self.total:
-                started = time.monotonic()
-                self.step()
-                self.done += 1
-                if report := self.report():
-                    self._require_finite(report[0], checkpoint)
-                    bar.set_postfix_str(report[1], refresh=False)
-                for history in self.histories:
-                    history.seconds += time.monotonic() - started
-                self.measure()
-                bar.update()
-                due = keep_last if self.done == self.total else time.monotonic() - written >= seconds
-                if checkpoint is not None and due:
-                    self._require_finite(total_of(self.weights), checkpoint)
-                    self._save(checkpoint)
-                    written = time.monotonic()
-        self._require_finite(total_of(self.weights), checkpoint)
-
-    def _require_finite(self, value: float, checkpoint: Path | None) -> None:
-        if value - value == 0:  # false for NaN and for both infinities
-            return
-        kept = f"; the last good checkpoint is {checkpoint}" if checkpoint is not None and checkpoint.exists() else ""
-        raise TrainingDivergedError(
-            f"the loss or a weight is no longer finite by step {self.done}: try a smaller learning_rate{kept}"
-        )
-
-    def _save(self, path: Path) -> None:
+    def save(self, path: Path) -> None:
+        """Write a checkpoint."""
         states = {f"generator/{index}": generator.get_state() for index, generator in enumerate(self.generators)}
         histories = json.dumps([dataclasses.asdict(history) for history in self.histories])
         described = {"step": str(self.done), "total": str(self.total), "histories": histories}
         write_tensors(path, self.weights | self.others | states, described)
 
     @torch.no_grad()
-    def _load(self, path: Path) -> None:
+    def load(self, path: Path) -> None:
+        """Go where a checkpoint left off; a ValueError if it is damaged or of another number of steps."""
         stored, metadata = read_tensors(path)
         if metadata["total"] != str(self.total):
             raise ValueError(f"{path} is of a training of {metadata['total']} steps, not of {self.total}")
@@ -125,52 +72,116 @@ class Training:
         self.done = int(metadata["step"])
 
 
-class Epochs(Training):
-    """A training whose every epoch visits each image once in a new random order; the last batch may be smaller.
+def run(
+    state: State,
+    step: Callable[[], None],
+    report: Callable[[], tuple[float, str] | None],
+    measure: Callable[[], None],
+    *,
+    checkpoint: Path | None,
+    checkpoint_seconds: float,
+    progress: bool,
+    keep_last: bool = False,
+) -> None:
+    """Take all steps of a training that are still to be taken.
 
     Args:
+        state: Where it stands; counts the steps.
+        step: Takes one.
+        report: Called after each step; a number that is finite as long as all is well, and what the bar says; None to
+            wait.
+        measure: Called after each step as well, for what is not counted as time of the training.
+        checkpoint: A safetensors file to start from where it exists, and to write to; None to keep nothing.
+        checkpoint_seconds: Time between two checkpoints.
+        progress: Show a bar with remaining time.
+        keep_last: Whether there is to be a checkpoint of the end as well.
+
+    Raises:
+        TrainingDivergedError: If a loss or weight stops being finite; the checkpoint is the last good one.
+        ValueError: If the checkpoint is damaged or of a training with another number of steps.
+        OSError: If a checkpoint cannot be written; the one before it stays.
+    """
+    if checkpoint is not None and checkpoint.exists():
+        state.load(checkpoint)
+    written = time.monotonic()
+    with tqdm(
+        total=state.total, initial=state.done, unit="step", disable=not progress, mininterval=2, dynamic_ncols=True
+    ) as bar:
+        while state.done < state.total:
+            started = time.monotonic()
+            step()
+            state.done += 1
+            if told := report():
+                _require_finite(told[0], state, checkpoint)
+                bar.set_postfix_str(told[1], refresh=False)
+            for history in state.histories:
+                history.seconds += time.monotonic() - started
+            measure()
+            bar.update()
+            due = keep_last if state.done == state.total else time.monotonic() - written >= checkpoint_seconds
+            if checkpoint is not None and due:
+                _require_finite(total_of(state.weights), state, checkpoint)
+                state.save(checkpoint)
+                written = time.monotonic()
+    _require_finite(total_of(state.weights), state, checkpoint)
+
+
+def run_epochs(
+    state: State,
+    count: int,
+    batch_size: int,
+    epochs: int,
+    step: Callable[[Int64[Tensor, " b"], float], None],
+    report: Callable[[int], tuple[float, str]],
+    end_epoch: Callable[[], None],
+    **options: Any,
+) -> None:
+    """Take the steps of a training whose every epoch visits each image once in a new random order.
+
+    The last batch of an epoch may be smaller.
+
+    Args:
+        state: Where it stands; its generator draws the orders, on its device.
         count: Number of images.
         batch_size: Images of a step.
         epochs: Passes over the images.
-        generator: Draws the orders, on its device.
+        step: Takes a step with these images, so many epochs after the beginning.
+        report: Given how many images the epoch has seen, a number that is finite as long as all is well, and one in
+            nats per image with its name.
+        end_epoch: Adds to the history what an epoch gave.
+        options: Of `run`.
     """
+    (generator,) = state.generators
+    order_N = torch.randperm(count, generator=generator, device=generator.device)
+    per_epoch = -(-count // batch_size)
+    state.others["order"], state.total = order_N, epochs * per_epoch
 
-    def __init__(self, count: int, batch_size: int, epochs: int, generator: torch.Generator):
-        self.batch_size, self.epochs, self.generator = batch_size, epochs, generator
-        self.steps_per_epoch = -(-count // batch_size)
-        self.total = epochs * self.steps_per_epoch
-        self.order_N = torch.randperm(count, generator=generator, device=generator.device)
-        self.others, self.generators = {"order": self.order_N}, [generator]
+    def take() -> None:
+        first = state.done % per_epoch * batch_size
+        step(order_N[first : first + batch_size], state.done / per_epoch)
 
-    def chosen(self) -> Int64[Tensor, " b"]:
-        """Numbers of the images of the step."""
-        first = self.done % self.steps_per_epoch * self.batch_size
-        return self.order_N[first : first + self.batch_size]
+    def tell() -> tuple[float, str] | None:
+        epoch, since = divmod(state.done, per_epoch)
+        if since and state.done % STEPS_PER_REPORT:
+            return None
+        value, text = report(since * batch_size or count)
+        return value, f"epoch {epoch + (since > 0)}/{epochs}, {text} nats/image"
 
-    def report(self) -> tuple[float, str] | None:
-        """At the end of an epoch and every few steps, what `value` gives."""
-        if self._epoch_ends or self.done % STEPS_PER_REPORT == 0:
-            value, text = self.value()
-            return value, f"epoch {-(-self.done // self.steps_per_epoch)}/{self.epochs}, {text} nats/image"
-        return None
+    def measure() -> None:
+        if state.done % per_epoch == 0:
+            end_epoch()
+            order_N.copy_(torch.randperm(count, generator=generator, device=generator.device))
 
-    def measure(self) -> None:
-        """At the end of an epoch, measure it and draw the order of the next."""
-        if self._epoch_ends:
-            self.end_epoch()
-            self.order_N.copy_(torch.randperm(len(self.order_N), generator=self.generator, device=self.order_N.device))
+    run(state, take, tell, measure, **options)
 
-    def value(self) -> tuple[float, str]:
-        """A number that is finite as long as all is well, and one in nats per image with its name."""
-        raise NotImplementedError
 
-    def end_epoch(self) -> None:
-        """Add to the history what an epoch gave."""
-        raise NotImplementedError
-
-    @property
-    def _epoch_ends(self) -> bool:
-        return self.done % self.steps_per_epoch == 0
+def _require_finite(value: float, state: State, checkpoint: Path | None) -> None:
+    if value - value == 0:  # false for NaN and for both infinities
+        return
+    kept = f"; the last good checkpoint is {checkpoint}" if checkpoint is not None and checkpoint.exists() else ""
+    raise TrainingDivergedError(
+        f"the loss or a weight is no longer finite by step {state.done}: try a smaller learning_rate{kept}"
+    )
 
 
 def adam(parameters: Mapping[str, Tensor], **options: Any) -> tuple[torch.optim.Adam, dict[str, Tensor]]:
@@ -184,6 +195,11 @@ def adam(parameters: Mapping[str, Tensor], **options: Any) -> tuple[torch.optim.
         }
         moments |= {f"adam/{part}/{name}": value for part, value in optimizer.state[parameter].items()}
     return optimizer, moments
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Weights and buffers of a model by name, themselves and no copies."""
+    return {f"model/{name}": value for name, value in model.state_dict().items()}
 
 
 def total_of(weights: Mapping[str, Tensor]) -> float:

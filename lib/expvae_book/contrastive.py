@@ -14,11 +14,12 @@ Everything lies on the device of the model, chains and noise included. All rando
 generator on that device, whose state is part of every checkpoint.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from expvae.models import (
@@ -31,7 +32,7 @@ from expvae.models import (
     require_means,
     visible_values,
 )
-from expvae_book.checkpoints import Epochs, total_of
+from expvae_book.checkpoints import State, run_epochs, total_of, weights_of
 from expvae_book.recipes import RBMRecipe
 
 VALIDATION_BATCH = 512
@@ -131,16 +132,13 @@ def validate(model: Machine, train: Images, validation: Images, seed: int = 0) -
     """
     generator = torch.Generator().manual_seed(seed)
     unit_N = torch.randint(validation[0].numel(), (len(validation),), generator=generator).to(validation.device)
-    likelihoods, held_out, seen = [], [], []
-    for first in range(0, len(validation), VALIDATION_BATCH):
-        part = slice(first, first + VALIDATION_BATCH)
-        v = _visible(model, validation[part])
-        likelihoods.append(one_bit_pseudo_log_likelihood(model, v, unit_N[part]))
-        held_out.append(model.free_energy(v))
-    for some in train[: len(validation)].split(VALIDATION_BATCH):
-        seen.append(model.free_energy(_visible(model, some)))
+    parts = []
+    for part, unit_B in zip(validation.split(VALIDATION_BATCH), unit_N.split(VALIDATION_BATCH), strict=True):
+        v = _visible(model, part)
+        parts.append((one_bit_pseudo_log_likelihood(model, v, unit_B), model.free_energy(v)))
+    seen = [model.free_energy(_visible(model, part)) for part in train[: len(validation)].split(VALIDATION_BATCH)]
     likelihood, held_out, seen = (
-        torch.cat(parts).cpu().double().mean().item() for parts in (likelihoods, held_out, seen)
+        torch.cat(values).cpu().double().mean().item() for values in (*zip(*parts, strict=True), seen)
     )
     return likelihood, held_out - seen
 
@@ -182,54 +180,55 @@ def train(
             are outside [0, 1], or [-1, 1] for spins, or NaN.
         OSError: If a checkpoint cannot be written; the one before it stays.
     """
-    training = _RBMTraining(model, train, validation, recipe, epochs, seed)
-    training.run(checkpoint, checkpoint_seconds, progress, keep_last=True)
-    return training.history
-
-
-class _RBMTraining(Epochs):
-    def __init__(self, model: Machine, train: Images, validation: Images, recipe: RBMRecipe, epochs: int, seed: int):
-        device = model.weight.device
-        _require_means("train", train, model)
-        _require_means("validation", validation, model)
-        super().__init__(len(train), recipe.batch_size, epochs, torch.Generator(device).manual_seed(seed))
-        self.model, self.recipe = model, recipe
-        self.train, self.validation = train.to(device), validation.to(device)
-        self.weights = {f"model/{name}": value for name, value in model.state_dict().items()}
-        self.velocity = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
-        self.others |= {f"velocity/{name}": value for name, value in self.velocity.items()}
-        self.chain = None
-        if recipe.persistent:
-            # Without hidden units, the first samples are drawn from the visible biases alone.
-            self.chain = model.weight.new_zeros(recipe.batch_size, *model.hidden_shape)
-            self.others["chain"] = self.chain
-        self.history = History()
-        self.histories = [self.history]
+    device = model.weight.device
+    _require_means("train", train, model)
+    _require_means("validation", validation, model)
+    train, validation = train.to(device), validation.to(device)
+    generator, history, weights = torch.Generator(device).manual_seed(seed), History(), weights_of(model)
+    velocity = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
+    others = {f"velocity/{name}": value for name, value in velocity.items()}
+    chain = None
+    if recipe.persistent:
+        # Without hidden units, the first samples are drawn from the visible biases alone.
+        others["chain"] = chain = model.weight.new_zeros(recipe.batch_size, *model.hidden_shape)
 
     @torch.no_grad()
-    def step(self) -> None:
-        model, recipe = self.model, self.recipe
-        v = _visible(model, self.train[self.chosen()])
-        for name, velocity in self.velocity.items():
-            velocity.mul_(recipe.momentum)
+    def step(chosen_B: Int64[Tensor, " b"], epoch: float) -> None:
+        v = _visible(model, train[chosen_B])
+        for name, change in velocity.items():
+            change.mul_(recipe.momentum)
             if name == "weight" and recipe.weight_decay:
-                velocity.sub_(model.weight, alpha=recipe.weight_decay / model.rates["weight"])
-        end = add_contrast(self.velocity, model, v, self.chain, recipe.steps, self.generator)
-        if self.chain is not None:
-            self.chain.copy_(end)
-        rate = recipe.learning_rate * (1 - self.done / self.total if recipe.decay else 1.0)
+                change.sub_(model.weight, alpha=recipe.weight_decay / model.rates["weight"])
+        end = add_contrast(velocity, model, v, chain, recipe.steps, generator)
+        if chain is not None:
+            chain.copy_(end)
+        rate = recipe.learning_rate * (1 - epoch / epochs if recipe.decay else 1.0)
         for name, parameter in model.named_parameters():
-            parameter.add_(self.velocity[name], alpha=rate * model.rates[name])
-        self.history.images += len(v)
+            parameter.add_(velocity[name], alpha=rate * model.rates[name])
+        history.images += len(v)
 
-    def value(self) -> tuple[float, str]:
-        measured = self.history.pseudo_likelihood
-        return total_of(self.weights), f"pseudo-likelihood {measured[-1] if measured else float('nan'):.1f}"
+    def report(seen: int) -> tuple[float, str]:
+        return total_of(weights), f"pseudo-likelihood {(history.pseudo_likelihood or [math.nan])[-1]:.1f}"
 
-    def end_epoch(self) -> None:
-        likelihood, gap = validate(self.model, self.train, self.validation)
-        self.history.pseudo_likelihood.append(likelihood)
-        self.history.free_energy_gap.append(gap)
+    def end_epoch() -> None:
+        likelihood, gap = validate(model, train, validation)
+        history.pseudo_likelihood.append(likelihood)
+        history.free_energy_gap.append(gap)
+
+    run_epochs(
+        State(weights, others, [generator], [history]),
+        len(train),
+        recipe.batch_size,
+        epochs,
+        step,
+        report,
+        end_epoch,
+        checkpoint=checkpoint,
+        checkpoint_seconds=checkpoint_seconds,
+        progress=progress,
+        keep_last=True,
+    )
+    return history
 
 
 def train_stack(

@@ -10,6 +10,7 @@ Suffixes of tensor names as in expvae.attention, and M models side by side, K ma
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
-from expvae import discriminator_loss, kl_divergence, permute_latents, reconstruction_loss, total_correlation
+from expvae import kl_divergence, permute_latents, reconstruction_loss
 from expvae.models import DSpritesVAE, SideBySide, discriminator
 from expvae_book import devices, protocols, weights
 from expvae_book.attention_loss import SIDE, VARIANTS, AttentionPenalty, attention_loss
-from expvae_book.checkpoints import Training, adam
+from expvae_book.checkpoints import State, adam, run
+from expvae_book.discriminators import discriminate
 from expvae_book.recipes import StepRecipe
 from expvae_book.training import build
 
@@ -213,62 +215,6 @@ def losses(
     return parts, z_MBI
 
 
-@dataclass(frozen=True)
-class Criticism:
-    """The discriminator's part in a step.
-
-    Attributes:
-        total_correlation_M: Its estimate of TC.
-        toward_latents_MBI: Gradient of that for the draws from q(z).
-        loss_M: Its own loss.
-        gradients: Gradient of that for each of its parameters.
-        leaked_MBI: Gradient of that for the draws from q(z).
-    """
-
-    total_correlation_M: Float[Tensor, " m"]
-    toward_latents_MBI: Float[Tensor, "m b i"]
-    loss_M: Float[Tensor, " m"]
-    gradients: list[Tensor]
-    leaked_MBI: Float[Tensor, "m b i"]
-
-
-def criticise(
-    network: SideBySide, joint_MBI: Float[Tensor, "m b i"], permuted_MBI: Float[Tensor, "m b i"]
-) -> Criticism:
-    """Both losses that the discriminator gives, and their gradients, from one pass through it in each direction.
-
-    Of each draw both losses know the difference d of the two logits alone: TC is the mean of d over draws from q(z),
-    the other loss half the mean of softplus(-d) over these and half that of softplus(d) over the permuted ones. So the
-    gradients of both, at any layer, are that of d times one factor for each draw, and d goes back only once.
-    """
-    draws = joint_MBI.shape[1]
-    linear = [name for name, layer in network.layers.items() if isinstance(layer, nn.Linear)]
-    inputs, outputs, previous = [torch.cat([joint_MBI, permuted_MBI], 1).detach().requires_grad_()], [], None
-    for name in network.layers:
-        value = network(inputs[-1] if name in linear else outputs[-1], after=previous, until=name)
-        (outputs if name in linear else inputs).append(value)
-        previous = name
-    logits_MB2 = outputs[-1].float()
-    d_MB = logits_MB2[..., 0] - logits_MB2[..., 1]
-    toward_inputs_MBI, *toward_outputs = torch.autograd.grad(d_MB.sum(), [inputs[0], *outputs])
-
-    logits_MB2, d_MB = logits_MB2.detach(), d_MB.detach()
-    slope_MB = torch.cat([-torch.sigmoid(-d_MB[:, :draws]), torch.sigmoid(d_MB[:, draws:])], 1)
-    slope_MB1 = slope_MB[..., None] / (2 * draws)
-    gradients = {}
-    for name, value, toward in zip(linear, inputs, toward_outputs, strict=True):
-        scaled = toward * slope_MB1
-        gradients[f"{name}_weight"] = (value.detach().mT @ scaled.to(value.dtype)).float()
-        gradients[f"{name}_bias"] = scaled.sum(1)
-    return Criticism(
-        total_correlation(logits_MB2[:, :draws]),
-        toward_inputs_MBI[:, :draws] / draws,
-        discriminator_loss(logits_MB2[:, :draws], logits_MB2[:, draws:]),
-        [gradients[name] for name, _ in network.weights.named_parameters()],
-        toward_inputs_MBI[:, :draws] * slope_MB1[:, :draws],
-    )
-
-
 def step(group: Group, draw: Draw, train_N: Int64[Tensor, " n"], batch_size: int, precision: str) -> dict[str, Tensor]:
     """One step of every model of a group: all losses by the same weights, then Adam on VAEs and discriminators.
 
@@ -292,19 +238,19 @@ def step(group: Group, draw: Draw, train_N: Int64[Tensor, " n"], batch_size: int
         if group.candidates[0].gamma > 0:
             with torch.no_grad():
                 permuted_MBI = permute_latents(_encoded(group, x[1], noise_2MBI[1], None)[3], order_MBI)
-            criticism = criticise(group.discriminator, z_MBI, permuted_MBI)
+            judged = discriminate(group.discriminator, z_MBI, permuted_MBI)
     total_M = parts["reconstruction"] + group.beta_M * parts["kl"]
     if "attention" in parts:
         total_M = total_M + group.attention_weight_M * parts["attention"]
     outputs, toward = [total_M.sum()], [None]
     if group.candidates[0].gamma > 0:
-        parts["total_correlation"], parts["discriminator"] = criticism.total_correlation_M, criticism.loss_M
-        toward_latents_MBI = group.gamma_M[:, None, None] * criticism.toward_latents_MBI
+        parts["total_correlation"], parts["discriminator"] = judged.total_correlation_M, judged.loss_M
+        toward_latents_MBI = group.gamma_M[:, None, None] * judged.toward_latents_MBI
         if not group.candidates[0].detached:
-            toward_latents_MBI = toward_latents_MBI + criticism.leaked_MBI
+            toward_latents_MBI = toward_latents_MBI + judged.leaked_MBI
         outputs.append(z_MBI)
         toward.append(toward_latents_MBI)
-        _apply(group.discriminator_optimizer, criticism.gradients)
+        _apply(group.discriminator_optimizer, judged.gradients)
     parameters = list(group.parameters("encoder", "decoder").values())
     _apply(group.optimizer, torch.autograd.grad(outputs, parameters, toward))
     return {name: part.detach() for name, part in parts.items()}
@@ -357,7 +303,8 @@ def train(
         recipe: Hyper-parameters that all candidates share; its own number of steps is not read.
         steps: Steps for each candidate.
         device: Where to train.
-        precision: "float32", or "bfloat16" for the products of both passes.
+        precision: "float32", or "bfloat16" for the products of both passes, or "auto"; see
+            `expvae_book.devices.choose_precision`.
         data_digest: Digest of the images, as in their data card.
         measure: Called with each VAE, in evaluation mode, on a schedule; what it returns is kept in the curves.
         measurements: How often it is called, at equal distances, the last time after the last step.
@@ -370,7 +317,7 @@ def train(
     """
     if len(set(candidates)) < len(candidates):
         raise ValueError("candidates must differ from each other; two are equal")
-    devices.mixed(precision, device)  # refuses what is unknown
+    precision = devices.choose_precision(precision, device)
     shared = {
         "steps": steps,
         "precision": precision,
@@ -389,61 +336,70 @@ def train(
 
         def fit(checkpoint: Path | None, members: Sequence[Candidate] = members) -> list[tuple[dict[str, Tensor], Any]]:
             group = Group(members, recipe, device)
-            training = _GroupTraining(group, draw, train_N, recipe.batch_size, steps, precision, measure, measurements)
-            training.run(checkpoint, weights.CHECKPOINT_SECONDS, progress)
-            return [(group.alone(index), vars(curves)) for index, curves in enumerate(training.histories)]
+            take = partial(step, group, draw, train_N, recipe.batch_size, precision)
+            histories = _train_group(group, take, steps, measure, measurements, checkpoint, progress)
+            return [(group.alone(index), vars(curves)) for index, curves in enumerate(histories)]
 
         made, _ = weights.cached(KIND, [keys[one] for one in members], device, fit)
         entries |= dict(zip(members, made, strict=True))
     return [_trained(one, keys[one], entries[one], recipe.latent_dim, device) for one in candidates]
 
 
-class _GroupTraining(Training):
-    def __init__(
-        self,
-        group: Group,
-        draw: Draw,
-        train_N: Tensor,
-        batch_size: int,
-        steps: int,
-        precision: str,
-        measure: Callable[[DSpritesVAE], Mapping[str, float]] | None,
-        measurements: int,
-    ):
-        self.group, self.given, self.total = group, (draw, train_N, batch_size, precision), steps
-        count = len(group.candidates)
-        self.totals = {name: torch.zeros(count, device=group.device) for name in group.parts()}
-        self.weights = {f"model/{name}": value for name, value in group.parameters(*group.networks()).items()}
-        self.others = group.moments | {f"totals/{name}": total for name, total in self.totals.items()}
-        self.generators = group.generators
-        self.histories = [Curves(beside=count) for _ in group.candidates]
-        self.per_point = max(1, steps // POINTS)
-        self.score = measure
-        self.due = {round(steps * (i + 1) / measurements) for i in range(measurements)} if measure else set()
+def _train_group(
+    group: Group,
+    take: Callable[[], dict[str, Tensor]],
+    steps: int,
+    measure: Callable[[DSpritesVAE], Mapping[str, float]] | None,
+    measurements: int,
+    checkpoint: Path | None,
+    progress: bool,
+) -> list[Curves]:
+    """Train a group by so many calls of `take`; returns what was measured of each model."""
+    count = len(group.candidates)
+    curves = [Curves(beside=count) for _ in group.candidates]
+    totals = {name: torch.zeros(count, device=group.device) for name in group.parts()}
+    state = State(
+        {f"model/{name}": value for name, value in group.parameters(*group.networks()).items()},
+        group.moments | {f"totals/{name}": total for name, total in totals.items()},
+        group.generators,
+        curves,
+        steps,
+    )
+    per_point = max(1, steps // POINTS)
+    due = {round(steps * (i + 1) / measurements) for i in range(measurements)} if measure else set()
 
-    def step(self) -> None:
-        for name, part in step(self.group, *self.given).items():
-            self.totals[name] += part
+    def add() -> None:
+        for name, part in take().items():
+            totals[name] += part
 
-    def report(self) -> tuple[float, str] | None:
-        since = self.done % self.per_point
-        if since and self.done < self.total:
+    def report() -> tuple[float, str] | None:
+        since = state.done % per_point
+        if since and state.done < steps:
             return None
-        means = {name: (total / (since or self.per_point)).tolist() for name, total in self.totals.items()}
-        for index, curves in enumerate(self.histories):
-            curves.step.append(self.done)
-            for name, values in means.items():
-                getattr(curves, name).append(values[index])
-        for total in self.totals.values():
+        for name, total in totals.items():
+            for curve, mean in zip(curves, (total / (since or per_point)).tolist(), strict=True):
+                getattr(curve, name).append(mean)
             total.zero_()
-        worst = max(curves.reconstruction[-1] + curves.kl[-1] for curves in self.histories)
-        text = f"{len(self.histories)} side by side, loss {worst:.1f} nats/image"
-        return sum(sum(values) for values in means.values()), text
+        for curve in curves:
+            curve.step.append(state.done)
+        worst = max(curve.reconstruction[-1] + curve.kl[-1] for curve in curves)
+        of_all = sum(getattr(curve, name)[-1] for curve in curves for name in totals)
+        return of_all, f"{count} side by side, loss {worst:.1f} nats/image"
 
-    def measure(self) -> None:
-        if self.done in self.due:
-            for index, curves in enumerate(self.histories):
-                curves.measured[str(self.done)] = dict(self.score(self.group.vae(index)))
+    def score() -> None:
+        for index, curve in enumerate(curves if state.done in due else []):
+            curve.measured[str(state.done)] = dict(measure(group.vae(index)))
+
+    run(
+        state,
+        add,
+        report,
+        score,
+        checkpoint=checkpoint,
+        checkpoint_seconds=weights.CHECKPOINT_SECONDS,
+        progress=progress,
+    )
+    return curves
 
 
 def _trained(one: Candidate, key: str, entry: weights.Entry, latent_dim: int, device: torch.device) -> Trained:

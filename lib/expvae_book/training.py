@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from expvae import elbo_terms
 from expvae_book import devices
-from expvae_book.checkpoints import Epochs, adam
+from expvae_book.checkpoints import State, adam, run_epochs, weights_of
 from expvae_book.recipes import Recipe
 
 VALIDATION_BATCH = 512
@@ -82,7 +82,7 @@ def validate(model: nn.Module, x_NCYX: UInt8[Tensor, "n c y x"], seed: int = 0) 
             terms = [elbo_terms(model, to_unit(x_BCYX), generator) for x_BCYX in x_NCYX.split(VALIDATION_BATCH)]
     finally:
         model.train(was_training)
-    reconstruction, kl = (torch.cat(parts).double().mean().item() for parts in zip(*_on_cpu(terms), strict=True))
+    reconstruction, kl = (torch.cat(parts).cpu().double().mean().item() for parts in zip(*terms, strict=True))
     return reconstruction, kl
 
 
@@ -123,63 +123,49 @@ def train(
         ValueError: If the checkpoint is damaged or of a training with another number of steps.
         OSError: If a checkpoint cannot be written; the one before it stays.
     """
-    training = _VAETraining(model, train_NCYX, validation_NCYX, recipe, epochs, seed, precision)
-    training.run(checkpoint, checkpoint_seconds, progress)
-    model.eval()
-    return training.history
+    device = next(model.parameters()).device
+    model.to(memory_format=torch.channels_last).train()
+    train_NCYX, validation_NCYX = train_NCYX.to(device), validation_NCYX.to(device)
+    generator, history = torch.Generator().manual_seed(seed), History()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer, moments = adam(trained, lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.epsilon)
+    totals = torch.zeros(2, device=device)  # of reconstruction and KL in this epoch
 
-
-class _VAETraining(Epochs):
-    def __init__(
-        self,
-        model: nn.Module,
-        train_NCYX: Tensor,
-        validation_NCYX: Tensor,
-        recipe: Recipe,
-        epochs: int,
-        seed: int,
-        precision: str,
-    ):
-        super().__init__(len(train_NCYX), recipe.batch_size, epochs, torch.Generator().manual_seed(seed))
-        self.model = model.to(memory_format=torch.channels_last).train()
-        self.device = next(model.parameters()).device
-        self.train_NCYX, self.validation_NCYX = train_NCYX.to(self.device), validation_NCYX.to(self.device)
-        self.recipe, self.precision = recipe, precision
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self.optimizer, moments = adam(trained, lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.epsilon)
-        self.totals = torch.zeros(2, device=self.device)  # of reconstruction and KL in this epoch
-        self.weights = {f"model/{name}": value for name, value in model.state_dict().items()}
-        self.others |= moments | {"totals": self.totals}
-        self.history = History()
-        self.histories = [self.history]
-
-    def step(self) -> None:
-        chosen_B = self.chosen()
-        x_BCYX = to_unit(self.train_NCYX[chosen_B.to(self.device)])
-        with devices.mixed(self.precision, self.device):
-            reconstruction_B, kl_B = elbo_terms(self.model, x_BCYX, self.generator)
-        warmup = self.recipe.kl_warmup_epochs * self.steps_per_epoch
-        kl_weight = min(1.0, self.done / warmup) if warmup else 1.0
+    def step(chosen_B: Int64[Tensor, " b"], epoch: float) -> None:
+        x_BCYX = to_unit(train_NCYX[chosen_B.to(device)])
+        with devices.mixed(precision, device):
+            reconstruction_B, kl_B = elbo_terms(model, x_BCYX, generator)
+        kl_weight = min(1.0, epoch / recipe.kl_warmup_epochs) if recipe.kl_warmup_epochs else 1.0
         loss_B = reconstruction_B + kl_weight * kl_B
-        self.optimizer.zero_grad(set_to_none=True)
-        (loss_B.sum() if self.recipe.reduction == "sum" else loss_B.mean()).backward()
-        self.optimizer.step()
-        self.totals += torch.stack([reconstruction_B.detach().sum(), kl_B.detach().sum()])
-        self.history.images += len(chosen_B)
+        optimizer.zero_grad(set_to_none=True)
+        (loss_B.sum() if recipe.reduction == "sum" else loss_B.mean()).backward()
+        optimizer.step()
+        totals.add_(torch.stack([reconstruction_B.detach().sum(), kl_B.detach().sum()]))
+        history.images += len(chosen_B)
 
-    def value(self) -> tuple[float, str]:
-        images = self.history.images - (self.done - 1) // self.steps_per_epoch * len(self.order_N)
-        self.means = (self.totals / images).tolist()
-        return sum(self.means), f"loss {sum(self.means):.1f}"
+    def report(seen: int) -> tuple[float, str]:
+        loss = totals.sum().item() / seen
+        return loss, f"loss {loss:.1f}"
 
-    def end_epoch(self) -> None:
-        with devices.mixed(self.precision, self.device):
-            measured = validate(self.model, self.validation_NCYX)
+    def end_epoch() -> None:
+        with devices.mixed(precision, device):
+            measured = validate(model, validation_NCYX)
         names = ("reconstruction", "kl", "validation_reconstruction", "validation_kl")
-        for name, value in zip(names, (*self.means, *measured), strict=True):
-            getattr(self.history, name).append(value)
-        self.totals.zero_()
+        for name, value in zip(names, (*(totals / len(train_NCYX)).tolist(), *measured), strict=True):
+            getattr(history, name).append(value)
+        totals.zero_()
 
-
-def _on_cpu(terms: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    return [(reconstruction_B.cpu(), kl_B.cpu()) for reconstruction_B, kl_B in terms]
+    run_epochs(
+        State(weights_of(model), moments | {"totals": totals}, [generator], [history]),
+        len(train_NCYX),
+        recipe.batch_size,
+        epochs,
+        step,
+        report,
+        end_epoch,
+        checkpoint=checkpoint,
+        checkpoint_seconds=checkpoint_seconds,
+        progress=progress,
+    )
+    model.eval()
+    return history

@@ -114,13 +114,9 @@ def held(lock: Path) -> Iterator[OSError | None]:
         yield problem
 
 
-def say_not_kept(problem: OSError) -> None:
-    """Say, once in a process, that a training is not kept because of what `held` gave, and what that costs."""
-    _say_not_kept(folder(), problem.strerror or str(problem))
-
-
 @cache
 def _say_not_kept(folder: Path, reason: str) -> None:
+    """Say, once in a process, that trainings are not kept there because of what `held` gave, and what that costs."""
     print(
         f"Trained weights cannot be kept in {folder} ({reason}): training goes on without. It starts from the "
         "beginning when it is cut off or asked for again, and its run stays unverified. EXPVAE_CACHE names another "
@@ -181,7 +177,7 @@ def cached(
         reused = all(there(path) for path in paths)
         if not reused:
             if problem:
-                say_not_kept(problem)
+                _say_not_kept(folder(), problem.strerror or str(problem))
             where = devices.describe_device(device)
             entries = [Entry(*result, where) for result in train(None if problem else checkpoint)]
             if problem:
@@ -224,7 +220,7 @@ def trained(
         device: Where to train, and where the model is afterwards.
         variant: What tells `make` from other ways to build a model of the same class and shapes, such as weights that
             it starts from; "" where nothing does.
-        precision: "float32", or for VAEs "bfloat16" (`expvae_book.devices.mixed`, and `choose_precision`).
+        precision: "float32", or for VAEs "bfloat16" or "auto"; see `expvae_book.devices.choose_precision`.
         progress: Show a bar with loss and remaining time.
 
     Raises:
@@ -233,7 +229,7 @@ def trained(
         ValueError: If the model is none of this library's, the precision is unknown, or a file of the cache is damaged.
         OSError: If the disk is full; the last checkpoint stays.
     """
-    devices.mixed(precision, device)  # refuses what is unknown
+    precision = devices.choose_precision(precision, device)
     model = training.build(make, seed).to(device)
     kind = type(model)
     if not kind.__module__.startswith(f"{models.__name__}."):

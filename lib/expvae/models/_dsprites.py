@@ -11,6 +11,9 @@ from torch.nn import functional as F
 DSPRITES_LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")  # 32x32, 16x16, 8x8, 4x4 and 1x1 positions
 
 
+PLAIN = {"groups": 1, "dilation": (1, 1), "output_padding": (0, 0), "padding_mode": "zeros"}  # what can be grouped
+
+
 class DSpritesVAE(nn.Module):
     """Convolutional VAE for 64x64 sprites (first report, Figure 5c; the network of FactorVAE with other widths).
 
@@ -119,17 +122,15 @@ class SideBySide(nn.Module):
             raise ValueError("networks side by side must be alike but for their weights")
         self.weights = nn.ParameterDict()
         for name, layer in self.layers.items():
-            if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear | nn.ReLU | nn.LeakyReLU):
+            if isinstance(layer, nn.ReLU | nn.LeakyReLU):
+                continue
+            if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
                 raise TypeError(f"{name} is a {type(layer).__name__}, which cannot be put side by side")
-            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-                plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.output_padding == (0, 0)
-                if not plain or layer.padding_mode != "zeros":
-                    raise TypeError(
-                        f"{name} has groups, dilation or a padding which cannot be put side by side: {layer}"
-                    )
-            if not isinstance(layer, nn.ReLU | nn.LeakyReLU) and layer.bias is None:
-                raise TypeError(f"{name} has no bias, which cannot be put side by side")
-            for part in dict(layer.named_parameters()):
+            if layer.bias is None or any(getattr(layer, part, plain) != plain for part, plain in PLAIN.items()):
+                raise TypeError(
+                    f"{name} has groups, dilation, a padding or no bias and cannot be put side by side: {layer}"
+                )
+            for part in ("weight", "bias"):
                 values = [network.get_parameter(f"{name}.{part}").detach() for network in networks]
                 if isinstance(layer, nn.Linear):  # [M, in, out], as the product of matrices takes it
                     joined = torch.stack([value.mT if value.ndim == 2 else value for value in values]).contiguous()

@@ -85,11 +85,11 @@ FAULTS = r"""
 >tests/test_factorvae.py::test_total_correlation_is_the_difference_of_the_log_probabilities
 -(logits_MB2[..., 0] - logits_MB2[..., 1]).mean(1)
 +(logits_MB2[..., 1] - logits_MB2[..., 0]).mean(1)
-# discriminator-slope-sign lib/expvae_book/discriminators.py
+# discriminator-slope-sign lib/expvae_book/factorvae_losses.py
 >tests/test_factorvae.py::test_steps_equal_those_of_a_plain_loop
 -[-torch.sigmoid(-d_MB[:, :draws])
 +[torch.sigmoid(-d_MB[:, :draws])
-# constant-alpha-not-detached lib/expvae_book/attention_loss.py
+# constant-alpha-not-detached lib/expvae_book/factorvae_losses.py
 >tests/test_factorvae.py::test_what_the_attention_loss_moves
 -second_order = graph and penalty.alpha == "second_order"
 +second_order = graph

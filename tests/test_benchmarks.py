@@ -130,7 +130,7 @@ def test_the_plain_loop_of_factorvae_takes_the_steps_of_ours(monkeypatch):
         parts = factorvae.step(group, sprites.images, index_N, 6, "float32")
         total = parts["reconstruction"] + parts["kl"] + benchmark.GAMMA * parts["total_correlation"]
         assert (vae_loss, critic_loss) == pytest.approx((total.item(), parts["discriminator"].item()), rel=1e-5)
-    for name, network in group.networks().items():
+    for name, network in group.named_children():
         for key, value in network.alone(0).items():
             torch.testing.assert_close(weights[name].state_dict()[key], value, rtol=0, atol=3e-6)
 

@@ -141,9 +141,14 @@ def test_a_pass_may_stop_at_any_layer_and_go_on_from_there(make):
     alone, x = inputs_of(networks)
     beside = SideBySide(networks)
     whole = beside(x)
-    for place, (name, _) in enumerate(networks[0].named_children(), 1):
-        middle = beside(x, until=name)
-        assert torch.equal(beside(middle, after=name), whole), name
+    names = [name for name, _ in networks[0].named_children()]
+    for place, name in enumerate(names, 1):
+        middle = beside(x, names[:place])
+        assert torch.equal(beside(middle, names[place:]), whole), name
+        if middle.ndim == 4:
+            values, end = beside.through(x, name)
+            assert torch.equal(values.flatten(1, 2), middle), name
+            assert torch.equal(end, whole), name
         for network, x_alone, output in zip(networks, alone, pieces(middle), strict=True):
             torch.testing.assert_close(output, network[:place](x_alone), rtol=1e-12, atol=1e-14)
 

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from expvae import Method, attention, discriminator_loss, overlap, permute_latents, total_correlation
 from expvae.models import DSPRITES_LAYERS, DSpritesVAE
-from expvae_book import attention_loss, checkpoints, disentanglement, factorvae, weights
-from expvae_book.attention_loss import VARIANTS, AttentionPenalty
+from expvae_book import checkpoints, disentanglement, factorvae, factorvae_losses, weights
 from expvae_book.checkpoints import TrainingDivergedError
 from expvae_book.data import dsprites
 from expvae_book.factorvae import Candidate
+from expvae_book.factorvae_losses import VARIANTS, AttentionPenalty
 from expvae_book.recipes import StepRecipe
 from expvae_book.training import build
 
@@ -233,7 +233,7 @@ def test_maps_are_those_of_attention_on_each_model_alone(name, graph, sprites, f
     group, x_BMYX, noise_MBI, _ = pair_of_models(sprites, penalty)
     A_BMCHW, mu_MBI, _, z_MBI = factorvae._encoded(group, x_BMYX, noise_MBI, penalty.layer)
     latents_MBI = mu_MBI if penalty.method.score == "each_mean" else z_MBI
-    maps_MBIHW = attention_loss.attention_maps(A_BMCHW, latents_MBI, penalty, graph)
+    maps_MBIHW = factorvae_losses.attention_maps(A_BMCHW, latents_MBI, penalty, graph)
     for m in range(2):
         vae, generator = group.vae(m), torch.Generator().manual_seed(m)
         alone = attention(
@@ -254,7 +254,7 @@ def test_attention_loss_equals_a_loop_over_images(name, pairs, maps, sprites, fl
     penalty = replace(EVERY_PENALTY[name], pairs=pairs, maps=maps)
     group, x_BMYX, noise_MBI, random_M2 = pair_of_models(sprites, penalty)
     A_BMCHW, mu_MBI, _, z_MBI = factorvae._encoded(group, x_BMYX, noise_MBI, penalty.layer)
-    found_M = attention_loss.attention_loss(A_BMCHW, mu_MBI, z_MBI, penalty, random_M2)
+    found_M = factorvae_losses.attention_loss(A_BMCHW, mu_MBI, z_MBI, penalty, random_M2)
     expected = [
         slow_attention_loss(group.vae(m), x_BMYX[:, m : m + 1], noise_MBI[m], penalty, random_M2[m].tolist()).item()
         for m in range(2)
@@ -269,7 +269,7 @@ def test_per_batch_divides_by_the_number_of_images_once_more(sprites, float64):
         penalty = replace(VARIANTS["report2"], per_batch=per_batch)
         group, x_BMYX, noise_MBI, random_M2 = pair_of_models(sprites, penalty, images=5)
         A_BMCHW, mu_MBI, _, z_MBI = factorvae._encoded(group, x_BMYX, noise_MBI, penalty.layer)
-        values.append(attention_loss.attention_loss(A_BMCHW, mu_MBI, z_MBI, penalty, random_M2))
+        values.append(factorvae_losses.attention_loss(A_BMCHW, mu_MBI, z_MBI, penalty, random_M2))
     torch.testing.assert_close(values[1], values[0] / 5, rtol=1e-14, atol=0)
 
 
@@ -277,7 +277,7 @@ def test_the_same_latent_twice_overlaps_wholly(sprites, float64):
     penalty = VARIANTS["brongers2021"]
     group, x_BMYX, noise_MBI, _ = pair_of_models(sprites, penalty)
     A_BMCHW, mu_MBI, _, z_MBI = factorvae._encoded(group, x_BMYX, noise_MBI, penalty.layer)
-    found_M = attention_loss.attention_loss(A_BMCHW, mu_MBI, z_MBI, penalty, torch.tensor([[1, 1], [1, 2]])) * 3
+    found_M = factorvae_losses.attention_loss(A_BMCHW, mu_MBI, z_MBI, penalty, torch.tensor([[1, 1], [1, 2]])) * 3
     assert found_M[0].item() == pytest.approx(1)
     assert found_M[1].item() < 0.99
 
@@ -292,7 +292,7 @@ def attention_loss_of(group, x_BMYX, noise_MBI, random_M2):
     """L_AD of all models together, as a function of the parameters that the group holds."""
     penalty = group.candidates[0].penalty
     A_BMCHW, mu_MBI, _, z_MBI = factorvae._encoded(group, x_BMYX, noise_MBI, penalty.layer)
-    return attention_loss.attention_loss(A_BMCHW, mu_MBI, z_MBI, penalty, random_M2).sum()
+    return factorvae_losses.attention_loss(A_BMCHW, mu_MBI, z_MBI, penalty, random_M2).sum()
 
 
 def gradients(loss, group):
@@ -508,7 +508,7 @@ def test_an_attached_discriminator_adds_its_gradient_through_the_latents(sprites
         group = group_of([replace(candidate, detached=detached)])
         factorvae.step(group, sprites.images, TRAIN_N, RECIPE.batch_size, "float32")
     critic, kept, attached_critic, attached = seen
-    names = [f"{part}.{name}" for part in ("encoder", "decoder") for name in group.networks()[part].alone(0)]
+    names = [f"{part}.{name}" for part in ("encoder", "decoder") for name in getattr(group, part).alone(0)]
 
     vae = build(lambda: NarrowVAE(LATENTS), 3)
     network = build(lambda: narrow_discriminator(LATENTS), 3)
@@ -544,8 +544,8 @@ def test_fifty_steps_side_by_side_equal_those_of_each_alone(weight, name, sprite
         for part, part_M in together.items():
             assert part_M.tolist() == pytest.approx([one[part].item() for one in parts], rel=1e-9, abs=1e-12), part
     for m, one in enumerate(alone):
-        for name, network in beside.networks().items():
-            expected = one.networks()[name].alone(0)
+        for name, network in beside.named_children():
+            expected = getattr(one, name).alone(0)
             for key, value in network.alone(m).items():
                 torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-8)
     assert min((value - start[key]).abs().max() for key, value in beside.encoder.alone(0).items()) > 5e-4

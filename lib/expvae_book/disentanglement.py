@@ -381,9 +381,8 @@ def gradient_rows(trained: Trained, x_BCYX: Float[Tensor, "b 1 64 64"]) -> list[
     noise_BI = torch.randn(b, latent_dim, generator=generator).to(x_BCYX.device)
     random_N2 = torch.randint(latent_dim, (RANDOM_PAIRS, 2), generator=generator).to(x_BCYX.device)
     for name, choice in COMPARED.items():
-        A_BMCHW = encoder(x_BCYX, until=choice.layer).unflatten(1, (1, -1))
-        hidden_BI = encoder(A_BMCHW.flatten(1, 2), after=choice.layer).flatten(1)
-        mu_BI, logvar_BI = hidden_BI.chunk(2, dim=1)
+        A_BMCHW, hidden = encoder.through(x_BCYX, choice.layer)
+        mu_BI, logvar_BI = hidden.flatten(1).chunk(2, dim=1)
         z_BI = mu_BI + (0.5 * logvar_BI).exp() * noise_BI
         parameters = list(encoder.parameters())
         values, norms, reached = [], [], set()

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from expvae import kl_divergence, permute_latents, reconstruction_loss
 from expvae.models import DSpritesVAE, SideBySide, discriminator
 from expvae_book import devices, protocols, weights
-from expvae_book.attention_loss import SIDE, VARIANTS, AttentionPenalty, attention_loss
-from expvae_book.checkpoints import State, adam, run
-from expvae_book.discriminators import discriminate
+from expvae_book.checkpoints import State, adam, run, weights_of
+from expvae_book.factorvae_losses import SIDE, VARIANTS, AttentionPenalty, attention_loss, discriminate
 from expvae_book.recipes import StepRecipe
 from expvae_book.training import build
 
@@ -100,7 +99,7 @@ class Trained:
     device: str
 
 
-class Group:
+class Group(nn.Module):
     """Models that stand side by side: all have the same penalty or none, and all have a discriminator or none.
 
     Attributes:
@@ -123,17 +122,16 @@ class Group:
     """
 
     def __init__(self, candidates: Sequence[Candidate], recipe: StepRecipe, device: torch.device):
+        super().__init__()
         self.candidates, self.latent_dim, self.device = candidates, recipe.latent_dim, device
         vaes = [build(lambda: DSpritesVAE(recipe.latent_dim), one.seed) for one in candidates]
-        discriminators = [build(lambda: discriminator(recipe.latent_dim), one.seed) for one in candidates]
         self.encoder = SideBySide([vae.encoder for vae in vaes]).to(device)
         self.decoder = SideBySide([vae.decoder for vae in vaes]).to(device)
+        self.optimizer, moments = adam(dict(self.named_parameters()), lr=recipe.learning_rate, betas=recipe.betas)
+        discriminators = [build(lambda: discriminator(recipe.latent_dim), one.seed) for one in candidates]
         self.discriminator = SideBySide(discriminators).to(device)
-        self.optimizer, moments = adam(
-            self.parameters("encoder", "decoder"), lr=recipe.learning_rate, betas=recipe.betas
-        )
         self.discriminator_optimizer, others = adam(
-            self.parameters("discriminator"), lr=recipe.critic_learning_rate, betas=recipe.critic_betas
+            dict(self.discriminator.named_parameters()), lr=recipe.critic_learning_rate, betas=recipe.critic_betas
         )
         self.moments = moments | others
         self.generators = [torch.Generator().manual_seed(one.seed) for one in candidates]
@@ -141,14 +139,6 @@ class Group:
             torch.tensor([getattr(one, name) for one in candidates], device=device)
             for name in ("beta", "gamma", "attention_weight")
         )
-
-    def networks(self) -> dict[str, SideBySide]:
-        """All of it that has weights, by name."""
-        return {"encoder": self.encoder, "decoder": self.decoder, "discriminator": self.discriminator}
-
-    def parameters(self, *networks: str) -> dict[str, Tensor]:
-        """The parameters of some of its networks, by name."""
-        return {f"{name}.{key}": value for name in networks for key, value in self.networks()[name].named_parameters()}
 
     def parts(self) -> list[str]:
         """Names of the parts of its losses, as `step` gives them."""
@@ -160,7 +150,7 @@ class Group:
         """The weights of one of the models, VAE and discriminator."""
         return {
             f"{name}.{key}": value
-            for name, network in self.networks().items()
+            for name, network in self.named_children()
             for key, value in network.alone(index).items()
         }
 
@@ -177,15 +167,10 @@ def _loaded(network: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "")
 
 def _encoded(
     group: Group, x_BMYX: Tensor, noise_MBI: Tensor, layer: str | None
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """The output of the layer, or None, and the means, log-variances and samples of the latents."""
-    count = len(group.candidates)
-    if layer is None:
-        A_BMCHW, hidden = None, group.encoder(x_BMYX)
-    else:
-        A_BMCHW = group.encoder(x_BMYX, until=layer).unflatten(1, (count, -1))
-        hidden = group.encoder(A_BMCHW.flatten(1, 2), after=layer)
-    mu_MBI, logvar_MBI = hidden.float().reshape(len(x_BMYX), count, -1).transpose(0, 1).chunk(2, dim=2)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The output of the layer, or the images for None, and the means, log-variances and samples of the latents."""
+    A_BMCHW, hidden = group.encoder.through(x_BMYX, layer)
+    mu_MBI, logvar_MBI = hidden.float().reshape(*A_BMCHW.shape[:2], -1).transpose(0, 1).chunk(2, dim=2)
     return A_BMCHW, mu_MBI, logvar_MBI, mu_MBI + (0.5 * logvar_MBI).exp() * noise_MBI
 
 
@@ -251,8 +236,7 @@ def step(group: Group, draw: Draw, train_N: Int64[Tensor, " n"], batch_size: int
         outputs.append(z_MBI)
         toward.append(toward_latents_MBI)
         _apply(group.discriminator_optimizer, judged.gradients)
-    parameters = list(group.parameters("encoder", "decoder").values())
-    _apply(group.optimizer, torch.autograd.grad(outputs, parameters, toward))
+    _apply(group.optimizer, torch.autograd.grad(outputs, group.optimizer.param_groups[0]["params"], toward))
     return {name: part.detach() for name, part in parts.items()}
 
 
@@ -359,7 +343,7 @@ def _train_group(
     curves = [Curves(beside=count) for _ in group.candidates]
     totals = {name: torch.zeros(count, device=group.device) for name in group.parts()}
     state = State(
-        {f"model/{name}": value for name, value in group.parameters(*group.networks()).items()},
+        weights_of(group),
         group.moments | {f"totals/{name}": total for name, total in totals.items()},
         group.generators,
         curves,

@@ -140,18 +140,14 @@ class SideBySide(nn.Module):
                     joined = joined.contiguous(memory_format=torch.channels_last)
                 self.weights[f"{name}_{part}"] = nn.Parameter(joined)
 
-    def forward(self, x: Tensor, after: str | None = None, until: str | None = None) -> Tensor:
-        """What the networks make of their inputs, or the part of it after one layer and until (with) another.
+    def forward(self, x: Tensor, names: Sequence[str] | None = None) -> Tensor:
+        """What the networks make of their inputs, or what these of their layers make of theirs.
 
         Args:
             x: [B, M·C, Y, X] for convolutions, [M, B, F] for fully connected layers.
-            after: Name of the layer whose output x is; None for the networks' input.
-            until: Name of the last layer to compute; None for the networks' last.
+            names: Names of the layers, one after the other; None for all.
         """
-        names = list(self.layers)
-        first = 0 if after is None else names.index(after) + 1
-        last = len(names) if until is None else names.index(until) + 1
-        for name in names[first:last]:
+        for name in self.layers if names is None else names:
             layer = self.layers[name]
             if isinstance(layer, nn.ReLU | nn.LeakyReLU):
                 x = layer(x)
@@ -164,6 +160,20 @@ class SideBySide(nn.Module):
             else:
                 x = F.conv2d(_channels_last(x), weight, bias, layer.stride, layer.padding, groups=self.count)
         return x
+
+    def through(
+        self, x_BCYX: Float[Tensor, "b mc y x"], layer: str | None
+    ) -> tuple[Float[Tensor, "b m c h w"], Float[Tensor, "b ..."]]:
+        """The outputs of a convolution, by network, and what the networks make of their inputs by way of these.
+
+        Args:
+            x_BCYX: Inputs of the networks.
+            layer: Name of the convolution; None for the inputs themselves.
+        """
+        names = list(self.layers)
+        split = names.index(layer) + 1 if layer else 0
+        A_BMCHW = self(x_BCYX, names[:split]).unflatten(1, (self.count, -1))
+        return A_BMCHW, self(A_BMCHW.flatten(1, 2), names[split:])
 
     def alone(self, index: int) -> dict[str, Tensor]:
         """The weights of one of the networks, as `load_state_dict` of a network alone takes them."""

@@ -146,7 +146,10 @@ class Machine(nn.Module):
     def free_energy(self, v: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
         """F(v) = -bᵀv - Σ_j log(1 + exp(a_j)), and -bᵀv - Σ_j log 2cosh(a_j) for spins, with a = c + Wv, in nats."""
         require_means("v", v, self.units)
-        return -self._biased(v) - self._log_sums(self.hidden_logits(v)).flatten(1).sum(1)
+        logits = self.hidden_logits(v)
+        # The logarithm of the sum over both states of each hidden unit.
+        log_sums = F.softplus(logits) if self.units == "binary" else F.softplus(logits) - logits / 2
+        return -self._biased(v) - log_sums.flatten(1).sum(1)
 
     @torch.no_grad()
     def pseudo_log_likelihood(self, v: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
@@ -208,10 +211,6 @@ class Machine(nn.Module):
     def _biased(self, v: Tensor) -> Tensor:
         """bᵀv."""
         return v.reshape(len(v), len(self.visible_bias), -1).sum(2) @ self.visible_bias
-
-    def _log_sums(self, logits: Tensor) -> Tensor:
-        """Logarithm of the sum over both states of each hidden unit: log(1 + exp(a)), or log 2cosh(a)."""
-        return F.softplus(logits) if self.units == "binary" else F.softplus(logits) - logits / 2
 
 
 def _require_some(**counts: int) -> None:

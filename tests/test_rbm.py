@@ -910,6 +910,13 @@ def test_the_version_of_the_protocol_determines_a_stack(cache, monkeypatch):
     assert trained().key != before
 
 
+def test_a_stack_is_trained_in_float32_alone(cache):
+    with pytest.raises(
+        ValueError, match="stacks of Boltzmann machines are trained in float32; got precision='bfloat16'"
+    ):
+        trained(precision="bfloat16")
+
+
 def test_a_damaged_file_is_named(cache):
     path = cache / trained().file
     path.write_bytes(path.read_bytes()[:100])

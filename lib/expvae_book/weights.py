@@ -220,7 +220,7 @@ def trained(
         device: Where to train, and where the model is afterwards.
         variant: What tells `make` from other ways to build a model of the same class and shapes, such as weights that
             it starts from; "" where nothing does.
-        precision: "float32", or for VAEs "bfloat16" or "auto"; see `expvae_book.devices.choose_precision`.
+        precision: "float32", or for VAEs also "bfloat16" or "auto"; see `expvae_book.devices.choose_precision`.
         progress: Show a bar with loss and remaining time.
 
     Raises:
@@ -229,7 +229,10 @@ def trained(
         ValueError: If the model is none of this library's, the precision is unknown, or a file of the cache is damaged.
         OSError: If the disk is full; the last checkpoint stays.
     """
+    is_stack = isinstance(recipe, RBMRecipe)
     precision = devices.choose_precision(precision, device)
+    if is_stack and precision != "float32":
+        raise ValueError(f"stacks of Boltzmann machines are trained in float32; got precision={precision!r}")
     model = training.build(make, seed).to(device)
     kind = type(model)
     if not kind.__module__.startswith(f"{models.__name__}."):
@@ -238,7 +241,6 @@ def trained(
             "models by their names and the version of the protocol, and could not tell when yours changes; call "
             f"{training.__name__}.train"
         )
-    is_stack = isinstance(recipe, RBMRecipe)
     # Only where they are used, so that other trainings keep the keys that they had before there was a choice.
     options = {"variant": variant} if variant else {}
     options |= {"stack": repr(model)} if is_stack else {}

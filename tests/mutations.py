@@ -178,11 +178,11 @@ FAULTS = r"""
 >tests/test_claims.py::test_hardly_any_effect_takes_an_interval_close_to_zero
 --margin <= row["low"] and row["high"] <= margin
 +-margin <= row["low"] or row["high"] <= margin
-# verdict-of-one-seed lib/expvae_book/judges.py
+# verdict-of-one-seed lib/expvae_book/sprite_judges.py
 >tests/test_claims.py::test_one_seed_tells_no_tradeoff
 -if min(len(models[key]) for key in wanted) < 2:
 +if min(len(models[key]) for key in wanted) < 1:
-# verdict-interval-may-hold-zero lib/expvae_book/judges.py
+# verdict-interval-may-hold-zero lib/expvae_book/sprite_judges.py
 >tests/test_claims.py::test_the_metric_may_rise_at_some_weights_only
 -seed_interval(differences)[0] > 0
 +seed_interval(differences)[1] > 0

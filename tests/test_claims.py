@@ -11,7 +11,7 @@ import scipy.stats
 from bs4 import BeautifulSoup
 from pybtex.database import parse_file
 
-from expvae_book import judges, publications, report
+from expvae_book import judges, judging, publications, report, sprite_judges
 from expvae_book.claims import CLAIMS, decide, verdicts
 from expvae_book.data.card import DataCard
 from expvae_book.matching import NO_RUN, beside
@@ -604,6 +604,7 @@ def mvtec_run(
     metrics = [row(name, sum(ends) / 2, method, low=ends[0], high=ends[1]) for name, method, ends in intervals]
     metrics += [row("maps that miss the anomaly", missed[0], "attention", n=missed[1]), row("parameters", 72_803_363)]
     run = make_run(metrics=metrics, kind=kind, used=used, recipe="report2", chapter=chapter)
+    run.record["budget"]["unit"] = "images"
     del run.parameters["digit"]
     run.parameters.update({"category": category, "preset": "liu2020_code", "augmentation": "paper"} | changes)
     return run
@@ -708,8 +709,8 @@ def sprite_run(
     given = {"beta": beta, "gamma": gamma, "lambda": weight, "seed": seed, "recipe": "report2", "steps": used}
     given |= {"attention": "liu2020" if weight else "none", "layer": variant, "alpha": variant, "pairs": variant}
     metrics = [
-        row(judges.SPRITE_METRIC[0], score, *judges.SPRITE_METRIC[1:]),
-        row(judges.SPRITE_OVERLAP[0], overlap, *judges.SPRITE_OVERLAP[1:]),
+        row(sprite_judges.SPRITE_METRIC[0], score, *sprite_judges.SPRITE_METRIC[1:]),
+        row(sprite_judges.SPRITE_OVERLAP[0], overlap, *sprite_judges.SPRITE_OVERLAP[1:]),
         row("reconstruction per image", cost),
     ]
     run = make_run(chapter="disentanglement", kind=kind, metrics=metrics)
@@ -731,7 +732,7 @@ def sprite_grid(scores, *, weights=(0, 1), seeds=2, **options):
             **{name: values[weight] for name, values in named.items()},
             **options,
         )
-        for gamma in judges.DSPRITES_GAMMAS
+        for gamma in sprite_judges.DSPRITES_GAMMAS
         for weight in weights
         for seed in range(seeds)
     ]
@@ -823,7 +824,7 @@ def test_whether_maps_come_apart(overlaps, outcome):
 
 
 def test_whether_the_largest_weight_is_best():
-    weights = judges.DSPRITES_LAMBDAS
+    weights = sprite_judges.DSPRITES_LAMBDAS
     rising = sprite_grid(dict(zip(weights, (0.6, 0.7, 0.8), strict=True)), weights=weights)
     assert decide(claim("dSprites λ"), rising, read()).verdict == "held"
     falling = sprite_grid(dict(zip(weights, (0.6, 0.8, 0.7), strict=True)), weights=weights)
@@ -832,11 +833,11 @@ def test_whether_the_largest_weight_is_best():
 
 def test_interval_over_seeds_is_students():
     values = [0.1, 0.4, 0.2, 0.6]
-    low, high = judges.seed_interval(values)
+    low, high = judging.seed_interval(values)
     expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (low, high) == pytest.approx((expected.low, expected.high))
     with pytest.raises(ValueError, match="two or more, got 1"):
-        judges.seed_interval([0.5])
+        judging.seed_interval([0.5])
 
 
 # Discrepancies

@@ -1,35 +1,12 @@
 """The claims of the paper and the reports, with criteria stated beforehand, and the verdict on each."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pandas as pd
 
-from expvae_book.judges import (
-    ABLATION_MARGIN,
-    OTHER_NETWORKS,
-    SPRITE_METRIC,
-    SPRITE_OVERLAP,
-    Verdict,
-    grade_dsprites_maps,
-    grade_dsprites_metric,
-    grade_dsprites_tradeoff,
-    grade_dsprites_weight,
-    grade_mvtec_baselines,
-    grade_mvtec_published,
-    grade_mvtec_share,
-    grade_ucsd_auroc,
-    grade_ucsd_baseline,
-    grade_ucsd_layers,
-    judge_attention,
-    judge_discrepancies,
-    judge_dsprites,
-    judge_less_intuitive,
-    judge_mvtec,
-    judge_parameters,
-    judge_stacked_rbm,
-    judge_ucsd,
-)
+from expvae_book import judges, sprite_judges
+from expvae_book.judging import Judge, Verdict
 from expvae_book.matching import data_kind
 from expvae_book.publications import read
 from expvae_book.runs import Run
@@ -54,7 +31,7 @@ class Claim:
     claimed_by: str
     chapter: str
     criterion: str
-    judge: Callable[[Sequence[Run], pd.DataFrame], Verdict] | None = None
+    judge: Judge | None = None
 
 
 def decide(claim: Claim, runs: Iterable[Run], reported: pd.DataFrame) -> Verdict:
@@ -105,7 +82,7 @@ _MVTEC_RUNS = (
 )
 _EQUAL_SIZE = (
     f"Held: the numbers are equal in every stored run, save those of another network (recipe "
-    f"{', '.join(OTHER_NETWORKS)}). Did not hold: otherwise."
+    f"{', '.join(judges.OTHER_NETWORKS)}). Did not hold: otherwise."
 )
 _DSPRITES_RUNS = (
     " Counted are models trained on the complete release to the last step of a recipe, with the paper's formula for "
@@ -123,7 +100,7 @@ CLAIMS = (
         claimed_by="Liu et al. 2020; quoted by Reports 1 and 2",
         chapter="mnist",
         criterion=_ATTENTION_CRITERION.format("paper's map's"),
-        judge=judge_attention("attention, paper"),
+        judge=judges.judge_attention("attention, paper"),
     ),
     Claim(
         id="MNIST maps of the code",
@@ -131,7 +108,7 @@ CLAIMS = (
         claimed_by="Reports 1 and 2",
         chapter="mnist",
         criterion=_ATTENTION_CRITERION.format("map of the authors' code's"),
-        judge=judge_attention("attention, authors' code"),
+        judge=judges.judge_attention("attention, authors' code"),
     ),
     Claim(
         id="MNIST share",
@@ -142,7 +119,7 @@ CLAIMS = (
         + "A map counts as less intuitive where its own pixel AUROC is below one half (our definition). With the maps "
         "of the authors' code, held: in every run the interval of the measured share meets the published range. "
         "Partly held: in some runs. Did not hold: in none.",
-        judge=judge_less_intuitive,
+        judge=judges.judge_less_intuitive("attention, authors' code", "attention, paper"),
     ),
     Claim(
         id="MNIST weights",
@@ -159,7 +136,7 @@ CLAIMS = (
         claimed_by="Report 1",
         chapter="mnist",
         criterion=_EQUAL_SIZE,
-        judge=judge_parameters("MNIST"),
+        judge=judges.judge_parameters("MNIST"),
     ),
     Claim(
         id="UCSD AUROC",
@@ -169,7 +146,7 @@ CLAIMS = (
         criterion=_UCSD_RUNS + "and for each of the three layers, held: the interval of the pixel AUROC lies above one "
         "half and reaches the paper's value. Partly held: it lies above one half and above every baseline, but below "
         "the paper's value. Did not hold: otherwise.",
-        judge=judge_ucsd(grade_ucsd_auroc),
+        judge=judges.judge_ucsd(judges.grade_ucsd_auroc),
     ),
     Claim(
         id="UCSD baseline",
@@ -179,7 +156,7 @@ CLAIMS = (
         criterion=_UCSD_RUNS + "held: the paired interval of the pixel AUROC of the best layer minus that of "
         "the reconstruction error of the same model lies above zero. Partly held: it reaches over zero. Did not hold: "
         "it lies below.",
-        judge=judge_ucsd(grade_ucsd_baseline),
+        judge=judges.judge_ucsd(judges.grade_ucsd_baseline),
     ),
     Claim(
         id="UCSD layers",
@@ -188,7 +165,7 @@ CLAIMS = (
         chapter="ucsd",
         criterion=_UCSD_RUNS + "held: the paired intervals of the differences in pixel AUROC between the layers all "
         "leave out zero, and conv2 is highest. Partly held: at least one of them does. Did not hold: none does.",
-        judge=judge_ucsd(grade_ucsd_layers),
+        judge=judges.judge_ucsd(judges.grade_ucsd_layers),
     ),
     Claim(
         id="UCSD size",
@@ -196,7 +173,7 @@ CLAIMS = (
         claimed_by="Report 1",
         chapter="ucsd",
         criterion=_EQUAL_SIZE,
-        judge=judge_parameters("UCSD Ped1"),
+        judge=judges.judge_parameters("UCSD Ped1"),
     ),
     Claim(
         id="MVTec AUROC and IoU",
@@ -206,7 +183,7 @@ CLAIMS = (
         criterion="Over the complete categories at hand, held: the interval of the pixel AUROC and that of the IoU "
         "reach the paper's values in at least two categories of three. Partly held: one of the two metrics does, or "
         "the AUROC lies above one half in every category. Did not hold: otherwise." + _MVTEC_RUNS,
-        judge=judge_mvtec(grade_mvtec_published),
+        judge=judges.judge_mvtec(judges.grade_mvtec_published),
     ),
     Claim(
         id="MVTec other methods",
@@ -215,7 +192,7 @@ CLAIMS = (
         chapter="mvtec15",
         criterion="Held: in every complete category the interval of the pixel AUROC lies above those of every "
         "baseline that this book runs. Partly held: in more than half of them. Did not hold: otherwise." + _MVTEC_RUNS,
-        judge=judge_mvtec(grade_mvtec_baselines),
+        judge=judges.judge_mvtec(judges.grade_mvtec_baselines),
     ),
     Claim(
         id="MVTec share",
@@ -225,7 +202,7 @@ CLAIMS = (
         criterion="A map misses the anomaly where its own pixel AUROC is below one half (our definition). Held: the "
         "interval of the share over all defective images contains the published share. Partly held: it lies above one "
         "half of the maps. Did not hold: otherwise." + _MVTEC_RUNS,
-        judge=judge_mvtec(grade_mvtec_share),
+        judge=judges.judge_mvtec(judges.grade_mvtec_share),
     ),
     Claim(
         id="MVTec size",
@@ -233,7 +210,7 @@ CLAIMS = (
         claimed_by="Report 1",
         chapter="mvtec10",
         criterion=_EQUAL_SIZE,
-        judge=judge_parameters("MVTec AD"),
+        judge=judges.judge_parameters("MVTec AD"),
     ),
     Claim(
         id="dSprites metric",
@@ -243,7 +220,7 @@ CLAIMS = (
         criterion="Held: at every γ of the paper the interval over seeds of the difference in the FactorVAE metric "
         "(five factors, held-out votes) lies above zero. Partly held: at some γ. Did not hold: at none."
         + _DSPRITES_RUNS,
-        judge=judge_dsprites(grade_dsprites_metric, *SPRITE_METRIC),
+        judge=sprite_judges.judge_dsprites(sprite_judges.grade_dsprites_metric, *sprite_judges.SPRITE_METRIC),
     ),
     Claim(
         id="dSprites trade-off",
@@ -253,7 +230,7 @@ CLAIMS = (
         criterion="Held: every FactorVAE and β-VAE point is dominated by an AD-FactorVAE point (higher metric, no "
         "higher reconstruction loss). Partly held: some are, and no AD-FactorVAE point is dominated. Did not hold: "
         "otherwise." + _DSPRITES_RUNS,
-        judge=judge_dsprites(grade_dsprites_tradeoff, *SPRITE_METRIC),
+        judge=sprite_judges.judge_dsprites(sprite_judges.grade_dsprites_tradeoff, *sprite_judges.SPRITE_METRIC),
     ),
     Claim(
         id="dSprites maps",
@@ -263,7 +240,7 @@ CLAIMS = (
         criterion="Held: over seeds the interval of the mean overlap (the attention loss itself, on test images, over "
         "all pairs of active latents) of AD-FactorVAE lies below that of FactorVAE at every γ. Partly held: at some "
         "γ. Did not hold: at none. The maps are those of the paper at conv4." + _DSPRITES_RUNS,
-        judge=judge_dsprites(grade_dsprites_maps, *SPRITE_OVERLAP),
+        judge=sprite_judges.judge_dsprites(sprite_judges.grade_dsprites_maps, *sprite_judges.SPRITE_OVERLAP),
     ),
     Claim(
         id="dSprites λ",
@@ -273,7 +250,7 @@ CLAIMS = (
         criterion="Held: over seeds the interval of the FactorVAE metric at the largest λ of Report 2 lies above those "
         "at the smaller ones, at every γ from 10 to 40. Partly held: at some γ. Did not hold: at none."
         + _DSPRITES_RUNS,
-        judge=judge_dsprites(grade_dsprites_weight, *SPRITE_METRIC),
+        judge=sprite_judges.judge_dsprites(sprite_judges.grade_dsprites_weight, *sprite_judges.SPRITE_METRIC),
     ),
     Claim(
         id="discrepancies",
@@ -281,14 +258,14 @@ CLAIMS = (
         claimed_by="Report 2",
         chapter="ablations",
         criterion="A step hardly matters where the paired interval of the change in pixel AUROC lies within "
-        f"± {ABLATION_MARGIN}, with the step switched in the paper's rule and in that of the authors' code, on every "
-        "model, and there are models of MNIST, UCSD Ped1 and MVTec AD. It matters where one of these intervals lies "
-        "wholly beyond that. Held: both steps hardly matter. Partly held: one hardly matters, the other does. Did not "
-        "hold: both matter. Not yet tested: it is undecided whether a step matters. Counted are models of complete "
+        f"± {judges.ABLATION_MARGIN}, with the step switched in the paper's rule and in that of the authors' code, on "
+        "every model, and there are models of MNIST, UCSD Ped1 and MVTec AD. It matters where one of these intervals "
+        "lies wholly beyond that. Held: both steps hardly matter. Partly held: one hardly matters, the other does. Did "
+        "not hold: both matter. Not yet tested: it is undecided whether a step matters. Counted are models of complete "
         "data, trained to the last epoch of their recipe; of several runs on one model that with the most test images. "
         "Reworded after trial runs had been seen: before, a step mattered where an interval reached beyond the margin "
         "and left out zero.",
-        judge=judge_discrepancies,
+        judge=judges.judge_discrepancies,
     ),
     Claim(
         id="stacked RBM",
@@ -300,6 +277,6 @@ CLAIMS = (
         "every baseline. Did not hold: otherwise. The worst run counts, of those with the report's units, -1 and 1, on "
         "the complete MNIST with digits 1 and 3, trained to the last epoch of the recipe. Reworded after trial runs "
         "had been seen: before, renumbered units played no part, and runs with other units counted.",
-        judge=judge_stacked_rbm,
+        judge=judges.judge_stacked_rbm,
     ),
 )

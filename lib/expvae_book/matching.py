@@ -75,7 +75,9 @@ def _groups(row: dict[str, Any], runs: Sequence[Run]) -> dict[Configuration, lis
     return groups
 
 
-def measure(run: Run, metric: str, method: str, subset: str) -> tuple[float, float | None, float | None] | None:
+def measure(
+    run: Run, metric: str, method: str = "", subset: str = ""
+) -> tuple[float, float | None, float | None] | None:
     """Value, low and high of a metric of a run, or None where the run has no such number."""
     if metric.startswith(RECORD_PREFIX):
         entry: Any = run.record
@@ -151,9 +153,8 @@ def cut_short(run: Run) -> bool:
     return run.record["budget"]["used"] < run.record["budget"]["asked"]
 
 
-def budget_text(run: Run) -> str:
-    """The budget of a run in words, such as "20 of 100 epochs"."""
+def budget_text(run: Run, form: str = "") -> str:
+    """The budget of a run in words, such as "20 of 100 epochs", each number written in a form."""
     budget = run.record["budget"]
-    if budget["used"] == budget["asked"]:
-        return f"{budget['used']} {budget['unit']}"
-    return f"{budget['used']} of {budget['asked']} {budget['unit']}"
+    asked = "" if budget["used"] == budget["asked"] else f" of {budget['asked']:{form}}"
+    return f"{budget['used']:{form}}{asked} {budget['unit']}"

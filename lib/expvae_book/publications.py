@@ -2,7 +2,6 @@
 
 import csv
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ COLUMNS = (
     *("source", "quoted_by", "where", "dataset", "setting", "metric", "value", "low", "high", "unit", "note"),
     *("chapter", "our_metric", "our_method", "our_subset", "our_parameters"),
 )
+NUMBER = r"(-?[0-9]+(\.[0-9]+)?(e-?[0-9]+)?)?"  # finite, or blank
+PAIRS = r"([^;]*=[^;]*(;[^;]*=[^;]*)*)?"
 RECORD_PREFIX = "record:"  # our_metric "record:recipe.batch_size" is an entry of the record, not a row of its metrics
 
 
@@ -40,66 +41,55 @@ def read(folder: str | Path | None = None) -> pd.DataFrame:
         ValueError: If a row is not valid; the sentence names the file and the line.
     """
     folder = repository() / "book" / "reported" if folder is None else Path(folder)
-    files = sorted(folder.glob("*.csv"))
-    if not files:
-        raise ValueError(f"there is no CSV file of published numbers in {folder}")
     rows = []
-    first_line: dict[tuple[str, ...], str] = {}
-    for file in files:
+    for file in sorted(folder.glob("*.csv")):
         with file.open(newline="", encoding="utf-8") as lines:
             reader = csv.reader(lines)
             if tuple(next(reader, ())) != COLUMNS:
                 raise ValueError(f"{file.name} line 1: the columns must be {','.join(COLUMNS)}")
             for cells in reader:
                 place = f"{file.name} line {reader.line_num}"
-                problem = _problem(cells)
-                if problem is None and tuple(cells) in first_line:
-                    problem = f"it repeats {first_line[tuple(cells)]}"
-                if problem is not None:
-                    raise ValueError(f"{place}: {problem}")
-                first_line[tuple(cells)] = place
-                row: dict[str, Any] = dict(zip(COLUMNS, cells, strict=True))
-                row |= {"published": _as_published(row), "table": file.stem}
-                rows.append(row | {column: _number(row[column]) for column in ("value", "low", "high")})
-    return pd.DataFrame(rows, columns=[*COLUMNS, "published", "table"])
+                if len(cells) != len(COLUMNS):
+                    raise ValueError(f"{place}: it has {len(cells)} cells and needs {len(COLUMNS)}")
+                rows.append([*cells, file.stem, place])
+    if not rows:
+        raise ValueError(f"there is no CSV file of published numbers in {folder}")
+    table = pd.DataFrame(rows, columns=[*COLUMNS, "table", "place"])
+    numbers = _numbers(table)
+    table["published"] = [_as_published(row) for row in table.to_dict("records")]
+    return table.assign(**numbers)[[*COLUMNS, "published", "table"]]
 
 
-def _problem(cells: Sequence[str]) -> str | None:
-    """What is wrong with a row of a CSV file, or None."""
-    if len(cells) != len(COLUMNS):
-        return f"it has {len(cells)} cells and needs {len(COLUMNS)}"
-    row = dict(zip(COLUMNS, cells, strict=True))
-    for column, valid in (("source", SOURCES), ("quoted_by", QUOTED_BY)):
-        if row[column] not in valid:
-            return f"{column}={row[column]!r} must be one of: {', '.join(valid)}"
-    for column in ("where", "dataset", "metric"):
-        if not row[column]:
-            return f"{column} is blank"
-    for column in ("value", "low", "high"):
-        try:
-            number = _number(row[column])
-        except ValueError:
-            return f"{column}={row[column]!r} is not a number"
-        if row[column] and not math.isfinite(number):
-            return f"{column}={row[column]!r} is not a finite number"
-    if bool(row["low"]) != bool(row["high"]):
-        return "low and high must be given together"
-    if not row["value"] and not row["low"]:
-        return "it needs a value, or low and high"
-    value, low, high = (_number(row[column]) for column in ("value", "low", "high"))
-    if low > high or value < low or value > high:
-        return f"low, value and high must rise: {row['low']}, {row['value']}, {row['high']}"
-    if row["our_metric"] and not row["chapter"]:
-        return "our_metric needs a chapter"
-    if not row["our_metric"] and (row["our_method"] or row["our_subset"] or row["our_parameters"]):
-        return "our_method, our_subset and our_parameters need our_metric"
-    if any("=" not in pair for pair in row["our_parameters"].split(";") if row["our_parameters"]):
-        return f"our_parameters={row['our_parameters']!r} must be name=value pairs, separated by ';'"
-    return None
+def _numbers(table: pd.DataFrame) -> pd.DataFrame:
+    """The numbers of the rows that were read, NaN where blank.
 
-
-def _number(text: str) -> float:
-    return float(text) if text else math.nan
+    Raises:
+        ValueError: If a row is not valid.
+    """
+    text, blank = table[["value", "low", "high"]], table == ""
+    finite = text.apply(lambda column: column.str.fullmatch(NUMBER))
+    numbers = text.where(finite & (text != ""), math.nan).astype(float)
+    value, low, high = (numbers[name] for name in numbers)
+    pairs = table["our_parameters"].str.fullmatch(PAIRS)
+    ours = blank[["our_method", "our_subset", "our_parameters"]].all(axis=1)
+    wrong = {
+        "source={source!r} must be one of: " + ", ".join(SOURCES): ~table["source"].isin(SOURCES),
+        "quoted_by={quoted_by!r} must be one of: " + ", ".join(QUOTED_BY): ~table["quoted_by"].isin(QUOTED_BY),
+        **{f"{name} is blank": blank[name] for name in ("where", "dataset", "metric")},
+        **{f"{name}={{{name}!r}} is not a finite number": ~finite[name] for name in finite},
+        "low and high must be given together": blank["low"] != blank["high"],
+        "it needs a value, or low and high": blank["value"] & blank["low"],
+        "low, value and high must rise: {low}, {value}, {high}": (low > high) | (value < low) | (value > high),
+        "our_metric needs a chapter": ~blank["our_metric"] & blank["chapter"],
+        "our_method, our_subset and our_parameters need our_metric": blank["our_metric"] & ~ours,
+        "our_parameters={our_parameters!r} must be name=value pairs, separated by ';'": ~pairs,
+        "it repeats {first}": table.duplicated(list(COLUMNS)),
+    }
+    table = table.assign(first=table.groupby(list(COLUMNS))["place"].transform("first"))
+    for sentence, rows in wrong.items():
+        for row in table[rows].to_dict("records"):
+            raise ValueError(f"{row['place']}: {sentence.format_map(row)}")
+    return numbers
 
 
 def _as_published(row: dict[str, Any]) -> str:

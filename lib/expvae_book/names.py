@@ -13,6 +13,7 @@ CHANGE = "pixel AUROC, change"
 BEST_IOU = "best IoU (oracle)"
 PARAMETERS = "parameters"
 RECONSTRUCTION = "reconstruction per image"
+BY_MEAN_IMAGE = "reconstruction per image, mean image"
 KL = "KL per image"
 ACTIVE = "active units"
 

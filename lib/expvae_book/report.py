@@ -2,7 +2,8 @@
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -68,16 +69,14 @@ def to_html(table: pd.DataFrame, caption: str, *, pages: str | None = None, belo
         table = table.assign(**{pages: "page:" + table[pages]})
     with pd.option_context("display.max_colwidth", None):  # otherwise pandas cuts long texts
         body = table.to_html(index=False, na_rep="", border=0, justify="left", classes="published")
-    if pages is not None:
-        body = re.sub(r"<td>page:(\w+)</td>", r'<td><a href="\1.html">\1</a></td>', body)
+    body = re.sub(r"<td>page:(\w+)</td>", r'<td><a href="\1.html">\1</a></td>', body)
+    head, *rows = body.split("    </tr>\n")
+    lines = [""] * len(rows)
     if below:
-        head, *rows = body.split("    </tr>\n")
         wide = f'    <tr>\n      <td colspan="{len(table.columns)}">{{}}</td>\n    </tr>\n'
-        lines = [
-            wide.format("<br>".join(f"<em>{html.escape(name)}.</em> {html.escape(row[name])}" for name in below))
-            for row in texts.to_dict("records")
-        ]
-        body = head + "".join(f"    </tr>\n{line}{rest}" for line, rest in zip(["", *lines], rows, strict=True))
+        named = texts.apply(lambda text: f"<em>{html.escape(text.name)}.</em> " + text.map(html.escape))
+        lines[1:] = [wide.format("<br>".join(row)) for row in named.to_numpy()]
+    body = head + "".join(f"    </tr>\n{line}{rest}" for line, rest in zip(lines, rows, strict=True))
     body = body.replace("\\n", "<br>").replace("<th>", '<th scope="col">').replace("<td", f'<td style="{CELL}"')
     width = (5 if below else 7) * len(table.columns)  # long texts are read across a narrow screen, not scrolled
     body = body.replace("<table", f'<table style="min-width: {width}rem"', 1)
@@ -85,10 +84,44 @@ def to_html(table: pd.DataFrame, caption: str, *, pages: str | None = None, belo
     return f'<div style="overflow-x: auto" role="region" tabindex="0" aria-label="{caption}">\n{body}\n</div>'
 
 
-def what_held(chapter: str) -> str:
-    """The verdicts on the claims that a chapter tests, each with its evidence and criterion beneath, as HTML."""
+def show(table: pd.DataFrame, caption: str, **layout: Any) -> None:
+    """Show a table on the page, laid out as `to_html` takes it."""
+    from IPython.display import HTML, display
+
+    display(HTML(to_html(table, caption, **layout)))
+
+
+def what_held(chapter: str) -> None:
+    """Show the verdicts on the claims that a chapter tests, each with its evidence and criterion beneath."""
     verdicts = claims.verdicts(runs.find())
     columns = {"claim": "Claim", "claimed_by": "Claimed by", "verdict": "Verdict"}
     columns |= {"evidence": "Evidence", "criterion": "Criterion"}
     table = verdicts.loc[verdicts["chapter"] == chapter, list(columns)].rename(columns=columns)
-    return to_html(table, "Verdicts, by code, from the stored runs on real data.", below=["Evidence", "Criterion"])
+    show(table, "Verdicts, by code, from the stored runs on real data.", below=["Evidence", "Criterion"])
+
+
+Cell = (
+    tuple[str, ...] | Callable[[runs.Run], Any]
+)  # metric, method, subset and form of a number, or what makes the cell
+
+
+def cells(run: runs.Run, columns: Mapping[str, Cell]) -> dict[str, Any]:
+    """A line on a run; the cell of a number that it does not have is blank."""
+    return {name: cell(run) if callable(cell) else run.text(*cell, lacking="") for name, cell in columns.items()}
+
+
+def stored_runs(chapter: str, told_by: Sequence[str], columns: Mapping[str, Cell]) -> pd.DataFrame:
+    """Every stored run of a chapter: what tells it apart, its data, its budget, some of its numbers and its state.
+
+    Args:
+        chapter: Name of the chapter.
+        told_by: Parameters of a run, or facts of its training.
+        columns: The numbers.
+    """
+    lines = []
+    for run in runs.find(chapter):
+        facts, budget = run.parameters | run.record.get("training", {}), run.record["budget"]
+        line = {name: facts[name] for name in told_by} | {"data": run.card.mark or "complete"}
+        line[budget["unit"]] = f"{budget['used']:,} of {budget['asked']:,}"
+        lines.append(line | cells(run, columns) | {"state": run.state})
+    return pd.DataFrame(lines)

@@ -1,13 +1,12 @@
 """The claims of the paper and the reports, with criteria stated beforehand, and the verdict on each."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pandas as pd
 
 from expvae_book import judges, sprite_judges
 from expvae_book.judging import Judge, Verdict
-from expvae_book.matching import data_kind
 from expvae_book.publications import read
 from expvae_book.runs import Run
 
@@ -36,7 +35,7 @@ class Claim:
 
 def decide(claim: Claim, runs: Iterable[Run], reported: pd.DataFrame) -> Verdict:
     """The verdict on a claim; "not yet tested" where no run on real data or no judge exists."""
-    real = [run for run in runs if run.chapter == claim.chapter and data_kind(run) != "sample"]
+    real = [run for run in runs if run.chapter == claim.chapter and run.card.kind != "sample"]
     if not real:
         return Verdict("not yet tested", f"No run of the chapter {claim.chapter} on real data is stored.")
     if claim.judge is None:
@@ -48,22 +47,9 @@ def verdicts(runs: Iterable[Run], reported: pd.DataFrame | None = None) -> pd.Da
     """The verdict on every claim: columns id, claim, claimed_by, chapter, criterion, verdict, evidence and runs."""
     runs = list(runs)
     reported = read() if reported is None else reported
-    lines = []
-    for claim in CLAIMS:
-        verdict = decide(claim, runs, reported)
-        lines.append(
-            {
-                "id": claim.id,
-                "claim": claim.text,
-                "claimed_by": claim.claimed_by,
-                "chapter": claim.chapter,
-                "criterion": claim.criterion,
-                "verdict": verdict.verdict,
-                "evidence": verdict.evidence,
-                "runs": ", ".join(verdict.runs),
-            }
-        )
-    return pd.DataFrame(lines)
+    table = pd.DataFrame(asdict(claim) | asdict(decide(claim, runs, reported)) for claim in CLAIMS)
+    table["runs"] = table["runs"].map(", ".join)
+    return table.rename(columns={"text": "claim"}).drop(columns="judge")
 
 
 _MNIST_RUNS = (

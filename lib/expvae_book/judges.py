@@ -17,16 +17,14 @@ from expvae_book.judging import (
     alike,
     graded,
     incomplete,
-    interval,
     judging,
     measured,
     pixel_scores,
     published,
-    short,
     unless,
     with_interval,
 )
-from expvae_book.matching import measure, shown
+from expvae_book.matching import measure, short, shown
 from expvae_book.names import ATTENTION, AUROC
 from expvae_book.publications import with_unit
 from expvae_book.runs import Run
@@ -101,8 +99,8 @@ def judge_less_intuitive(method: str, beside: str) -> Judge:
 
     def decide(runs: list[Run], reported: pd.DataFrame) -> Graded:
         row = published(reported, "R1", "MNIST", names.LESS_INTUITIVE)
-        ours = [interval(run, names.LESS_INTUITIVE, method, OUTLIERS) for run in runs]
-        meet = [100 * low <= row["high"] and 100 * high >= row["low"] for low, high in ours]
+        ours = [run.metric(names.LESS_INTUITIVE, method, OUTLIERS) for run in runs]
+        meet = [100 * share["low"] <= row["high"] and 100 * share["high"] >= row["low"] for share in ours]
         shares = "; ".join(_per_digit(runs, names.LESS_INTUITIVE, name, "%") for name in (method, beside))
         return graded(all(meet), any(meet)), (
             f"Share of maps with a pixel AUROC below one half — {shares}. Published: {row['published']}. "
@@ -139,15 +137,12 @@ def _per_digit(runs: Sequence[Run], metric: str, method: str, unit: str = "") ->
     parts = []
     for digit in MNIST_DIGITS:
         same = [run for (run,) in measured(metric, method, OUTLIERS)(runs) if run.parameters["digit"] == digit]
-        if not same:
-            continue
-        value, low, high = (
-            [shown(scale * number, unit, False) for number in numbers if number is not None]
-            for numbers in zip(*(measure(run, metric, method, OUTLIERS) for run in same), strict=True)
-        )
-        ends = dict.fromkeys((min(value, key=float), max(value, key=float)))
-        covered = f"; intervals {min(low, key=float)} to {max(high, key=float)}" if low and high else ""
-        parts.append(f"{with_unit('–'.join(ends), unit)} (digit {digit}{covered})")
+        if same:
+            rows = pd.DataFrame([run.metric(metric, method, OUTLIERS) for run in same])
+            ends = (rows["value"].min(), rows["value"].max(), rows["low"].min(), rows["high"].max())
+            least, greatest, low, high = (shown(scale * end, unit, False) for end in ends)
+            values = with_unit("–".join(dict.fromkeys((least, greatest))), unit)
+            parts.append(f"{values} (digit {digit}; intervals {low} to {high})")
     return f"{method}: {', '.join(parts)}"
 
 
@@ -288,9 +283,9 @@ def grade_mvtec_published(runs: Sequence[Run], reported: pd.DataFrame) -> int:
     """Whether AUROC and IoU reach the paper's in two categories of three, or one of them, or all AUROC beat chance."""
     enough = []
     for metric, ours in ((AUROC, AUROC), ("IoU", names.BEST_IOU)):
-        reached = [interval(run, ours, ATTENTION)[1] >= _of_paper(run, reported, metric) for run in runs]
+        reached = [run.metric(ours, ATTENTION)["high"] >= _of_paper(run, reported, metric) for run in runs]
         enough.append(3 * sum(reached) >= 2 * len(runs))
-    beats_chance = all(interval(run, AUROC, ATTENTION)[0] > 0.5 for run in runs)
+    beats_chance = all(run.metric(AUROC, ATTENTION)["low"] > 0.5 for run in runs)
     return graded(all(enough), any(enough) or beats_chance)
 
 
@@ -341,7 +336,7 @@ def _decide_discrepancies(runs: list[Run], reported: pd.DataFrame) -> Graded:
     all_there = {run.parameters["dataset"] for run in runs} >= set(ABLATION_DATA_SETS)
     held, refuted = 0, 0
     for switches in ABLATION_STEPS.values():
-        effects = {effect(_change(run, switch), ABLATION_MARGIN) for run in runs for switch in switches}
+        effects = {effect(run.metric(names.CHANGE, *switch), ABLATION_MARGIN) for run in runs for switch in switches}
         refuted += "effect" in effects
         held += all_there and effects == {"hardly any effect"}
     changes = "; ".join(map(_changes_shown, runs)) or "no model of complete data, trained to its last epoch"
@@ -360,15 +355,11 @@ def _largest(runs: Sequence[Run]) -> list[tuple[Run]]:
     return [(run,) for run in runs if any(run is one for one in largest.values())]
 
 
-def _change(run: Run, switch: tuple[str, str]) -> dict[str, Any]:
-    return run.metric(names.CHANGE, *switch)
-
-
 def _changes_shown(run: Run) -> str:
     """What switching each step changes in a run, in the paper's rule and in the code's, as text."""
     steps = []
     for step, switches in ABLATION_STEPS.items():
-        rows = [_change(run, switch) for switch in switches]
+        rows = [run.metric(names.CHANGE, *switch) for switch in switches]
         paper, code = (
             f"{row['value']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f}; {effect(row, ABLATION_MARGIN)})"
             for row in rows

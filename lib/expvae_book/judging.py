@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from expvae_book.matching import budget_text, cut_short, data_kind, measure
+from expvae_book.matching import measure
 from expvae_book.names import ATTENTION, AUROC
 from expvae_book.runs import Run
 
@@ -97,12 +97,7 @@ def unless(met: object, reason: str) -> str:
 
 def incomplete(run: Run) -> str:
     """What is against a run's data: "partial data"."""
-    return unless(data_kind(run) == "complete", f"{run.card.mark} data")
-
-
-def short(run: Run, form: str = "") -> str:
-    """What is against a run's budget: "20 of 100 epochs"."""
-    return unless(not cut_short(run), budget_text(run, form))
+    return unless(run.card.kind == "complete", f"{run.card.mark} data")
 
 
 def measured(*number: str) -> Callable[[Iterable[Run]], Iterator[tuple[Run]]]:
@@ -123,20 +118,10 @@ def graded(fully: bool, partly: bool) -> int:
     return 2 if fully else int(partly)
 
 
-def interval(run: Run, metric: str, method: str, subset: str = "") -> Interval | None:
-    """Low and high of a metric, both its value where it has none; None where the run has no such number."""
-    number = measure(run, metric, method, subset)
-    if number is None:
-        return None
-    value, low, high = number
-    return (value if low is None else low, value if high is None else high)
-
-
 def pixel_scores(run: Run, subset: str = "") -> dict[str, Interval]:
     """Interval of the pixel AUROC of every method of a run."""
-    methods = [row["method"] for row in run.record["metrics"] if row["metric"] == AUROC]
-    scores = {method: interval(run, AUROC, method, subset) for method in methods}
-    return {method: score for method, score in scores.items() if score is not None}
+    rows = [row for row in run.record["metrics"] if (row["metric"], row["subset"]) == (AUROC, subset)]
+    return {row["method"]: (row["low"], row["high"]) for row in rows if row["value"] is not None}
 
 
 def above_baselines(scores: dict[str, Interval], method: str = ATTENTION) -> bool:
@@ -157,7 +142,7 @@ def published(reported: pd.DataFrame, source: str, dataset: str, metric: str, se
     return reported[(reported[list(wanted)] == pd.Series(wanted)).all(axis=1)].iloc[0].to_dict()
 
 
-def seed_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+def seed_interval(values: Sequence[float] | pd.Series, level: float = 0.95) -> Interval:
     """Student's interval of the mean of what several seeds gave.
 
     Raises:

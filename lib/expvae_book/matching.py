@@ -27,7 +27,7 @@ def beside(reported: pd.DataFrame, runs: Iterable[Run]) -> pd.DataFrame:
         interval; several with their mean, number and range; then the marks), `configuration` and `runs` (labels). A
         row without a run of ours says so in `ours`.
     """
-    real = [run for run in runs if data_kind(run) != "sample"]
+    real = [run for run in runs if run.card.kind != "sample"]
     lines = []
     for row in reported.to_dict("records"):
         wanted = dict(pair.split("=", 1) for pair in row["our_parameters"].split(";") if pair)
@@ -36,7 +36,8 @@ def beside(reported: pd.DataFrame, runs: Iterable[Run]) -> pd.DataFrame:
         for (parameters, _, _), same in groups.items():
             name = ", ".join(pair for pair in parameters if pair not in shared)
             labels = {"configuration": ", ".join(parameters), "runs": ", ".join(run.label for run, _ in same)}
-            lines.append(row | labels | {"ours": f"{name}: " * bool(name) + _summary(row, same)})
+            ours = f"{name}: {_summary(row, same)}" if name else _summary(row, same)
+            lines.append(row | labels | {"ours": ours})
         if not groups:
             lines.append(row | {"ours": _absent(row["chapter"], wanted), "configuration": "", "runs": ""})
     return pd.DataFrame(lines, columns=[*reported.columns, "ours", "configuration", "runs"])
@@ -67,7 +68,7 @@ def _groups(
         number = measure(run, row["our_metric"], row["our_method"], row["our_subset"])
         if number is not None:
             parameters = tuple(f"{name}={value}" for name, value in given.items() if name != "seed")
-            groups[parameters, data_kind(run), budget_text(run)].append((run, number))
+            groups[parameters, run.card.kind, budget_text(run)].append((run, number))
     return groups
 
 
@@ -92,15 +93,12 @@ def _summary(row: dict[str, Any], same: list[tuple[Run, Number]]) -> str:
     share = "" if outdated == len(runs) else f"{outdated} of {len(runs)} "
     # A time says nothing without the machine; that of the training may be another than that of the run.
     trained_on = dict.fromkeys(run.record.get("weights", {}).get("device", run.record["device"]) for run in runs)
-    marks = {
-        f"{runs[0].card.mark} data": runs[0].card.mark,
-        budget_text(runs[0]): cut_short(runs[0]),
-        f"{share}outdated": outdated,
-        "; ".join(trained_on): unit == "s",
-    }
+    mark = runs[0].card.mark
+    marks = [f"{mark} data" if mark else "", short(runs[0]), f"{share}outdated" if outdated else ""]
+    marks += ["; ".join(trained_on)] if unit == "s" else []
     mean = with_unit(text(sum(values) / len(values)), unit)
     mean += f" ({', '.join(spread)})" if spread else ""
-    return " · ".join([mean, *(mark for mark, applies in marks.items() if applies)])
+    return " · ".join([mean, *filter(None, marks)])
 
 
 def measure(
@@ -128,18 +126,14 @@ def shown(number: float, unit: str, exact: bool) -> str:
     return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:#.3g}".rstrip(".")
 
 
-def data_kind(run: Run) -> str:
-    """The kind of data that a run used, as its card says."""
-    return run.record["data"]["kind"]
-
-
-def cut_short(run: Run) -> bool:
-    """Whether a run used less of its budget than its recipe asks for."""
-    return run.record["budget"]["used"] < run.record["budget"]["asked"]
-
-
 def budget_text(run: Run, form: str = "") -> str:
     """The budget of a run in words, such as "20 of 100 epochs", each number written in a form."""
     budget = run.record["budget"]
     asked = "" if budget["used"] == budget["asked"] else f" of {budget['asked']:{form}}"
     return f"{budget['used']:{form}}{asked} {budget['unit']}"
+
+
+def short(run: Run, form: str = "") -> str:
+    """The budget in words of a run that used less of it than its recipe asks for; otherwise blank."""
+    budget = run.record["budget"]
+    return budget_text(run, form) if budget["used"] < budget["asked"] else ""

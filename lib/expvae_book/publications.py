@@ -101,9 +101,7 @@ def _as_published(row: dict[str, Any]) -> str:
 
 
 def _digits(text: str, unit: str) -> str:
-    if not text:
-        return ""
-    if unit == "s":
+    if text and unit == "s":
         return duration(float(text))
     return f"{int(text):,}" if text.isdecimal() else text
 

@@ -15,9 +15,9 @@ from expvae_book.judging import (
     judging,
     measured,
     seed_interval,
-    short,
     unless,
 )
+from expvae_book.matching import short
 from expvae_book.runs import Run
 
 DSPRITES_GAMMAS = (10, 20, 30, 40)  # of the paper's figure
@@ -28,7 +28,6 @@ SPRITE_METRIC = (names.METRIC, names.REFERENCE, next(iter(names.COLLAPSED)))
 SPRITE_OVERLAP = (names.OVERLAP, "conv4", names.PAIRS[0])
 
 Models = dict[tuple[int | float, int | float, int | float], dict[int, Run]]  # β, γ and λ -> seed -> run
-Scores = dict[int, float]  # seed -> number
 
 
 def judge_dsprites(grade: Callable[[Models], int | None], *number: str) -> Judge:
@@ -86,32 +85,28 @@ def _by_gamma(
         passed = []
         for gamma in DSPRITES_GAMMAS:
             runs = [models.get((1, gamma, weight), {}) for weight in lambdas]
-            scores = [{seed: run.metric(*number)["value"] for seed, run in of_one.items()} for of_one in runs]
+            scores = [pd.Series({seed: run.metric(*number)["value"] for seed, run in one.items()}) for one in runs]
             passed.append(passes(*scores) if min(map(len, scores)) > 1 else None)
         return None if None in passed else graded(all(passed), any(passed))
 
     return grade
 
 
-def _raises_metric(without: Scores, with_loss: Scores) -> bool | None:
+def _raises_metric(without: pd.Series, with_loss: pd.Series) -> bool | None:
     """Whether the paired interval over seeds of the difference in the metric lies above zero."""
-    differences = [with_loss[seed] - without[seed] for seed in with_loss.keys() & without.keys()]
+    differences = (with_loss - without).dropna()
     return seed_interval(differences)[0] > 0 if len(differences) > 1 else None
 
 
-def _separates_maps(without: Scores, with_loss: Scores) -> bool:
+def _separates_maps(without: pd.Series, with_loss: pd.Series) -> bool:
     """Whether the interval over seeds of the overlap with the loss lies below the one without."""
-    return _over_seeds(with_loss)[1] < _over_seeds(without)[0]
+    return seed_interval(with_loss)[1] < seed_interval(without)[0]
 
 
-def _largest_is_best(*scores: Scores) -> bool:
+def _largest_is_best(*scores: pd.Series) -> bool:
     """Whether the interval over seeds of the metric at the largest λ lies above those at the smaller ones."""
-    *smaller, largest = map(_over_seeds, scores)
+    *smaller, largest = map(seed_interval, scores)
     return all(largest[0] > high for _, high in smaller)
-
-
-def _over_seeds(scores: Scores) -> tuple[float, float]:
-    return seed_interval(list(scores.values()))
 
 
 grade_dsprites_metric = _by_gamma(SPRITE_METRIC, (0, 1), _raises_metric)

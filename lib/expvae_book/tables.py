@@ -8,6 +8,7 @@ import pandas as pd
 from expvae.metrics import CONVENTIONS
 from expvae_book import judges, names, publications, runs
 from expvae_book.data.catalogue import MOTIFS
+from expvae_book.matching import budget_text
 from expvae_book.names import ATTENTION, AUROC, BASELINES, ERROR, METHODS, plain
 from expvae_book.places import REPOSITORY
 from expvae_book.report import cells, stored_runs
@@ -74,7 +75,9 @@ def results(report: str, found: Found, command: Callable[[str], str]) -> pd.Data
             NOT_AT_HAND if run is None else run.text(ours, ATTENTION, lacking="no masks") for run in found.values()
         ]
         mean[f"{metric}, ours"] = _decimals(values.mean())
-    table["Trained on"] = [command(category) if run is None else _budget(run) for category, run in found.items()]
+    table["Trained on"] = [
+        command(category) if run is None else budget_text(run, ",") for category, run in found.items()
+    ]
     table["Data"] = ["" if run is None else run.card.mark or "complete" for run in found.values()]
     number = len(_values(found, AUROC))
     if number:
@@ -273,11 +276,6 @@ def _values(found: Found, metric: str, method: str = ATTENTION, subset: str = ""
 
 def _relative_cost(run: Run) -> float:
     return run.metric(names.RECONSTRUCTION)["value"] / run.metric(names.BY_MEAN_IMAGE)["value"]
-
-
-def _budget(run: Run) -> str:
-    budget = run.record["budget"]
-    return f"{budget['used']:,} of {budget['asked']:,} {budget['unit']}"
 
 
 def _decimals(value: float) -> str:

@@ -12,7 +12,6 @@ from expvae_book import names
 from expvae_book.judging import (
     Graded,
     Judge,
-    Verdict,
     above_baselines,
     alike,
     graded,
@@ -52,19 +51,17 @@ ABLATION_MARGIN = 0.01  # up to which a change in pixel AUROC counts as hardly a
 def judge_parameters(dataset: str) -> Judge:
     """Judge whether our model has as many parameters as the first report prints."""
 
-    def judge(runs: Sequence[Run], reported: pd.DataFrame) -> Verdict:
-        of_reports = [run for run in runs if run.parameters["recipe"] not in OTHER_NETWORKS]
-        counts = {
-            run.label: round(measure(run, names.PARAMETERS)[0]) for (run,) in measured(names.PARAMETERS)(of_reports)
-        }
-        if not counts:
-            return Verdict("not yet tested", "No stored run records the number of parameters.")
-        row = published(reported, "R1", dataset, names.PARAMETERS)
-        ours = ", ".join(f"{count:,}" for count in sorted(set(counts.values())))
-        outcome = "held" if set(counts.values()) == {int(row["value"])} else "did not hold"
-        return Verdict(outcome, f"Our model has {ours}; published: {row['published']}.", tuple(counts))
+    def of_reports(runs: Sequence[Run]) -> Iterable[Sequence[Run]]:
+        return measured(names.PARAMETERS)(run for run in runs if run.parameters["recipe"] not in OTHER_NETWORKS)
 
-    return judge
+    def decide(runs: list[Run], reported: pd.DataFrame) -> Graded:
+        row = published(reported, "R1", dataset, names.PARAMETERS)
+        counts = {round(run.metric(names.PARAMETERS)["value"]) for run in runs}
+        ours = ", ".join(f"{count:,}" for count in sorted(counts))
+        return graded(counts == {int(row["value"])}, False), f"Our model has {ours}; published: {row['published']}."
+
+    lacking = "No stored run records the number of parameters."
+    return judging(decide, lambda run: [], units=of_reports, lacking=lambda runs: unless(runs, lacking))
 
 
 # --- MNIST -----------------------------------------------------------------------------------------------------------

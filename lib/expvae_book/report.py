@@ -91,18 +91,19 @@ def show(table: pd.DataFrame, caption: str, **layout: Any) -> None:
     display(HTML(to_html(table, caption, **layout)))
 
 
+def titled(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """Some columns of a table, such as that of the verdicts, with their names as they are printed."""
+    return table[list(columns)].rename(columns=lambda name: name.replace("_", " ").capitalize())
+
+
 def what_held(chapter: str) -> None:
     """Show the verdicts on the claims that a chapter tests, each with its evidence and criterion beneath."""
-    verdicts = claims.verdicts(runs.find())
-    columns = {"claim": "Claim", "claimed_by": "Claimed by", "verdict": "Verdict"}
-    columns |= {"evidence": "Evidence", "criterion": "Criterion"}
-    table = verdicts.loc[verdicts["chapter"] == chapter, list(columns)].rename(columns=columns)
+    verdicts = claims.verdicts(runs.find()).query("chapter == @chapter")
+    table = titled(verdicts, "claim", "claimed_by", "verdict", "evidence", "criterion")
     show(table, "Verdicts, by code, from the stored runs on real data.", below=["Evidence", "Criterion"])
 
 
-Cell = (
-    tuple[str, ...] | Callable[[runs.Run], Any]
-)  # metric, method, subset and form of a number, or what makes the cell
+Cell = tuple[str, ...] | Callable[[runs.Run], Any]  # what run.text takes of a number, or what makes the cell
 
 
 def cells(run: runs.Run, columns: Mapping[str, Cell]) -> dict[str, Any]:

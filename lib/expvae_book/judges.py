@@ -19,13 +19,12 @@ from expvae_book.judging import (
     judging,
     measured,
     pixel_scores,
-    published,
     unless,
     with_interval,
 )
 from expvae_book.matching import measure, short, shown
 from expvae_book.names import ATTENTION, AUROC
-from expvae_book.publications import with_unit
+from expvae_book.publications import select, with_unit
 from expvae_book.runs import Run
 
 Effect = Literal["hardly any effect", "effect", "undecided"]
@@ -55,7 +54,7 @@ def judge_parameters(dataset: str) -> Judge:
         return measured(names.PARAMETERS)(run for run in runs if run.parameters["recipe"] not in OTHER_NETWORKS)
 
     def decide(runs: list[Run], reported: pd.DataFrame) -> Graded:
-        row = published(reported, "R1", dataset, names.PARAMETERS)
+        row = select(reported, source="R1", dataset=dataset, metric=names.PARAMETERS).iloc[0]
         counts = {round(run.metric(names.PARAMETERS)["value"]) for run in runs}
         ours = ", ".join(f"{count:,}" for count in sorted(counts))
         return graded(counts == {int(row["value"])}, False), f"Our model has {ours}; published: {row['published']}."
@@ -95,7 +94,7 @@ def judge_less_intuitive(method: str, beside: str) -> Judge:
     """Judge whether the measured share of less intuitive maps agrees with the one counted by eye."""
 
     def decide(runs: list[Run], reported: pd.DataFrame) -> Graded:
-        row = published(reported, "R1", "MNIST", names.LESS_INTUITIVE)
+        row = select(reported, source="R1", dataset="MNIST", metric=names.LESS_INTUITIVE).iloc[0]
         ours = [run.metric(names.LESS_INTUITIVE, method, OUTLIERS) for run in runs]
         meet = [100 * share["low"] <= row["high"] and 100 * share["high"] >= row["low"] for share in ours]
         shares = "; ".join(_per_digit(runs, names.LESS_INTUITIVE, name, "%") for name in (method, beside))
@@ -233,7 +232,7 @@ def grade_ucsd_auroc(layers: Sequence[Run], reported: pd.DataFrame) -> int:
     """Whether each layer reaches the paper's AUROC, or at least lies above one half and above every baseline."""
     grades = []
     for run in layers:
-        paper = published(reported, "paper", "UCSD Ped1", AUROC, run.parameters["layer"])["value"]
+        paper = _of_paper(reported, "UCSD Ped1", AUROC, run.parameters["layer"])
         scores = pixel_scores(run, CLIPS)
         low, high = scores[ATTENTION]
         grades.append(graded(low > 0.5 and high >= paper, low > 0.5 and above_baselines(scores)))
@@ -280,14 +279,19 @@ def grade_mvtec_published(runs: Sequence[Run], reported: pd.DataFrame) -> int:
     """Whether AUROC and IoU reach the paper's in two categories of three, or one of them, or all AUROC beat chance."""
     enough = []
     for metric, ours in ((AUROC, AUROC), ("IoU", names.BEST_IOU)):
-        reached = [run.metric(ours, ATTENTION)["high"] >= _of_paper(run, reported, metric) for run in runs]
+        reached = [
+            run.metric(ours, ATTENTION)["high"]
+            >= _of_paper(reported, "MVTec AD", metric, names.plain(run.parameters["category"]))
+            for run in runs
+        ]
         enough.append(3 * sum(reached) >= 2 * len(runs))
     beats_chance = all(run.metric(AUROC, ATTENTION)["low"] > 0.5 for run in runs)
     return graded(all(enough), any(enough) or beats_chance)
 
 
-def _of_paper(run: Run, reported: pd.DataFrame, metric: str) -> float:
-    return published(reported, "paper", "MVTec AD", metric, names.plain(run.parameters["category"]))["value"]
+def _of_paper(reported: pd.DataFrame, dataset: str, metric: str, setting: str) -> float:
+    rows = select(reported, source="paper", dataset=dataset, metric=metric, setting=setting)
+    return float(rows["value"].iloc[0])  # both reports may quote it
 
 
 def grade_mvtec_baselines(runs: Sequence[Run], reported: pd.DataFrame) -> int:
@@ -300,7 +304,7 @@ def grade_mvtec_share(runs: Sequence[Run], reported: pd.DataFrame) -> int:
     """Whether the share of maps that miss the anomaly contains the published one, or at least lies above one half."""
     number, missed = missed_maps(runs)
     share = fraction_interval(np.arange(number) < missed)
-    given = published(reported, "R1", "MVTec AD", names.MISSED)["value"] / 100
+    given = select(reported, source="R1", dataset="MVTec AD", metric=names.MISSED)["value"].item() / 100
     return graded(share.low <= given <= share.high, share.low > 0.5)
 
 
@@ -344,12 +348,13 @@ def _ablation_reasons(run: Run) -> list[str]:
     return [incomplete(run), short(run)]
 
 
-def _largest(runs: Sequence[Run]) -> list[tuple[Run]]:
+def _largest(runs: Sequence[Run]) -> Iterable[tuple[Run]]:
     """Of the runs on each model that count, and of those that do not, the one with the most measured images."""
-    largest: dict[tuple[str, str, bool], Run] = {}
-    for run in sorted(runs, key=lambda run: -run.record["test"]["measured"]):
-        largest.setdefault((run.parameters["dataset"], run.parameters["model"], any(_ablation_reasons(run))), run)
-    return [(run,) for run in runs if any(run is one for one in largest.values())]
+    largest = {
+        (run.parameters["dataset"], run.parameters["model"], any(_ablation_reasons(run))): run
+        for run in sorted(runs, key=lambda run: run.record["test"]["measured"])
+    }
+    return zip(run for run in runs if run in largest.values())
 
 
 def _changes_shown(run: Run) -> str:

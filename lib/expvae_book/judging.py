@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -134,12 +134,6 @@ def with_interval(run: Run, name: str, method: str, subset: str = "") -> str:
     """The pixel AUROC of a method as text, such as "conv1 0.605 (0.539–0.659)"."""
     value, low, high = measure(run, AUROC, method, subset)
     return f"{name} {value:.3f} ({low:.3f}–{high:.3f})"
-
-
-def published(reported: pd.DataFrame, source: str, dataset: str, metric: str, setting: str = "") -> dict[str, Any]:
-    """The published number of a data set, in one of its settings if that is given."""
-    wanted = {"source": source, "dataset": dataset, "metric": metric} | ({"setting": setting} if setting else {})
-    return reported[(reported[list(wanted)] == pd.Series(wanted)).all(axis=1)].iloc[0].to_dict()
 
 
 def seed_interval(values: Sequence[float] | pd.Series, level: float = 0.95) -> Interval:

@@ -20,20 +20,18 @@ def wide(table: pd.DataFrame) -> pd.DataFrame:
     Args:
         table: Lines of `beside`.
     """
+    sources = {source: name for source, name in SOURCES.items() if (table["source"] == source).any()}
     lines = []
     for (setting, metric), group in table.groupby(["setting", "metric"], sort=False):
         line = {"Setting": setting, "Quantity": metric}
-        for source, name in SOURCES.items():
-            if (table["source"] == source).any():
-                # The reports quote the same number of the paper with other digits: 0.1 is 0.10.
-                given = group[group["source"] == source].drop_duplicates(["value", "low", "high"])
-                line[name] = ", ".join(given["published"])
-        group = group[group["ours"] != NO_RUN]
-        ours = group["ours"]
-        if group["chapter"].nunique() > 1:  # the same quantity by the protocols of two chapters
-            ours = group["chapter"] + ": " + ours
-        ours = ours.unique()
-        lines.append(line | {"Ours": "\n".join(ours) or NO_RUN})
+        for source, name in sources.items():
+            # The reports quote the same number of the paper with other digits: 0.1 is 0.10.
+            given = group[group["source"] == source].drop_duplicates(["value", "low", "high"])
+            line[name] = ", ".join(given["published"])
+        ours = group[group["ours"] != NO_RUN]
+        several = ours["chapter"].nunique() > 1  # the same quantity by the protocols of two chapters
+        texts = ours["chapter"] + ": " + ours["ours"] if several else ours["ours"]
+        lines.append(line | {"Ours": "\n".join(texts.unique()) or NO_RUN})
     result = pd.DataFrame(lines)
     return result if result["Setting"].any() else result.drop(columns="Setting")
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import pandas as pd
 
 from expvae_book import names
@@ -27,7 +26,7 @@ DSPRITES_WEIGHTS = {"beta": "β", "gamma": "γ", "lambda": "λ"}
 SPRITE_METRIC = (names.METRIC, names.REFERENCE, next(iter(names.COLLAPSED)))
 SPRITE_OVERLAP = (names.OVERLAP, "conv4", names.PAIRS[0])
 
-Models = dict[tuple[int | float, int | float, int | float], dict[int, Run]]  # β, γ and λ -> seed -> run
+Models = Sequence[Run]  # that share all but their weights and seeds
 
 
 def judge_dsprites(grade: Callable[[Models], int | None], *number: str) -> Judge:
@@ -43,7 +42,7 @@ def judge_dsprites(grade: Callable[[Models], int | None], *number: str) -> Judge
         return f"{weights}, seed {run.parameters['seed']}: {number[0]} {run.metric(*number)['value']:.3f}"
 
     def decide(runs: list[Run], reported: pd.DataFrame) -> Graded:
-        grades = [grade(models) for models in _configurations(runs)]
+        grades = [grade(models) for models in _configurations(runs) if models]
         grades = [of_one for of_one in grades if of_one is not None]
         if not grades:
             return None, "Too few whole runs on the complete release to tell."
@@ -64,16 +63,16 @@ def _dsprites_reasons(run: Run) -> list[str]:
 
 def _configurations(runs: Sequence[Run]) -> list[Models]:
     """The models that share all but their weights and seeds; those without the loss belong to those of each loss."""
-    configurations = []
-    for group in alike(runs, *DSPRITES_WEIGHTS, "seed", "attention", "layer", "alpha", "pairs"):
-        for loss in DSPRITES_LOSSES:
-            models: Models = {}
-            for run in group:
-                if run.parameters["attention"] in ("none", loss):
-                    weights = tuple(run.parameters[name] for name in DSPRITES_WEIGHTS)
-                    models.setdefault(weights, {})[run.parameters["seed"]] = run
-            configurations.append(models)
-    return configurations
+    groups = alike(runs, *DSPRITES_WEIGHTS, "seed", "attention", "layer", "alpha", "pairs")
+    of_losses = [("none", loss) for loss in DSPRITES_LOSSES]
+    return [[run for run in group if run.parameters["attention"] in losses] for group in groups for losses in of_losses]
+
+
+def _by_seed(models: Models, *number: str) -> pd.DataFrame:
+    """A number of the models: a line for each β, γ and λ, a column for each seed, NaN where there is no such model."""
+    values = [run.metric(*number)["value"] for run in models]
+    places = [tuple(run.parameters[name] for name in (*DSPRITES_WEIGHTS, "seed")) for run in models]
+    return pd.Series(values, pd.MultiIndex.from_tuples(places)).unstack()
 
 
 def _by_gamma(
@@ -82,10 +81,10 @@ def _by_gamma(
     """Grade at how many γ of the paper the numbers by seed, with β = 1 and each λ, pass a test."""
 
     def grade(models: Models) -> int | None:
+        table = _by_seed(models, *number)
         passed = []
         for gamma in DSPRITES_GAMMAS:
-            runs = [models.get((1, gamma, weight), {}) for weight in lambdas]
-            scores = [pd.Series({seed: run.metric(*number)["value"] for seed, run in one.items()}) for one in runs]
+            scores = [table.reindex([(1, gamma, weight)]).iloc[0].dropna() for weight in lambdas]
             passed.append(passes(*scores) if min(map(len, scores)) > 1 else None)
         return None if None in passed else graded(all(passed), any(passed))
 
@@ -116,20 +115,17 @@ grade_dsprites_weight = _by_gamma(SPRITE_METRIC, DSPRITES_LAMBDAS, _largest_is_b
 
 def grade_dsprites_tradeoff(models: Models) -> int | None:
     """Whether models with the loss dominate all, or some, of those without, in metric and reconstruction."""
-
-    def mean(runs: dict[int, Run], *number: str) -> float:
-        return float(np.mean([run.metric(*number)["value"] for run in runs.values()]))
-
-    def dominated(point: tuple[float, float], by: list[tuple[float, float]]) -> bool:
-        return any(score > point[0] and cost <= point[1] for score, cost in by)
-
-    wanted = {(1, gamma, weight) for gamma in DSPRITES_GAMMAS for weight in (0, 1)}
-    if not wanted <= models.keys() or all(gamma for _, gamma, _ in models):  # a β-VAE belongs to the claim
+    scores, costs = _by_seed(models, *SPRITE_METRIC), _by_seed(models, names.RECONSTRUCTION)
+    seeds = scores.reindex([(1, gamma, weight) for gamma in DSPRITES_GAMMAS for weight in (0, 1)]).count(axis=1)
+    _, gammas, lambdas = (scores.index.get_level_values(level) for level in range(3))
+    if min(seeds) < 2 or all(gammas):  # a β-VAE belongs to the claim
         return None
-    if min(len(models[key]) for key in wanted) < 2:
-        return None
-    points = {key: (mean(runs, *SPRITE_METRIC), mean(runs, names.RECONSTRUCTION)) for key, runs in models.items()}
-    ours = [point for (_, _, weight), point in points.items() if weight]
-    others = [point for (_, _, weight), point in points.items() if not weight]
-    beaten = [dominated(point, ours) for point in others]
-    return graded(all(beaten), any(beaten) and not any(dominated(point, others) for point in ours))
+    points = pd.DataFrame({"score": scores.mean(axis=1), "cost": costs.mean(axis=1)})
+    ours, others = points[lambdas > 0], points[lambdas == 0]
+    beaten = _dominated(others, ours)
+    return graded(all(beaten), any(beaten) and not any(_dominated(ours, others)))
+
+
+def _dominated(points: pd.DataFrame, by: pd.DataFrame) -> list[bool]:
+    """Of each point, whether another has a higher score at no higher cost."""
+    return [bool(((by["score"] > one.score) & (by["cost"] <= one.cost)).any()) for one in points.itertuples()]

@@ -29,8 +29,7 @@ def published(report: str, metric: str) -> pd.DataFrame:
         report: "R1" or "R2", who quotes the paper.
         metric: "pixel AUROC" or "IoU".
     """
-    table = publications.read()
-    rows = table[(table["dataset"] == "MVTec AD") & (table["metric"] == metric) & (table["quoted_by"] == report)]
+    rows = publications.select(publications.read(), dataset="MVTec AD", metric=metric, quoted_by=report)
     return rows.pivot(index="setting", columns="source", values="value")
 
 

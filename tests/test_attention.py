@@ -265,18 +265,71 @@ CHOICES = [
 
 
 def test_every_combination_of_choices_equals_direct_reading():
+    """All of them from one pass through the encoder; a few of them alone are the same."""
     torch.manual_seed(0)
     vae, x_BCYX = SmallVAE(), torch.rand(3, 2, 7, 7)
     normal = (torch.randn(4), torch.randn(4))
-    assert len(CHOICES) == 4 * 3 * 3 * 4 * 2
-    for method in CHOICES:
+    epsilon_BD = torch.randn(3, 4, generator=torch.Generator().manual_seed(2))
+
+    def explained(methods):
         generator = torch.Generator().manual_seed(2)
-        epsilon_BD = torch.randn(3, 4, generator=torch.Generator().manual_seed(2))
+        return attention(vae.encode, "conv1", x_BCYX, methods, normal=normal, generator=generator)
+
+    assert len(CHOICES) == 4 * 3 * 3 * 4 * 2
+    results = explained({method: method for method in CHOICES})
+    assert set(results) == set(CHOICES)
+    for place, (method, result) in enumerate(results.items()):
+        assert result.method == method
         expected = direct(vae, x_BCYX, method, epsilon_BD, normal).detach()
-        result = attention(vae.encode, "conv1", x_BCYX, method, normal=normal, generator=generator)
-        torch.testing.assert_close(
-            result.map_BYX, expected, rtol=1e-4, atol=1e-5 * float(expected.max()), msg=str(method)
-        )
+        close = functools.partial(torch.testing.assert_close, rtol=1e-4, msg=str(method))
+        close(result.map_BYX, expected, atol=1e-5 * float(expected.max()))
+        if place % 7 == 0:
+            alone = explained(method)
+            close(alone.map_BYX, expected, atol=1e-5 * float(expected.max()))
+            close(alone.latents_BD, result.latents_BD, atol=0)
+
+
+def test_several_methods_share_passes(vae, x_BCYX, monkeypatch):
+    passes, calls, grad = [], [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(a) or grad(*a, **k))
+
+    def encode(x):
+        passes.append(len(x))
+        return vae.encode(x)
+
+    def count(methods, **options):
+        passes.clear()
+        calls.clear()
+        results = attention(encode, vae.encoder.conv2, x_BCYX, methods, route="loop", **options)
+        return results, len(passes), len(calls)
+
+    of_sum = {n: Method("sum_of_means", normaliser=n, channels="abs_of_sum") for n in ("image", "batch")}
+    of_sum |= {"mixed": Method("sum_of_means", "mixed"), "Brongers": "brongers2021", "code": "liu2020_code"}
+    results, forward, backward = count(of_sum)
+    assert list(results) == list(of_sum)
+    assert (forward, backward) == (1, 1)
+    of_each = {f"each, {n}": Method("each_mean", normaliser=n, aggregate="sum") for n in ("none", "image", "batch")}
+    results, forward, backward = count(of_sum | of_each)
+    assert (forward, backward) == (1, 1 + 6)
+    for name, method in (of_sum | of_each).items():
+        alone, forward, backward = count(method)
+        torch.testing.assert_close(results[name].map_BYX, alone.map_BYX)
+        assert torch.equal(results[name].latents_BD, alone.latents_BD)
+        assert not results[name].map_BYX.requires_grad
+    after, _, backward = count({"after": Method(tensor="after"), "before": Method()}, latents=[3, 1])
+    assert backward == 4
+    torch.testing.assert_close(after["after"].map_BYX, count(Method(tensor="after"), latents=[3, 1])[0].map_BYX)
+
+
+def test_several_methods_are_parts_of_one_graph(vae, x_BCYX):
+    methods = {"paper": "liu2020_paper", "code": "liu2020_code"}
+    together = attention(vae.encode, "encoder.conv1", x_BCYX, methods, graph="second_order")
+    weight = vae.encoder.conv1.weight
+    for name, result in together.items():
+        (slope,) = torch.autograd.grad(result.map_BYX.square().sum(), weight, retain_graph=True)
+        alone = attention(vae.encode, "encoder.conv1", x_BCYX, methods[name], graph="second_order")
+        (expected,) = torch.autograd.grad(alone.map_BYX.square().sum(), weight)
+        torch.testing.assert_close(slope, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
 
 
 def test_normal_difference_without_noise_is_minus_the_sum_of_means(vae, x_BCYX):
@@ -679,10 +732,11 @@ def test_errors(vae, x_BCYX):
         ValueError, match=r"'conv9' is unknown; convolutions of this model: encoder.conv1, encoder.conv2"
     ):
         attention(vae.encode, "conv9", x_BCYX)
-    with pytest.raises(
-        ValueError, match="'gradcam' is unknown; choose one of: liu2020_paper, liu2020_code, brongers2021"
-    ):
-        attention(vae.encode, "encoder.conv1", x_BCYX, "gradcam")
+    for unknown in ("gradcam", {"first": "liu2020_code", "second": "gradcam"}):
+        with pytest.raises(
+            ValueError, match="'gradcam' is unknown; choose one of: liu2020_paper, liu2020_code, brongers2021"
+        ):
+            attention(vae.encode, "encoder.conv1", x_BCYX, unknown)
     with pytest.raises(ValueError, match="is not reached"):
         attention(vae.encode, "decoder.deconv1", x_BCYX)
     with pytest.raises(TypeError, match="encode is no module"):

@@ -16,28 +16,25 @@ With A the output of the layer and s_i a score (a function of the latents, see M
     M_i    = up(ReLU(L_i))                     the map, brought to the image's resolution bilinearly
     M      = 1/I Σ_i M_i                       the aggregated map
 
-How α is computed, and how fast, is the business of expvae._gradients.
+What A and the scores are, and where they stand in the graph, is the business of expvae._encoder; how α is computed, and
+how fast, that of expvae._gradients.
 """
 
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args, overload
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.module import register_module_forward_pre_hook
 
-from expvae._gradients import ACTIVATIONS, CHUNK_BYTES, Flow, Normaliser, Route, widened
+from expvae._encoder import Score, latents_of, noise, scores_of, through
+from expvae._gradients import CHUNK_BYTES, Normaliser, Route, widened
 
-Score = Literal["each_mean", "sum_of_means", "each_sample", "normal_difference"]
+Name = TypeVar("Name", bound=Hashable)
 TensorChoice = Literal["before", "after", "mixed"]
 Channels = Literal["relu_of_sum", "abs_of_sum", "mean_of_abs", "sum_of_relu"]
 Aggregate = Literal["mean", "sum"]
@@ -201,21 +198,55 @@ class Attention:
         return upsample(self.map_BIHW[:, part], self.size, self.method.align_corners)
 
 
+@overload
 def attention(
     encode: Callable[[Tensor], Tensor | tuple[Tensor, ...]],
     layer: str | nn.Module,
     x_BCYX: Float[Tensor, "b c y x"],
-    method: str | Method = "liu2020_paper",
+    method: str | Method = ...,
     *,
     latents: Sequence[int] | Tensor | None = None,
     normal: tuple[Tensor, Tensor] | None = None,
     generator: torch.Generator | None = None,
     graph: Graph | str = "none",
     route: Route | str = "auto",
-) -> Attention:
+) -> Attention: ...
+
+
+@overload
+def attention(
+    encode: Callable[[Tensor], Tensor | tuple[Tensor, ...]],
+    layer: str | nn.Module,
+    x_BCYX: Float[Tensor, "b c y x"],
+    method: Mapping[Name, str | Method],
+    *,
+    latents: Sequence[int] | Tensor | None = None,
+    normal: tuple[Tensor, Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    graph: Graph | str = "none",
+    route: Route | str = "auto",
+) -> dict[Name, Attention]: ...
+
+
+def attention(
+    encode: Callable[[Tensor], Tensor | tuple[Tensor, ...]],
+    layer: str | nn.Module,
+    x_BCYX: Float[Tensor, "b c y x"],
+    method: str | Method | Mapping[Name, str | Method] = "liu2020_paper",
+    *,
+    latents: Sequence[int] | Tensor | None = None,
+    normal: tuple[Tensor, Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    graph: Graph | str = "none",
+    route: Route | str = "auto",
+) -> Attention | dict[Name, Attention]:
     """Attention maps of a batch of images (Liu et al. 2020, equations 1 to 4; see the module's docstring).
 
     The model is left as it was found: hooks, training flags and the gradients of its parameters are not touched.
+
+    Several methods at once share the pass through the encoder, and those with the same score and place of the gradient
+    its backward passes too, whatever they divide the gradient by and make of it. The maps of each are those of a call
+    with this method alone and the generator in the same state.
 
     Args:
         encode: Maps images to latents [B, D], or to a tuple that starts with them, as a VAE's (mu, logvar). Scores that
@@ -223,15 +254,19 @@ def attention(
         layer: The module whose output is explained, or its dotted path inside `encode`; for a path, `encode` has to
             be a module or a method of one.
         x_BCYX: Images.
-        method: A name in PRESETS, or a Method.
+        method: A name in PRESETS, or a Method; or several of them, by names of one's own.
         latents: Indices of the latents that make up the scores, in this order; all if None.
         normal: For the score "normal_difference": mean and logarithm of the variance of the posterior of a normal
             image, each [D] or [B, D].
-        generator: Source of ε for the scores "each_sample" and "normal_difference"; ε is drawn as [B, D].
+        generator: Source of ε for the scores "each_sample" and "normal_difference"; ε is drawn as [B, D], once
+            for all methods.
         graph: What can be differentiated in turn, for a loss on the maps: "none"; with "constant_alpha" the maps depend
             on the model through A only; with "second_order" through α as well. `encoded` and `latents_BD` then are
             part of the same graph, so that one pass through the encoder serves all losses.
         route: How α is computed, see expvae._gradients; "auto" takes the fastest one by rule.
+
+    Returns:
+        The attention of the batch; of several methods a dict with the same names.
 
     Raises:
         ValueError: If a choice, the layer or a latent is unknown; if the layer is not reached, is reached twice or
@@ -241,66 +276,42 @@ def attention(
             than the method's `highest`; if there is no image; or if α or A has values that are not finite.
         TypeError: If a path is given and `encode` is no module, or if `encode` puts out no latents [B, D].
     """
-    if isinstance(method, str):
-        if method not in PRESETS:
-            raise ValueError(f"method={method!r} is unknown; choose one of: {', '.join(PRESETS)}")
-        method = PRESETS[method]
+    methods = {name: _known(one) for name, one in (method if isinstance(method, Mapping) else {None: method}).items()}
     for name, value, kind in (("graph", graph, Graph), ("route", route, Route)):
         if value not in get_args(kind):
             raise ValueError(f"{name}={value!r} is unknown; choose one of: {', '.join(get_args(kind))}")
     if len(x_BCYX) == 0:
         raise ValueError("x_BCYX must hold at least one image, got none")
-    module = _find(encode, layer)
-    named = f"layer={layer!r}" if isinstance(layer, str) else f"layer={type(layer).__name__}(...)"
+    alike = defaultdict(dict)
+    for name, one in methods.items():
+        alike[one.score, one.tensor == "after"][name] = one
+    results = {}
     with torch.inference_mode(False), torch.enable_grad():
         x_BCYX = x_BCYX.clone() if x_BCYX.is_inference() else x_BCYX
-        with _outputs(module, graph != "none") as outputs:
-            encoded = _as_written(encode, _recorded(x_BCYX, module))
-        if len(outputs) != 1:
-            times = f"is reached {len(outputs)} times" if outputs else "is not reached"
-            here = "" if outputs else " by the calling thread (of nn.DataParallel or a script, give the model in it)"
-            raise ValueError(f"{named} {times} on the way from the images to the latents; it must be once{here}")
-        (output,) = outputs
-        if not isinstance(output, _Output):
-            raise ValueError(f"{named} puts out {output}, not the [B, C, H, W] of a convolution")
-        A_BCHW = output.values_BCHW
-        encoded = (encoded,) if isinstance(encoded, Tensor) else encoded
-        _require_latents(encoded)
-        latents_BD = _latents(encoded, method.score, normal, generator)
-        score_BI = _scores(latents_BD, method.score, latents)
-        flow = Flow.between(output.edge, A_BCHW.shape, score_BI.sum(0)) if output.edge is not None else None
-        if flow is None:
-            raise ValueError(
-                f"{named}: the latents do not depend on its output, or encode does not record gradients, as under "
-                "torch.no_grad, torch.inference_mode or checkpoint(..., use_reentrant=True): take these away"
-            )
-        output.require_one_value(named, flow)
-        values_BCHW = A_BCHW
-        if method.tensor != "before":
-            activation = flow.activation()
-            if activation is None:
-                names = ", ".join(dict.fromkeys(name.partition("Backward")[0] for name in ACTIVATIONS))
-                raise ValueError(
-                    f"{named}: no activation ({names}) follows it directly, which tensor={method.tensor!r} "
-                    "needs; to explain what an activation puts out, give the activation as the layer"
-                )
-            values_BCHW = ACTIVATIONS[activation.name()](A_BCHW, activation)
-            flow = flow.after(activation) if method.tensor == "after" else flow
-        # Where the encoder runs under autocast, the sums here keep their digits.
-        with torch.autocast(x_BCYX.device.type, enabled=False):
-            alpha_BIC, route = flow.mean_gradient(method.normaliser, route, second_order=graph == "second_order")
-        values_BCHW = widened(values_BCHW)
-        alpha_BIC = alpha_BIC.to(values_BCHW.dtype)
-    if graph == "none":
-        alpha_BIC, values_BCHW, latents_BD = alpha_BIC.detach(), values_BCHW.detach(), latents_BD.detach()
-        encoded = tuple(tensor.detach() if isinstance(tensor, Tensor) else tensor for tensor in encoded)
-    elif graph == "constant_alpha":
-        alpha_BIC = alpha_BIC.detach()
-    if not (_finite(alpha_BIC) and _finite(values_BCHW)):
-        raise ValueError(f"{named}: its output or the gradient there has values that are not finite")
-    if method.highest is not None and method.highest > alpha_BIC.shape[1]:
-        raise ValueError(f"highest={method.highest} is more than the {alpha_BIC.shape[1]} scores there are")
-    return Attention(alpha_BIC, values_BCHW, latents_BD, tuple(encoded), method, tuple(x_BCYX.shape[-2:]), route)
+        output, encoded = through(encode, layer, x_BCYX, attached=graph != "none")
+        kept = encoded if graph != "none" else tuple(map(_detached, encoded))
+        epsilon_BD = noise(encoded, [score for score, _ in alike], generator)
+        for (score, after), sharing in alike.items():
+            latents_BD = latents_of(encoded, score, normal, epsilon_BD)
+            flow = output.flow(scores_of(latents_BD, score, latents))
+            values = {"before": output.values_BCHW}
+            if {one.tensor for one in sharing.values()} != {"before"}:
+                values["after"], flow_after = flow.activated(output.values_BCHW, output.named)
+                flow = flow_after if after else flow
+            # Where the encoder runs under autocast, the sums here keep their digits.
+            with torch.autocast(x_BCYX.device.type, enabled=False):
+                normalisers = dict.fromkeys(one.normaliser for one in sharing.values())
+                alphas, taken = flow.mean_gradients(normalisers, route, second_order=graph == "second_order")
+            for name, one in sharing.items():
+                values_BCHW = widened(values["before" if one.tensor == "before" else "after"])
+                alpha_BIC = alphas[one.normaliser].to(values_BCHW.dtype)
+                if not (_finite(alpha_BIC) and _finite(values_BCHW)):
+                    raise ValueError(f"{output.named}: its output or the gradient there has values that are not finite")
+                if one.highest is not None and one.highest > alpha_BIC.shape[1]:
+                    raise ValueError(f"highest={one.highest} is more than the {alpha_BIC.shape[1]} scores there are")
+                shown_BD = latents_BD if graph != "none" else latents_BD.detach()
+                results[name] = Attention(alpha_BIC, values_BCHW, shown_BD, kept, one, tuple(x_BCYX.shape[-2:]), taken)
+    return results if isinstance(method, Mapping) else results[None]
 
 
 def upsample(
@@ -310,174 +321,14 @@ def upsample(
     return F.interpolate(map_BIHW, size=size, mode="bilinear", align_corners=align_corners)
 
 
-# --- the encoder's pass ------------------------------------------------------------------------------------------
+def _known(method: str | Method) -> Method:
+    if isinstance(method, str) and method not in PRESETS:
+        raise ValueError(f"method={method!r} is unknown; choose one of: {', '.join(PRESETS)}")
+    return PRESETS[method] if isinstance(method, str) else method
 
 
-def _find(encode: Callable, layer: str | nn.Module) -> nn.Module:
-    if isinstance(layer, nn.Module):
-        return layer
-    root = encode if isinstance(encode, nn.Module) else getattr(encode, "__self__", None)
-    if not isinstance(root, nn.Module):
-        raise TypeError(f"layer={layer!r} is a path, but encode is no module; give the layer itself as a module")
-    modules = dict(root.named_modules())
-    if not layer or layer not in modules:
-        candidates = [name for name, module in modules.items() if isinstance(module, nn.Conv2d)]
-        raise ValueError(f"layer={layer!r} is unknown; convolutions of this model: {', '.join(candidates) or 'none'}")
-    return modules[layer]
-
-
-@dataclass(frozen=True)
-class _Output:
-    """What the layer put out, found where autograd recorded it: whoever reads it, and whichever way, comes after.
-
-    The encoder goes on with the very tensor, except where a change of it in place would lead past its place in the
-    graph (autograd has a view change its base, and takes no change of a leaf) or spoil values that are part of the
-    graph. Then it goes on with a copy.
-
-    Attributes:
-        tensor: The tensor itself.
-        edge: Its place in the graph; None where gradients were not recorded.
-        values_BCHW: Its values, safe from changes in place.
-        copy: What the encoder went on with instead, if it did.
-        version: Autograd's count of the tensor's changes in place, as it was put out.
-    """
-
-    tensor: Tensor
-    edge: GradientEdge | None
-    values_BCHW: Tensor
-    copy: Tensor | None
-    version: int
-
-    @classmethod
-    def of(cls, tensor: Tensor, attached: bool) -> "_Output":
-        """The output; if attached, its values are part of the graph and come before all that follows."""
-        if not torch.is_grad_enabled():
-            return cls(tensor, None, tensor, None, 0)
-        leaf = tensor.is_leaf
-        edge = get_gradient_edge(tensor.requires_grad_())
-        copy = tensor.clone() if attached or leaf or tensor._is_view() else None
-        return cls(tensor, edge, tensor if attached else tensor.detach().clone(), copy, tensor._version)
-
-    def require_one_value(self, named: str, flow: Flow) -> None:
-        """Refuse a copy where the encoder changed one of the two in place and read the other."""
-        if self.copy is None:
-            return
-        base = self.tensor._base
-        others = [] if base is None or not base.requires_grad else flow.users.get(get_gradient_edge(base).node, [])
-        read_too = len(flow.users[self.edge.node]) > 1 or others
-        if self.tensor._version != self.version or (self.copy._version and read_too):
-            raise ValueError(
-                f"{named}: its output shares memory with a tensor that is read or changed in place beside it; "
-                "take away the change in place, as of ReLU(inplace=True), or have the layer put out a .clone()"
-            )
-
-
-def _recorded(x_BCYX: Tensor, module: nn.Module) -> Tensor:
-    """The images, so that autograd records what the layer does even where none of its own parameters asks for it."""
-    learns = any(parameter.requires_grad for parameter in module.parameters())
-    if learns or x_BCYX.requires_grad or not x_BCYX.is_floating_point():
-        return x_BCYX
-    return x_BCYX.detach().requires_grad_().clone()  # no leaf, which the encoder could not change in place
-
-
-@contextmanager
-def _outputs(module: nn.Module, attached: bool) -> Iterator[list]:
-    """Collect what the module puts out."""
-    outputs, here = [], threading.get_ident()
-
-    def keep(_module: nn.Module, _inputs: tuple, output: object) -> object:
-        if threading.get_ident() != here:  # another thread uses the same model
-            return output
-        if not isinstance(output, Tensor) or output.ndim != 4:
-            outputs.append(list(output.shape) if isinstance(output, Tensor) else type(output).__name__)
-            return output
-        output = output.clone() if output.is_inference() and torch.is_grad_enabled() else output
-        if torch.is_grad_enabled() and not output.requires_grad and not attached:
-            hooks.callback(output.requires_grad_, False)
-        outputs.append(_Output.of(output, attached))
-        return output if outputs[-1].copy is None else outputs[-1].copy
-
-    def refuse(normalisation: nn.Module, _inputs: tuple) -> None:
-        uses_batch = isinstance(normalisation, _BatchNorm) and (
-            normalisation.training or normalisation.running_mean is None
-        )
-        if uses_batch and threading.get_ident() == here:
-            raise ValueError(
-                "batch normalisation in training mode makes the images of a batch depend on each other; "
-                "put the model in evaluation mode first: model.eval()"
-            )
-
-    with ExitStack() as hooks:
-        hooks.callback(module.register_forward_hook(keep).remove)
-        hooks.callback(register_module_forward_pre_hook(refuse).remove)
-        yield outputs
-
-
-_eager_lock, _eager = threading.Lock(), []  # of all threads, each one's own over those of who came before
-
-
-def _as_written(encode: Callable, x_BCYX: Tensor) -> object:
-    """What encode puts out, not as torch.compile made it: compiled code calls no hook, or keeps it for good."""
-    if "torch._dynamo" not in sys.modules:  # who has compiled has imported it
-        return encode(x_BCYX)
-    return torch.compiler.disable(_forced_eager)(encode, x_BCYX)
-
-
-def _forced_eager(encode: Callable, x_BCYX: Tensor) -> object:
-    with _eager_lock:
-        _eager.append(torch.compiler.set_stance("force_eager"))
-    try:
-        return encode(x_BCYX)
-    finally:
-        with _eager_lock:  # who leaves last restores what there was before the first
-            _eager.pop().__exit__(None, None, None)
-
-
-def _require_latents(encoded: object) -> None:
-    """Refuse what is no tuple of tensors that starts with latents [B, D]."""
-    first = encoded[0] if isinstance(encoded, tuple | list) and len(encoded) else encoded
-    if not isinstance(first, Tensor) or first.ndim != 2:
-        got = list(first.shape) if isinstance(first, Tensor) else type(first).__name__
-        raise TypeError(
-            f"encode must put out latents [B, D], or a tuple that starts with them, as (mu, logvar); got {got}: "
-            "wrap it in a function that picks them, and give the layer as a module"
-        )
-
-
-def _latents(
-    encoded: tuple, score: Score, normal: tuple[Tensor, Tensor] | None, generator: torch.Generator | None
-) -> Float[Tensor, "b d"]:
-    """The means, a sample, or a sample of the normal difference distribution."""
-    mu_BD = encoded[0]
-    if score in ("each_mean", "sum_of_means"):
-        return mu_BD
-    if len(encoded) < 2:
-        raise ValueError(f"score={score!r} needs an encoder that gives (mu, logvar); this one gives one tensor")
-    if generator is None:
-        raise ValueError(f"score={score!r} draws samples; give generator=torch.Generator().manual_seed(...)")
-    epsilon_BD = torch.randn(mu_BD.shape, generator=generator, device=generator.device).to(mu_BD)
-    logvar_BD = encoded[1]
-    if score == "each_sample":
-        return mu_BD + (0.5 * logvar_BD).exp() * epsilon_BD
-    if normal is None:
-        raise ValueError(f"score={score!r} needs normal=(mu, logvar), the posterior of a normal image")
-    normal_mu, normal_logvar = (value.detach().to(mu_BD) for value in normal)
-    # √(σ̄² + σ²) by its logarithm: a variance too small for the type would have no gradient.
-    return normal_mu - mu_BD + (0.5 * torch.logaddexp(normal_logvar, logvar_BD)).exp() * epsilon_BD
-
-
-def _scores(latents_BD: Tensor, score: Score, latents: Sequence[int] | Tensor | None) -> Float[Tensor, "b i"]:
-    if latents is not None:
-        chosen_I, d = torch.as_tensor(latents).cpu(), latents_BD.shape[1]
-        # A mask of booleans would be read as indices 0 and 1.
-        whole = not (chosen_I.dtype == torch.bool or chosen_I.is_floating_point() or chosen_I.is_complex())
-        chosen = chosen_I.tolist()
-        if not (whole and chosen_I.ndim == 1 and chosen and set(chosen) <= set(range(d))):
-            raise ValueError(f"latents={chosen} must be one or more indices between 0 and {d - 1}")
-        if len(set(chosen)) < len(chosen):
-            raise ValueError(f"latents={chosen} must name each latent once")
-        latents_BD = latents_BD[:, chosen]
-    return latents_BD if score.startswith("each") else latents_BD.sum(1, keepdim=True)
+def _detached(value: object) -> object:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _finite(values: Tensor) -> bool:

@@ -25,7 +25,7 @@ its kernel, P places of its output.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -123,18 +123,24 @@ class Flow:
                     waiting.append(below)
         return cls(score_I, target, shape, dict(users)) if target.node in users else None
 
-    def activation(self) -> Node | None:
-        """The activation that alone uses the target, directly; None if there is no such one."""
+    def activated(self, A_BCHW: Float[Tensor, "b c h w"], named: str) -> tuple[Float[Tensor, "b c h w"], "Flow"]:
+        """The values of A after the activation that alone uses it, directly, and the flow from there to the scores.
+
+        Raises:
+            ValueError: If there is no such activation behind the layer, which is named so.
+        """
         node = self._only_user(self.target.node)[0]
         while node is not None and node.name() in COPIES:
             node = self._only_user(node)[0]
-        return node if node is not None and node.name() in ACTIVATIONS else None
+        if node is None or node.name() not in ACTIVATIONS:
+            names = ", ".join(dict.fromkeys(name.partition("Backward")[0] for name in ACTIVATIONS))
+            raise ValueError(
+                f"{named}: no activation ({names}) follows it directly, which a method needs whose tensor is not "
+                "'before'; to explain what an activation puts out, give the activation as the layer"
+            )
+        return ACTIVATIONS[node.name()](A_BCHW, node), replace(self, target=GradientEdge(node, 0))
 
-    def after(self, activation: Node) -> "Flow":
-        """The flow from the output of the activation."""
-        return replace(self, target=GradientEdge(activation, 0))
-
-    def choose(self, normaliser: Normaliser, second_order: bool) -> Route:
+    def choose(self, normalisers: Collection[Normaliser], second_order: bool) -> Route:
         """The route that is fastest by rule.
 
         Per image and channel, `pooled` takes T + I multiplications for each output of the linear operation where the
@@ -147,17 +153,17 @@ class Flow:
         i = len(self.score_I)
         if second_order:
             return "loop"
-        linear = self._linear() if normaliser == "none" else None
+        linear = self._linear() if set(normalisers) == {"none"} else None
         if linear is not None:
             t = (linear.weight if linear.weight.ndim == 4 else torch.empty(self.shape, device="meta"))[0, 0].numel()
             if t * i >= 2 * (t + i):
                 return "pooled"
         return "batched" if i > 1 and self._batchable(self.target.node) else "loop"
 
-    def mean_gradient(
-        self, normaliser: Normaliser, route: Route, second_order: bool
-    ) -> tuple[Float[Tensor, "b i c"], Route]:
-        """α [B, I, C], divided by the normaliser, and the route that was taken.
+    def mean_gradients(
+        self, normalisers: Collection[Normaliser], route: Route, second_order: bool
+    ) -> tuple[dict[Normaliser, Float[Tensor, "b i c"]], Route]:
+        """α [B, I, C] by each normaliser, all from the same passes, and the route that was taken.
 
         With a normaliser, the gradient of each score is divided by its root mean square over the "image" or the whole
         "batch", plus 1e-5. With `second_order` α can be differentiated; else it is detached.
@@ -166,32 +172,27 @@ class Flow:
             ValueError: If the route cannot be taken.
         """
         if route == "auto":
-            route = self.choose(normaliser, second_order)
+            route = self.choose(normalisers, second_order)
         if second_order and route != "loop":
             raise ValueError(f"route={route!r} keeps no second-order graph; choose 'auto' or 'loop'")
         if route == "pooled":
             linear = self._linear()
-            if linear is None or normaliser != "none":
+            if linear is None or set(normalisers) != {"none"}:
                 raise ValueError(
                     "route='pooled' needs no normaliser, and a convolution or fully connected layer that all of the "
                     "layer's output goes into through elementwise operations only; choose 'auto', 'loop' or 'batched'"
                 )
             with torch.no_grad():
-                return self._pooled(linear), route
+                return {"none": self._pooled(linear)}, route
         if route == "batched" and _checks_nan():
             raise ValueError("route='batched' cannot run under torch.autograd.detect_anomaly; choose 'auto' or 'loop'")
-        parts = []
+        parts = {normaliser: [] for normaliser in normalisers}
         for gradient_IB in self._gradients(self.target, route == "batched", second_order):
             gradient_IBCHW = gradient_IB.reshape(-1, *self.shape)  # an activation may come after a flattening
             alpha_IBC = gradient_IBCHW.mean((3, 4))
-            if normaliser != "none":
-                over = (2, 3, 4) if normaliser == "image" else (1, 2, 3, 4)
-                # vector_norm has a gradient where all is zero, which the root of a mean of squares has not.
-                norm_IB1 = torch.linalg.vector_norm(gradient_IBCHW, dim=over, keepdim=True)[..., 0, 0]
-                values = self.shape.numel() if normaliser == "batch" else self.shape[1:].numel()
-                alpha_IBC = alpha_IBC / (norm_IB1 / values**0.5 + RMS_EPSILON)
-            parts.append(alpha_IBC)
-        return torch.cat(parts).transpose(0, 1), route
+            for normaliser, alphas in parts.items():
+                alphas.append(alpha_IBC / _size(gradient_IBCHW, normaliser))
+        return {normaliser: torch.cat(alphas).transpose(0, 1) for normaliser, alphas in parts.items()}, route
 
     def _linear(self) -> _Linear | None:
         entry, gated = self.target, False
@@ -258,6 +259,16 @@ class Flow:
                 parts.append(torch.bmm(G_BIK, V.expand(len(G_BIK), -1, -1).mT))
             alphas.append(torch.cat(parts))
         return torch.cat(alphas, 1) / (h * w)
+
+
+def _size(gradient_IBCHW: Tensor, normaliser: Normaliser) -> Float[Tensor, "i _ 1"] | float:
+    """What the normaliser divides by: the root mean square, plus 1e-5."""
+    if normaliser == "none":
+        return 1.0
+    over = (2, 3, 4) if normaliser == "image" else (1, 2, 3, 4)
+    # vector_norm has a gradient where all is zero, which the root of a mean of squares has not.
+    norm_IB1 = torch.linalg.vector_norm(gradient_IBCHW, dim=over, keepdim=True)[..., 0, 0]
+    return norm_IB1 / (gradient_IBCHW.numel() / norm_IB1.numel()) ** 0.5 + RMS_EPSILON
 
 
 def _checks_nan() -> bool:

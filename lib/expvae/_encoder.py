@@ -1,0 +1,240 @@
+"""From images to scores: one pass through any encoder, and what of its latents is differentiated.
+
+The layer's output is found where autograd recorded it, so that it does not matter how the encoder is written: with
+activations in place, residual connections, views, hooks of its own, or compiled. Suffixes as in expvae.attention.
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from expvae._gradients import Flow
+
+Score = Literal["each_mean", "sum_of_means", "each_sample", "normal_difference"]
+SAMPLED = ("each_sample", "normal_difference")
+
+
+@dataclass(frozen=True)
+class Output:
+    """What the layer put out, found where autograd recorded it: whoever reads it, and whichever way, comes after.
+
+    The encoder goes on with the very tensor, except where a change of it in place would lead past its place in the
+    graph (autograd has a view change its base, and takes no change of a leaf) or spoil values that are part of the
+    graph. Then it goes on with a copy.
+
+    Attributes:
+        named: The layer, as errors name it.
+        tensor: The tensor itself.
+        edge: Its place in the graph; None where gradients were not recorded.
+        values_BCHW: Its values, safe from changes in place.
+        copy: What the encoder went on with instead, if it did.
+        version: Autograd's count of the tensor's changes in place, as it was put out.
+    """
+
+    named: str
+    tensor: Tensor
+    edge: GradientEdge | None
+    values_BCHW: Tensor
+    copy: Tensor | None
+    version: int
+
+    @classmethod
+    def of(cls, named: str, tensor: Tensor, attached: bool) -> "Output":
+        """The output; if attached, its values are part of the graph and come before all that follows."""
+        if not torch.is_grad_enabled():
+            return cls(named, tensor, None, tensor, None, 0)
+        leaf = tensor.is_leaf
+        edge = get_gradient_edge(tensor.requires_grad_())
+        copy = tensor.clone() if attached or leaf or tensor._is_view() else None
+        return cls(named, tensor, edge, tensor if attached else tensor.detach().clone(), copy, tensor._version)
+
+    def flow(self, score_BI: Float[Tensor, "b i"]) -> Flow:
+        """What lies between the output and the scores.
+
+        Raises:
+            ValueError: If no score depends on it, or if the encoder changed it or its copy in place and read the other.
+        """
+        flow = Flow.between(self.edge, self.values_BCHW.shape, score_BI.sum(0)) if self.edge is not None else None
+        if flow is None:
+            raise ValueError(
+                f"{self.named}: the latents do not depend on its output, or encode does not record gradients, as under "
+                "torch.no_grad, torch.inference_mode or checkpoint(..., use_reentrant=True): take these away"
+            )
+        if self.copy is None:
+            return flow
+        base = self.tensor._base
+        others = [] if base is None or not base.requires_grad else flow.users.get(get_gradient_edge(base).node, [])
+        read_too = len(flow.users[self.edge.node]) > 1 or others
+        if self.tensor._version != self.version or (self.copy._version and read_too):
+            raise ValueError(
+                f"{self.named}: its output shares memory with a tensor that is read or changed in place beside it; "
+                "take away the change in place, as of ReLU(inplace=True), or have the layer put out a .clone()"
+            )
+        return flow
+
+
+def through(
+    encode: Callable, layer: str | nn.Module, x_BCYX: Float[Tensor, "b c y x"], attached: bool
+) -> tuple[Output, tuple]:
+    """What the layer puts out on the way of the images to the latents, and all that the encoder does.
+
+    Args:
+        encode: The encoder, as for `expvae.attention`.
+        layer: The layer, or its path inside the encoder.
+        x_BCYX: Images.
+        attached: Whether the values of the output are to be part of the graph.
+
+    Raises:
+        ValueError: If the layer is unknown, is not reached, is reached twice or does not put out [B, C, H, W], or if
+            batch normalisation is in training mode.
+        TypeError: If a path is given and `encode` is no module, or if it puts out no latents [B, D].
+    """
+    module = _find(encode, layer)
+    named = f"layer={layer!r}" if isinstance(layer, str) else f"layer={type(layer).__name__}(...)"
+    with _outputs(named, module, attached) as outputs:
+        encoded = _as_written(encode, _recorded(x_BCYX, module))
+    if len(outputs) != 1:
+        times = f"is reached {len(outputs)} times" if outputs else "is not reached"
+        here = "" if outputs else " by the calling thread (of nn.DataParallel or a script, give the model in it)"
+        raise ValueError(f"{named} {times} on the way from the images to the latents; it must be once{here}")
+    if not isinstance(outputs[0], Output):
+        raise ValueError(f"{named} puts out {outputs[0]}, not the [B, C, H, W] of a convolution")
+    encoded = (encoded,) if isinstance(encoded, Tensor) else encoded
+    first = encoded[0] if isinstance(encoded, tuple | list) and len(encoded) else encoded
+    if not isinstance(first, Tensor) or first.ndim != 2:
+        got = list(first.shape) if isinstance(first, Tensor) else type(first).__name__
+        raise TypeError(
+            f"encode must put out latents [B, D], or a tuple that starts with them, as (mu, logvar); got {got}: "
+            "wrap it in a function that picks them, and give the layer as a module"
+        )
+    return outputs[0], tuple(encoded)
+
+
+def noise(encoded: tuple, scores: Iterable[Score], generator: torch.Generator | None) -> Float[Tensor, "b d"] | None:
+    """ε of the scores that are sampled, the same for all of them; None if none is."""
+    sampled = [score for score in scores if score in SAMPLED]
+    if not sampled:
+        return None
+    if len(encoded) < 2:
+        raise ValueError(f"score={sampled[0]!r} needs an encoder that gives (mu, logvar); this one gives one tensor")
+    if generator is None:
+        raise ValueError(f"score={sampled[0]!r} draws samples; give generator=torch.Generator().manual_seed(...)")
+    return torch.randn(encoded[0].shape, generator=generator, device=generator.device).to(encoded[0])
+
+
+def latents_of(
+    encoded: tuple, score: Score, normal: tuple[Tensor, Tensor] | None, epsilon_BD: Float[Tensor, "b d"] | None
+) -> Float[Tensor, "b d"]:
+    """The means, a sample, or a sample of the normal difference distribution."""
+    mu_BD = encoded[0]
+    if score not in SAMPLED:
+        return mu_BD
+    logvar_BD = encoded[1]
+    if score == "each_sample":
+        return mu_BD + (0.5 * logvar_BD).exp() * epsilon_BD
+    if normal is None:
+        raise ValueError(f"score={score!r} needs normal=(mu, logvar), the posterior of a normal image")
+    normal_mu, normal_logvar = (value.detach().to(mu_BD) for value in normal)
+    # √(σ̄² + σ²) by its logarithm: a variance too small for the type would have no gradient.
+    return normal_mu - mu_BD + (0.5 * torch.logaddexp(normal_logvar, logvar_BD)).exp() * epsilon_BD
+
+
+def scores_of(
+    latents_BD: Float[Tensor, "b d"], score: Score, latents: Sequence[int] | Tensor | None
+) -> Float[Tensor, "b i"]:
+    """The latents that were chosen, or their sum."""
+    if latents is not None:
+        chosen_I, d = torch.as_tensor(latents).cpu(), latents_BD.shape[1]
+        # A mask of booleans would be read as indices 0 and 1.
+        whole = not (chosen_I.dtype == torch.bool or chosen_I.is_floating_point() or chosen_I.is_complex())
+        chosen = chosen_I.tolist()
+        if not (whole and chosen_I.ndim == 1 and chosen and set(chosen) <= set(range(d))):
+            raise ValueError(f"latents={chosen} must be one or more indices between 0 and {d - 1}")
+        if len(set(chosen)) < len(chosen):
+            raise ValueError(f"latents={chosen} must name each latent once")
+        latents_BD = latents_BD[:, chosen]
+    return latents_BD if score.startswith("each") else latents_BD.sum(1, keepdim=True)
+
+
+def _find(encode: Callable, layer: str | nn.Module) -> nn.Module:
+    if isinstance(layer, nn.Module):
+        return layer
+    root = encode if isinstance(encode, nn.Module) else getattr(encode, "__self__", None)
+    if not isinstance(root, nn.Module):
+        raise TypeError(f"layer={layer!r} is a path, but encode is no module; give the layer itself as a module")
+    modules = dict(root.named_modules())
+    if not layer or layer not in modules:
+        candidates = [name for name, module in modules.items() if isinstance(module, nn.Conv2d)]
+        raise ValueError(f"layer={layer!r} is unknown; convolutions of this model: {', '.join(candidates) or 'none'}")
+    return modules[layer]
+
+
+def _recorded(x_BCYX: Tensor, module: nn.Module) -> Tensor:
+    """The images, so that autograd records what the layer does even where none of its own parameters asks for it."""
+    learns = any(parameter.requires_grad for parameter in module.parameters())
+    if learns or x_BCYX.requires_grad or not x_BCYX.is_floating_point():
+        return x_BCYX
+    return x_BCYX.detach().requires_grad_().clone()  # no leaf, which the encoder could not change in place
+
+
+@contextmanager
+def _outputs(named: str, module: nn.Module, attached: bool) -> Iterator[list]:
+    """Collect what the module puts out."""
+    outputs, here = [], threading.get_ident()
+
+    def keep(_module: nn.Module, _inputs: tuple, output: object) -> object:
+        if threading.get_ident() != here:  # another thread uses the same model
+            return output
+        if not isinstance(output, Tensor) or output.ndim != 4:
+            outputs.append(list(output.shape) if isinstance(output, Tensor) else type(output).__name__)
+            return output
+        output = output.clone() if output.is_inference() and torch.is_grad_enabled() else output
+        if torch.is_grad_enabled() and not output.requires_grad and not attached:
+            hooks.callback(output.requires_grad_, False)
+        outputs.append(Output.of(named, output, attached))
+        return output if outputs[-1].copy is None else outputs[-1].copy
+
+    def refuse(normalisation: nn.Module, _inputs: tuple) -> None:
+        uses_batch = isinstance(normalisation, _BatchNorm) and (
+            normalisation.training or normalisation.running_mean is None
+        )
+        if uses_batch and threading.get_ident() == here:
+            raise ValueError(
+                "batch normalisation in training mode makes the images of a batch depend on each other; "
+                "put the model in evaluation mode first: model.eval()"
+            )
+
+    with ExitStack() as hooks:
+        hooks.callback(module.register_forward_hook(keep).remove)
+        hooks.callback(register_module_forward_pre_hook(refuse).remove)
+        yield outputs
+
+
+_eager_lock, _eager = threading.Lock(), []  # of all threads, each one's own over those of who came before
+
+
+def _as_written(encode: Callable, x_BCYX: Tensor) -> object:
+    """What encode puts out, not as torch.compile made it: compiled code calls no hook, or keeps it for good."""
+    if "torch._dynamo" not in sys.modules:  # who has compiled has imported it
+        return encode(x_BCYX)
+    return torch.compiler.disable(_forced_eager)(encode, x_BCYX)
+
+
+def _forced_eager(encode: Callable, x_BCYX: Tensor) -> object:
+    with _eager_lock:
+        _eager.append(torch.compiler.set_stance("force_eager"))
+    try:
+        return encode(x_BCYX)
+    finally:
+        with _eager_lock:  # who leaves last restores what there was before the first
+            _eager.pop().__exit__(None, None, None)

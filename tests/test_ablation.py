@@ -1,7 +1,6 @@
 """The ablations: maps against one call of the attention each, intervals against scikit-learn on resampled images."""
 
 import ast
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +10,10 @@ import torch
 from sklearn.metrics import jaccard_score, roc_auc_score
 from torch import nn
 
-from expvae import PRESETS, Method, attention, models
+from expvae import PRESETS, attention, models
 from expvae.metrics import PixelMetrics, auroc_difference
 from expvae.models import MNISTVAE, UCSDVAE
-from expvae_book import ablation, chapters, judges, localisation, recipes, runs, training, weights
+from expvae_book import ablation, chapters, explanation, judges, localisation, recipes, runs, training, weights
 from expvae_book.ablation import AUROC, IOU, REFERENCES
 from expvae_book.data import mnist, mvtec, ucsd
 from expvae_book.data.card import DataCard
@@ -64,7 +63,8 @@ NORMAL = torch.tensor([0.1, -0.2, 0.3]), torch.tensor([-1.0, 0.0, 0.5])
 
 @pytest.fixture(scope="module")
 def maps(model, x_NCYX):
-    return ablation.explain(model, "encoder.conv2", x_NCYX, all_methods(), batch=3, normal=NORMAL, seed=NOISE)
+    methods = {method: method for method in all_methods()}
+    return explanation.explain(model, "encoder.conv2", x_NCYX, methods, batch=3, normal=NORMAL, seed=NOISE)
 
 
 def all_methods():
@@ -125,37 +125,11 @@ def test_methods_differ_in_their_maps(maps):
     assert alike == set()
 
 
-def test_per_latent_attention_holds_no_graph_and_leaves_the_model_alone(model, x_NCYX):
-    x_BCYX = training.to_unit(x_NCYX)
+def test_the_model_is_left_alone(model, x_NCYX):
     before = [parameter.clone() for parameter in model.parameters()]
-    generator = torch.Generator().manual_seed(NOISE)
-    found = ablation.per_latent(model, "encoder.conv2", x_BCYX, "each_sample", generator)
-    assert set(found) == {"none", "image", "batch"}
-    for result in found.values():
-        tensors = (result.alpha_BIC, result.values_BCHW, result.latents_BD, *result.encoded)
-        assert not any(tensor.requires_grad for tensor in tensors)
-    expected = attention(
-        model.encode,
-        "encoder.conv2",
-        x_BCYX,
-        Method(score="each_sample"),
-        generator=torch.Generator().manual_seed(NOISE),
-    )
-    torch.testing.assert_close(found["none"].latents_BD, expected.latents_BD)
+    explanation.explain(model, "encoder.conv2", x_NCYX, PRESETS, batch=3, seed=NOISE)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(*pair) for pair in zip(model.parameters(), before, strict=True))
-
-
-def test_gradient_passes_are_shared(model, x_NCYX, monkeypatch):
-    calls = []
-    attend, each = ablation.attention, ablation.per_latent
-    monkeypatch.setattr(ablation, "attention", lambda *a, **k: calls.append(a[3]) or attend(*a, **k))
-    monkeypatch.setattr(ablation, "per_latent", lambda *a: calls.append(a[3]) or each(*a))
-    noise = defaultdict(lambda: torch.Generator().manual_seed(NOISE))
-    methods = [Method(normaliser=n, channels=c) for n in ("none", "batch") for c in ("relu_of_sum", "mean_of_abs")]
-    methods += [replace(PRESETS["liu2020_code"], channels=c) for c in ("abs_of_sum", "relu_of_sum")]
-    list(ablation.attentions(model, "encoder.conv2", training.to_unit(x_NCYX), methods, normal=NORMAL, noise=noise))
-    assert calls == ["each_mean", Method(score="sum_of_means"), PRESETS["liu2020_code"]]
 
 
 # Measures
@@ -417,11 +391,11 @@ def test_a_run_holds_every_change_with_its_interval(workpieces):
     for reference in REFERENCES:
         found = ablation.changes(reference, activation=False)
         methods = {"": PRESETS[reference]} | found
-        maps = ablation.explain(
+        maps = explanation.explain(
             studied.trained.model,
             "encoder.conv2",
             studied.x_NCYX,
-            methods.values(),
+            {method: method for method in methods.values()},
             batch=8,
             normal=studied.normal,
             seed=0,

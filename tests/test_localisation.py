@@ -16,7 +16,7 @@ from torch import nn
 from expvae import models
 from expvae.metrics import CONVENTIONS, PixelMetrics, auroc_difference
 from expvae.models import imagenet_weights
-from expvae_book import baselines, localisation, probes, recipes, runs, training
+from expvae_book import baselines, explanation, localisation, probes, recipes, runs, training
 from expvae_book.data import mvtec
 from expvae_book.data.card import DataCard
 from expvae_book.localisation import ATTENTION, BASELINES, COMMON, FIELDS, LAYERS, METHODS, SSIM
@@ -180,6 +180,11 @@ def value(rows, metric, method="", subset=""):
     return row["value"]
 
 
+def explain(model, x_NCYX, layer, preset, **options):
+    methods = {preset: localisation.method_of(preset)}
+    return explanation.explain(model, f"encoder.{layer}", x_NCYX, methods, shuffled=True, **options)[preset]
+
+
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
@@ -250,7 +255,7 @@ def test_the_run_is_that_of_the_model_in_the_cache(computed, monkeypatch, tmp_pa
     data, run = category(), computed["all"]
     trained, _ = localisation.fit(data, PARAMETERS, torch.device("cpu"))
     assert trained.key == run.record["weights"]["key"]
-    map_NYX = localisation.explain(trained.model, data.test_NCYX, "layer2.1.conv1", "liu2020_code", batch=8, seed=0)
+    map_NYX = explain(trained.model, data.test_NCYX, "layer2.1.conv1", "liu2020_code", batch=8, seed=0)
     truth = torch.stack(data.test_mask).flatten()
     assert run.metric("pixel AUROC", ATTENTION)["value"] == pytest.approx(
         roc_auc_score(truth, map_NYX.flatten()), abs=1e-5
@@ -259,7 +264,7 @@ def test_the_run_is_that_of_the_model_in_the_cache(computed, monkeypatch, tmp_pa
     expected = roc_auc_score(defective, map_NYX.mean((1, 2)))
     assert run.metric("image AUROC", ATTENTION, "mean")["value"] == pytest.approx(expected)
     _, held_out_NCYX = localisation.split(data)
-    common = localisation.explain(trained.model, held_out_NCYX, "layer2.1.conv1", "liu2020_code", batch=8, seed=0)
+    common = explain(trained.model, held_out_NCYX, "layer2.1.conv1", "liu2020_code", batch=8, seed=0)
     expected = roc_auc_score(truth, common.mean(0).expand_as(map_NYX).flatten())
     assert run.metric("pixel AUROC", localisation.COMMON)["value"] == pytest.approx(expected, abs=1e-5)
     assert run.metric("parameters")["value"] == sum(value.numel() for value in Small().parameters())
@@ -356,10 +361,8 @@ def test_a_fifth_of_the_training_images_is_held_out():
 @pytest.mark.parametrize("preset", ["liu2020_paper", "normal_difference"])
 def test_maps_do_not_depend_on_the_batch(small, layer, preset):
     x_NCYX = torch.cat([category().train_NCYX, category().test_NCYX])
-    normal = localisation.normal_posterior(small, x_NCYX[:8])
-    maps = [
-        localisation.explain(small, x_NCYX, layer, preset, batch=batch, seed=3, normal=normal) for batch in (1, 5, 16)
-    ]
+    normal = explanation.normal_posterior(small, x_NCYX[:8])
+    maps = [explain(small, x_NCYX, layer, preset, batch=batch, seed=3, normal=normal) for batch in (1, 5, 16)]
     for other in maps[1:]:
         torch.testing.assert_close(maps[0], other, rtol=1e-4, atol=1e-6 * float(maps[0].max()))
     assert maps[0].shape == (16, SIDE, SIDE)
@@ -368,18 +371,15 @@ def test_maps_do_not_depend_on_the_batch(small, layer, preset):
 
 def test_maps_depend_on_the_batch_where_the_preset_says_so(small):
     x_NCYX = category().test_NCYX
-    one, all_six = (
-        localisation.explain(small, x_NCYX, LAYERS[2], "liu2020_code", batch=batch, seed=0) for batch in (1, 6)
-    )
+    one, all_six = (explain(small, x_NCYX, LAYERS[2], "liu2020_code", batch=batch, seed=0) for batch in (1, 6))
     assert (one / all_six).nanmedian(dim=1).values.std() > 1e-3
 
 
 def test_the_seed_fixes_the_noise(small):
     x_NCYX = category().test_NCYX
-    normal = localisation.normal_posterior(small, x_NCYX)
+    normal = explanation.normal_posterior(small, x_NCYX)
     maps = [
-        localisation.explain(small, x_NCYX, LAYERS[2], "normal_difference", batch=4, seed=seed, normal=normal)
-        for seed in (0, 0, 1)
+        explain(small, x_NCYX, LAYERS[2], "normal_difference", batch=4, seed=seed, normal=normal) for seed in (0, 0, 1)
     ]
     assert torch.equal(maps[0], maps[1])
     assert not torch.equal(maps[0], maps[2])
@@ -397,7 +397,7 @@ def test_reconstructions_do_not_depend_on_the_batch(small):
 
 def test_normal_posterior_is_that_of_all_images_pooled(small):
     x_NCYX = category().train_NCYX
-    mean_D, logvar_D = localisation.normal_posterior(small, x_NCYX)
+    mean_D, logvar_D = explanation.normal_posterior(small, x_NCYX)
     with torch.no_grad():
         mu_ND, logvar_ND = small.encode(x_NCYX / 255)
     generator = torch.Generator().manual_seed(4)
@@ -558,14 +558,14 @@ def test_an_image_that_is_anomalous_all_over_is_not_missed(data, maps):
 
 
 def test_layers_and_presets_are_compared_on_images_drawn_with_the_seed(small, data):
-    normal = localisation.normal_posterior(small, data.train_NCYX)
+    normal = explanation.normal_posterior(small, data.train_NCYX)
     rows = localisation.layer_rows(small, data, normal, batch=8, seed=0)
     again = localisation.layer_rows(small, data, normal, batch=8, seed=0)
     assert rows == again
     assert {row["n"] for row in rows} == {4}
     known = [1, 2, 3, 4, 5]
     candidates = [[i for i in known if i != left_out] for left_out in known]
-    map_NYX = localisation.explain(small, data.test_NCYX, LAYERS[3], "liu2020_paper", batch=8, seed=0)
+    map_NYX = explain(small, data.test_NCYX, LAYERS[3], "liu2020_paper", batch=8, seed=0)
     scores = [
         roc_auc_score(torch.stack([data.test_mask[i] for i in some]).flatten(), map_NYX[some].flatten())
         for some in candidates

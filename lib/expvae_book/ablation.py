@@ -13,8 +13,7 @@ first of which is the sample itself, T thresholds.
 """
 
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -25,22 +24,11 @@ from jaxtyping import Bool, Float, Int64, Shaped, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from expvae import (
-    PRESETS,
-    RMS_EPSILON,
-    Attention,
-    Channels,
-    Method,
-    Normaliser,
-    Score,
-    TensorChoice,
-    attention,
-    sample_latents,
-)
+from expvae import PRESETS, Channels, Method, Normaliser, Score, TensorChoice
 from expvae.metrics import Array, Interval, as_array, confusion, ious, percentile_interval, thresholds
 from expvae.metrics import resampled_weights as weights_of_units
 from expvae.models import MNISTVAE, UCSDVAE
-from expvae_book import devices, localisation, recipes, runs, training, truth, weights
+from expvae_book import devices, explanation, localisation, recipes, runs, training, truth, weights
 from expvae_book.augmentation import PAPER_COUNT
 from expvae_book.data import mnist, mvtec, ucsd
 from expvae_book.data.card import DataCard
@@ -133,109 +121,6 @@ def changes(reference: str, activation: bool = True) -> dict[str, Method]:
     }
     found |= {f"preset={name}": method for name, method in PRESETS.items() if name != reference}
     return {name: method for name, method in found.items() if activation or method.tensor == "before"}
-
-
-# Maps -----------------------------------------------------------------------------------------------------------------
-
-
-def explain(
-    model: nn.Module,
-    layer: str,
-    x_NCYX: UInt8[Tensor, "n c y x"],
-    methods: Iterable[Method],
-    *,
-    batch: int,
-    normal: tuple[Tensor, Tensor],
-    seed: int,
-) -> dict[Method, Float[Tensor, "n y x"]]:
-    """The maps of all images by every method; each sampled score draws the same noise.
-
-    Args:
-        model: The trained VAE.
-        layer: Path of the layer.
-        x_NCYX: Images, in the order of their batches.
-        methods: How the maps are made.
-        batch: Images at a time.
-        normal: Mean and log-variance of the posterior of normal images.
-        seed: Fixes the noise.
-    """
-    where = next(model.parameters()).device
-    noise = defaultdict(lambda: torch.Generator().manual_seed(seed))
-    parts = {method: [] for method in methods}
-    for x_BCYX in tqdm(x_NCYX.split(batch), desc="maps", unit="batch"):
-        found = attentions(model, layer, training.to_unit(x_BCYX.to(where)), parts, normal=normal, noise=noise)
-        for method, result in found:
-            parts[method].append(result.map_BYX.cpu())
-    return {method: torch.cat(maps) for method, maps in parts.items()}
-
-
-def attentions(
-    model: nn.Module,
-    layer: str,
-    x_BCYX: Float[Tensor, "b c y x"],
-    methods: Iterable[Method],
-    *,
-    normal: tuple[Tensor, Tensor],
-    noise: Mapping[Any, torch.Generator],
-) -> Iterator[tuple[Method, Attention]]:
-    """Attention of a batch by every method, as `expvae.attention` gives it, with the costly part shared.
-
-    Methods with the same score, tensor and normaliser have the same α, whatever they make of it. Those with a score for
-    each latent, which take a backward pass for each, share these passes whatever they divide the gradient by.
-
-    Args:
-        model: The trained VAE.
-        layer: Path of the layer.
-        x_BCYX: Images.
-        methods: How the maps are made.
-        normal: As for `expvae.attention`.
-        noise: Sources of noise, one for each thing that draws some, all in the same state.
-    """
-    found = {}
-    for method in methods:
-        key = method.score, method.tensor, method.normaliser
-        if key not in found and method.score.startswith("each") and method.tensor == "before":
-            of_score = per_latent(model, layer, x_BCYX, method.score, noise[method.score])
-            found |= {(method.score, "before", normaliser): result for normaliser, result in of_score.items()}
-        elif key not in found:
-            found[key] = attention(model.encode, layer, x_BCYX, method, normal=normal, generator=noise[key])
-        yield method, replace(found[key], method=method)
-
-
-def per_latent(
-    model: nn.Module, layer: str, x_BCYX: Float[Tensor, "b c y x"], score: Score, generator: torch.Generator
-) -> dict[Normaliser, Attention]:
-    """Attention to each latent by every normaliser, from one backward pass for each latent.
-
-    With g_i the gradient of score i at the layer's output, α_ic = 1/(HW) Σ_hw g_ichw, divided by the root of the mean
-    of g_i² over the image or the batch (plus 1e-5) where there is a normaliser.
-
-    Args:
-        model: The VAE.
-        layer: Path of the layer.
-        x_BCYX: Images.
-        score: "each_mean" or "each_sample".
-        generator: Source of the sample's noise.
-    """
-    # One score takes one pass, and with a graph it leaves the latents together with the layer's output.
-    found = attention(model.encode, layer, x_BCYX, Method(score="sum_of_means"), graph="constant_alpha")
-    mu_BI, logvar_BI = found.encoded
-    latent_BI = mu_BI if score == "each_mean" else sample_latents(mu_BI, logvar_BI, generator)
-    parts = {normaliser: [] for normaliser in get_args(Normaliser)}
-    for latent_B in latent_BI.unbind(1):
-        (gradient_BCHW,) = torch.autograd.grad(latent_B.sum(), found.values_BCHW, retain_graph=True)
-        alpha_BC, square_B = gradient_BCHW.mean((2, 3)), gradient_BCHW.square().mean((1, 2, 3))
-        parts["none"].append(alpha_BC)
-        parts["image"].append(alpha_BC / (square_B.sqrt()[:, None] + RMS_EPSILON))
-        parts["batch"].append(alpha_BC / (square_B.mean().sqrt() + RMS_EPSILON))
-    kept = {"values_BCHW": found.values_BCHW.detach(), "latents_BD": latent_BI.detach(), "route": "loop"}
-    kept["encoded"] = (mu_BI.detach(), logvar_BI.detach())
-    return {
-        normaliser: replace(
-            found, alpha_BIC=torch.stack(alphas, 1), method=Method(score=score, normaliser=normaliser), **kept
-        )
-        for normaliser, alphas in parts.items()
-    }
 
 
 # Measures -------------------------------------------------------------------------------------------------------------
@@ -340,7 +225,7 @@ def _mnist(parameters: Mapping[str, Any], device: torch.device) -> Subject:
         unit_M=some[measured_N],
         there=len(test),
         batch=recipe.batch_size,
-        normal=localisation.normal_posterior(trained.model, train_NCYX),
+        normal=explanation.normal_posterior(trained.model, train_NCYX),
         card=images.card,
         recipe=recipe,
         budget=budget,
@@ -371,7 +256,7 @@ def _ucsd(parameters: Mapping[str, Any], device: torch.device) -> Subject:
         unit_M=clips.test_clip_N[some][measured_N],
         there=there,
         batch=recipe.batch_size,
-        normal=localisation.normal_posterior(trained.model, train_NCYX),
+        normal=explanation.normal_posterior(trained.model, train_NCYX),
         card=clips.card,
         recipe=recipe,
         budget=budget,
@@ -395,7 +280,7 @@ def _mvtec(parameters: Mapping[str, Any], device: torch.device) -> Subject:
         unit_M=some,
         there=len(known),
         batch=recipe.batch_size,
-        normal=localisation.normal_posterior(trained.model, localisation.split(category)[0]),
+        normal=explanation.normal_posterior(trained.model, localisation.split(category)[0]),
         card=category.card,
         recipe=recipe,
         budget={"unit": "images", "asked": recipe.epochs * PAPER_COUNT, "used": trained.history.images},
@@ -463,16 +348,15 @@ def compute(chapter: str, parameters: Mapping[str, Any], device: torch.device) -
     studied = subject(parameters, device)
     started = time.monotonic()
     changed = {name: changes(name, activation=dataset in BEFORE_ACTIVATION) for name in REFERENCES}
-    methods = dict.fromkeys([PRESETS[name] for name in REFERENCES])
-    methods |= dict.fromkeys(method for found in changed.values() for method in found.values())
-    maps = explain(
+    methods = [PRESETS[name] for name in REFERENCES] + [method for each in changed.values() for method in each.values()]
+    maps = explanation.explain(
         studied.trained.model,
         LAYERS[dataset],
         studied.x_NCYX,
-        methods,
+        {method: method for method in methods},
         batch=studied.batch,
-        normal=studied.normal,
         seed=seed,
+        normal=studied.normal,
     )
     mapped = time.monotonic()
     weight_RM = resampled_weights(studied.unit_M, parameters["resamples"], seed)

@@ -5,6 +5,7 @@ maps and its numbers; the trained weights are kept, so that nothing is trained t
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,18 +17,17 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from expvae import PRESETS, Method, attention, reconstruction_loss
+from expvae import PRESETS, Method
 from expvae.metrics import (
     PixelMetrics,
     active_units,
     auroc_difference,
-    auroc_interval,
     auroc_per_image,
     fraction_interval,
     iou_intervals,
 )
 from expvae.models import BrongersMVTecVAE, MVTecVAE, imagenet_weights
-from expvae_book import augmentation, baselines, devices, figures, probes, recipes, runs, training, weights
+from expvae_book import augmentation, baselines, devices, explanation, figures, probes, recipes, runs, training, weights
 from expvae_book.data import mvtec
 from expvae_book.names import (
     ATTENTION,
@@ -169,44 +169,9 @@ def fit(category: mvtec.Category, parameters: Mapping[str, Any], device: torch.d
 # Maps -----------------------------------------------------------------------------------------------------------------
 
 
-def explain(
-    model: nn.Module,
-    x_NCYX: UInt8[Tensor, "n c y x"],
-    layer: str,
-    preset: str,
-    *,
-    batch: int,
-    seed: int,
-    normal: tuple[Tensor, Tensor] | None = None,
-) -> Float[Tensor, "n y x"]:
-    """The attention maps of images, in their order.
-
-    Args:
-        model: The trained VAE.
-        x_NCYX: Images.
-        layer: Name of the layer inside the encoder.
-        preset: A name in `expvae.PRESETS`, or "normal_difference" for the paper's rule for anomalies.
-        batch: Images at a time, put together at random: the presets that divide by the size of the gradient over the
-            batch would otherwise tell defects apart by the folders that they lie in.
-        seed: Fixes the batches and the noise of a sampled score.
-        normal: Mean and log-variance of the posterior of normal images, for "normal_difference".
-    """
-    where = next(model.parameters()).device
-    chance = torch.Generator().manual_seed(seed)
-    how = PRESETS.get(preset, Method(score="normal_difference"))
-    map_NYX = torch.empty(len(x_NCYX), *x_NCYX.shape[2:])
-    for chosen_B in torch.randperm(len(x_NCYX), generator=chance).split(batch):
-        x_BCYX = training.to_unit(x_NCYX[chosen_B].to(where))
-        found = attention(model.encode, f"encoder.{layer}", x_BCYX, how, normal=normal, generator=chance)
-        map_NYX[chosen_B] = found.map_BYX.cpu()
-    return map_NYX
-
-
-def normal_posterior(model: nn.Module, train_NCYX: UInt8[Tensor, "n c y x"]) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance over the posteriors of all training images together."""
-    mu_ND, logvar_ND = _encoded(model, train_NCYX)
-    variance_D = logvar_ND.exp().mean(0) + mu_ND.var(0, correction=0)
-    return mu_ND.mean(0), variance_D.log()
+def method_of(preset: str) -> Method:
+    """The method of a preset, or of "normal_difference", the paper's rule for anomalies."""
+    return PRESETS.get(preset, Method(score="normal_difference"))
 
 
 def reconstruct(model: nn.Module, x_NCYX: UInt8[Tensor, "n c y x"]) -> Float[Tensor, "n c y x"]:
@@ -295,14 +260,14 @@ def threshold(map_NYX: Float[Tensor, "n y x"]) -> float:
 def image_rows(maps: Maps, category: mvtec.Category, seed: int) -> list[dict]:
     """Whole images: defective or not, by the mean and by the maximum of the map."""
     truth_N = np.array([defect != "good" for defect in category.test_defect])
-    rows = []
-    for name in METHODS:
-        if name in (COMMON, "centre prior"):  # the same for every image
-            continue
-        for how, score_N in {"mean": maps[name].mean((1, 2)), "maximum": maps[name].amax((1, 2))}.items():
-            measured = auroc_interval(score_N.numpy(), truth_N, seed=seed)
-            rows.append(runs.row("image AUROC", method=name, subset=how, **vars(measured)))
-    return rows
+    own = {name: maps[name] for name in METHODS if name not in (COMMON, "centre prior")}  # not the same for all images
+    means = {name: map_NYX.mean((1, 2)) for name, map_NYX in own.items()}
+    maxima = {name: map_NYX.amax((1, 2)) for name, map_NYX in own.items()}
+    return [
+        row
+        for how, scores in {"mean": means, "maximum": maxima}.items()
+        for row in explanation.auroc_rows("image AUROC", scores, truth_N, subset=how, seed=seed)
+    ]
 
 
 def map_rows(maps: Maps, category: mvtec.Category) -> list[dict]:
@@ -352,17 +317,31 @@ def layer_rows(
     """The pixel AUROC by layer and preset, on some test images drawn at random."""
     known = torch.tensor([i for i, mask_YX in enumerate(category.test_mask) if mask_YX is not None])
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))
-    some = known[order[:SOME]].sort().values
-    truth_MYX = torch.stack([category.test_mask[i] for i in some])
+    chosen = known[order[:SOME]].sort().values
+    truth_MYX = torch.stack([category.test_mask[i] for i in chosen])
     if not truth_MYX.any():
         return []
+    presets = defaultdict(list)
+    for layer, preset in CASES:
+        presets[layer].append(preset)
     rows = []
-    for layer, preset in tqdm(CASES, desc="layers and presets", unit="case"):
-        map_MYX = explain(model, category.test_NCYX[some], layer, preset, batch=batch, seed=seed, normal=normal)
-        counts = PixelMetrics()
-        counts.update(map_MYX, truth_MYX, unit=some)
-        measured = counts.auroc_interval(seed=seed)
-        rows.append(runs.row("pixel AUROC, layers and presets", method=layer, subset=preset, **vars(measured)))
+    for layer, names in presets.items():
+        methods = {preset: method_of(preset) for preset in names}
+        maps = explanation.explain(
+            model,
+            f"encoder.{layer}",
+            category.test_NCYX[chosen],
+            methods,
+            batch=batch,
+            seed=seed,
+            normal=normal,
+            shuffled=True,
+        )
+        for preset, map_MYX in maps.items():
+            counts = PixelMetrics()
+            counts.update(map_MYX, truth_MYX, unit=chosen)
+            measured = counts.auroc_interval(seed=seed)
+            rows.append(runs.row("pixel AUROC, layers and presets", method=layer, subset=preset, **vars(measured)))
     return rows
 
 
@@ -374,38 +353,14 @@ def latent_rows(
 ) -> list[dict]:
     """What the latents carry: on held-out normal images and on the test images."""
     _, held_out_NCYX = split(category)
-    x_NCYX = training.to_unit(held_out_NCYX)
-    where = next(model.parameters()).device
-    reconstruction, kl = training.validate(model, held_out_NCYX.to(where))
-    constant_NCYX = torch.logit(mean_CYX, eps=1e-4).expand_as(x_NCYX)
-    constant = float(reconstruction_loss(constant_NCYX, x_NCYX).mean())
-    trained = sum(value.numel() for value in model.parameters())
-    frozen = sum(value.numel() for name, value in model.named_buffers() if name.endswith(("weight", "bias")))
-    n = len(x_NCYX)
-    rows = [
-        runs.row("parameters", trained + frozen),
-        runs.row("parameters, trained", trained),
-        runs.row("KL per image", kl, n=n),
-        runs.row("reconstruction per image", reconstruction, n=n),
-        runs.row("reconstruction per image, mean image", constant, n=n),
-    ]
+    rows = explanation.learned_rows(model, held_out_NCYX, {"mean image": mean_CYX})
+    rows.append(runs.row("parameters, trained", sum(value.numel() for value in model.parameters())))
     if len(category.test_NCYX) > 1:
-        mu_NI = _encoded(model, category.test_NCYX)[0].cpu()
-        spread = {"images": training.to_unit(category.test_NCYX), "reconstructions": restored_NCYX}
+        mu_NI, _ = explanation.encoded(model, category.test_NCYX)
         rows.append(runs.row("active units", active_units(mu_NI), n=len(mu_NI)))
-        rows += [
-            runs.row("standard deviation of a pixel over the images", float(x_NCYX.var(0).mean().sqrt()), name)
-            for name, x_NCYX in spread.items()
-        ]
+        images = {"images": training.to_unit(category.test_NCYX), "reconstructions": restored_NCYX}
+        rows += explanation.spread_rows("images", images)
     return rows
-
-
-def _encoded(model: nn.Module, x_NCYX: UInt8[Tensor, "n c y x"]) -> tuple[Float[Tensor, "n i"], Float[Tensor, "n i"]]:
-    where = next(model.parameters()).device
-    with torch.no_grad():
-        parts = [model.encode(training.to_unit(x_BCYX.to(where))) for x_BCYX in x_NCYX.split(16)]
-    mu_NI, logvar_NI = (torch.cat(part) for part in zip(*parts, strict=True))
-    return mu_NI, logvar_NI
 
 
 # Figures and the run --------------------------------------------------------------------------------------------------
@@ -451,21 +406,22 @@ def compute(chapter: str, parameters: Mapping[str, Any], device: torch.device) -
     started = time.monotonic()
     train_NCYX, held_out_NCYX = split(category)
     mean_CYX = training.to_unit(train_NCYX).mean(0)
-    normal = normal_posterior(trained.model, train_NCYX)
+    normal = explanation.normal_posterior(trained.model, train_NCYX)
     restored_NCYX = reconstruct(trained.model, torch.cat([category.test_NCYX, held_out_NCYX]))
     tested = len(category.test_NCYX)
 
     def all_maps(x_NCYX: UInt8[Tensor, "n c y x"], reconstruction_NCYX: Float[Tensor, "n c y x"]) -> Maps:
-        map_NYX = explain(
+        attended = explanation.explain(
             trained.model,
+            f"encoder.{parameters['layer']}",
             x_NCYX,
-            parameters["layer"],
-            parameters["preset"],
+            {ATTENTION: method_of(parameters["preset"])},
             batch=settings.batch_size,
             seed=seed,
             normal=normal,
+            shuffled=True,
         )
-        return {ATTENTION: map_NYX} | baseline_maps(x_NCYX, reconstruction_NCYX, mean_CYX)
+        return attended | baseline_maps(x_NCYX, reconstruction_NCYX, mean_CYX)
 
     held_out = all_maps(held_out_NCYX, restored_NCYX[tested:])
     common_YX = held_out[ATTENTION].mean(0)

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from torchvision.transforms.functional import InterpolationMode, hflip, rotate, vflip
 
-from expvae_book.augmentation import AUGMENTATIONS, MOTIFS, augment, draw, transform, transform_masks
+from expvae_book.augmentation import AUGMENTATIONS, MOTIFS, augment, draw, transform
 from expvae_book.data import mvtec
 
 SIDE = 64
@@ -208,35 +208,6 @@ def test_what_turns_in_from_outside():
     assert outside.float().mean() > 0.1
     torch.testing.assert_close(turned["border"][outside], torch.full_like(turned["border"][outside], 2.0))
     assert turned["reflection"][outside].std() > 0.2  # the texture goes on
-
-
-# --- masks -----------------------------------------------------------------------------------------------------------
-
-
-def overlap(one, other):
-    return float((one & other).sum() / (one | other).sum())
-
-
-@pytest.mark.parametrize("padding", ["border", "reflection"])
-@pytest.mark.parametrize("shape", [(64, 64), (48, 80)])
-@pytest.mark.parametrize("flip", FLIPS)
-def test_masks_follow_their_images(flip, shape, padding):
-    mask_YX = letter(*shape) > 0
-    angle_B = torch.tensor([-30.0, -11.0, -0.5, 0.0, 4.0, 22.5, 30.0])
-    flip_BB = [torch.full((7,), value) for value in flip]
-    mask_BYX = mask_YX.expand(7, -1, -1)
-    image_BCYX = mask_BYX[:, None].float()
-    turned_BYX = transform_masks(mask_BYX, angle_B, *flip_BB, padding=padding)
-    nearest_BCYX = transform(image_BCYX, angle_B, *flip_BB, mode="nearest", padding=padding)
-    bilinear_BCYX = transform(image_BCYX, angle_B, *flip_BB, padding=padding)
-    assert turned_BYX.dtype == torch.bool
-    assert torch.equal(turned_BYX, nearest_BCYX[:, 0] > 0.5)
-    assert set(nearest_BCYX.unique().tolist()) == {0.0, 1.0}
-    for turned_YX, bilinear_CYX, angle in zip(turned_BYX, bilinear_BCYX, angle_B.tolist(), strict=True):
-        assert overlap(turned_YX, bilinear_CYX[0] > 0.5) > 0.9
-        theirs_CYX, _ = torchvisions(mask_YX[None].float(), angle, *flip)
-        assert overlap(turned_YX, theirs_CYX[0] > 0.5) > 0.9
-    assert overlap(turned_BYX[0], turned_BYX[-1]) < 0.6  # such numbers are not had without turning
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

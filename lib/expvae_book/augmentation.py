@@ -107,17 +107,15 @@ def transform(
     horizontal_B: Bool[Tensor, " b"],
     vertical_B: Bool[Tensor, " b"],
     *,
-    mode: str = "bilinear",
     padding: str = "border",
 ) -> Float[Tensor, "b c y x"]:
     """Turn each image by its angle about its centre, anticlockwise, and then mirror it.
 
     Args:
-        x_BCYX: Images, or masks as numbers.
+        x_BCYX: Images.
         angle_B: Angles in degrees.
         horizontal_B: Whether left and right are exchanged.
         vertical_B: Whether top and bottom are exchanged.
-        mode: "bilinear" for images; "nearest" for masks, which then follow their images with no value in between.
         padding: What turns in from outside: "border" for the nearest pixels of the image, "reflection" for its mirror
             image. Black corners would be edges that no image of the data set has.
     """
@@ -130,17 +128,4 @@ def transform(
     theta_B23[:, 0, 0], theta_B23[:, 0, 1] = left_B * cos_B, -up_B * sin_B * y / x
     theta_B23[:, 1, 0], theta_B23[:, 1, 1] = left_B * sin_B * x / y, up_B * cos_B
     grid_BYX2 = F.affine_grid(theta_B23, [b, 1, y, x], align_corners=False)
-    return F.grid_sample(x_BCYX, grid_BYX2, mode=mode, padding_mode=padding, align_corners=False)
-
-
-def transform_masks(
-    mask_BYX: Bool[Tensor, "b y x"],
-    angle_B: Float[Tensor, " b"],
-    horizontal_B: Bool[Tensor, " b"],
-    vertical_B: Bool[Tensor, " b"],
-    *,
-    padding: str = "border",
-) -> Bool[Tensor, "b y x"]:
-    """The masks of images that `transform` turned and mirrored likewise."""
-    mask_B1YX = mask_BYX[:, None].float()
-    return transform(mask_B1YX, angle_B, horizontal_B, vertical_B, mode="nearest", padding=padding)[:, 0] > 0
+    return F.grid_sample(x_BCYX, grid_BYX2, mode="bilinear", padding_mode=padding, align_corners=False)

@@ -387,7 +387,7 @@ def test_the_seed_fixes_the_noise(small):
 
 def test_reconstructions_do_not_depend_on_the_batch(small):
     x_NCYX = torch.cat([category().train_NCYX, category().test_NCYX, category().test_NCYX])
-    restored_NCYX = localisation.reconstruct(small, x_NCYX)
+    restored_NCYX = explanation.reconstruct(small, x_NCYX)
     assert restored_NCYX.shape == (22, 3, SIDE, SIDE)
     for x_CYX, restored_CYX in zip(x_NCYX, restored_NCYX, strict=True):
         with torch.no_grad():
@@ -425,11 +425,11 @@ def test_dissimilarity_is_one_minus_the_ssim_of_wang():
     generator = torch.Generator().manual_seed(5)
     x_BCYX = nn.functional.interpolate(torch.rand(2, 3, 10, 12, generator=generator), (40, 48), mode="bilinear")
     other_BCYX = (x_BCYX + 0.1 * torch.randn(x_BCYX.shape, generator=generator)).clamp(0, 1)
-    ours_BYX = localisation.dissimilarity(x_BCYX, other_BCYX)
+    ours_BYX = baselines.dissimilarity(x_BCYX, other_BCYX)
     for ours_YX, x_CYX, other_CYX in zip(ours_BYX, x_BCYX.double(), other_BCYX.double(), strict=True):
         theirs = [wang(x_YX.numpy(), y_YX.numpy()) for x_YX, y_YX in zip(x_CYX, other_CYX, strict=True)]
         np.testing.assert_allclose(ours_YX, 1 - np.mean(theirs, axis=0), atol=1e-3)
-    torch.testing.assert_close(localisation.dissimilarity(x_BCYX, x_BCYX), torch.zeros(2, 40, 48), atol=1e-4, rtol=0)
+    torch.testing.assert_close(baselines.dissimilarity(x_BCYX, x_BCYX), torch.zeros(2, 40, 48), atol=1e-4, rtol=0)
 
 
 def test_edges_are_numpys_gradient():
@@ -440,7 +440,7 @@ def test_edges_are_numpys_gradient():
 
 def test_baseline_maps_are_those_of_the_library_in_every_batch(small):
     x_NCYX = torch.cat([category().train_NCYX, category().test_NCYX, category().test_NCYX])
-    restored_NCYX = localisation.reconstruct(small, x_NCYX)
+    restored_NCYX = explanation.reconstruct(small, x_NCYX)
     mean_CYX = training.to_unit(category().train_NCYX).mean(0)
     maps = localisation.baseline_maps(x_NCYX, restored_NCYX, mean_CYX)
     assert {COMMON, *maps} == set(BASELINES)
@@ -449,7 +449,7 @@ def test_baseline_maps_are_those_of_the_library_in_every_batch(small):
         torch.testing.assert_close(maps["reconstruction error"][i], (x_BCYX - restored_BCYX).square().mean(1)[0])
         torch.testing.assert_close(maps["mean image difference"][i], (x_BCYX - mean_CYX).square().mean(1)[0])
         torch.testing.assert_close(maps["centre prior"][i], baselines.centre_prior(SIDE, SIDE)[0])
-        torch.testing.assert_close(maps[SSIM][i], localisation.dissimilarity(x_BCYX, restored_BCYX)[0])
+        torch.testing.assert_close(maps[SSIM][i], baselines.dissimilarity(x_BCYX, restored_BCYX)[0])
 
 
 # --- measures --------------------------------------------------------------------------------------------------------
@@ -577,7 +577,7 @@ def test_layers_and_presets_are_compared_on_images_drawn_with_the_seed(small, da
 def test_what_the_latents_carry(small):
     data = category()
     _, held_out_NCYX = localisation.split(data)
-    restored_NCYX = localisation.reconstruct(small, data.test_NCYX)
+    restored_NCYX = explanation.reconstruct(small, data.test_NCYX)
     mean_CYX = training.to_unit(data.train_NCYX).mean(0)
     rows = localisation.latent_rows(small, data, mean_CYX, restored_NCYX)
     with torch.no_grad():

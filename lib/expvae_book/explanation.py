@@ -77,6 +77,14 @@ def normal_posterior(
     return mu_ND.mean(0), variance_D.log()
 
 
+def reconstruct(model: nn.Module, x_NCYX: UInt8[Tensor, "n c y x"]) -> Float[Tensor, "n c y x"]:
+    """The images as the decoder makes them of the means of their latents."""
+    where = next(model.parameters()).device
+    with torch.no_grad():
+        parts = [model.decode(model.encode(training.to_unit(x_BCYX.to(where)))[0]) for x_BCYX in x_NCYX.split(16)]
+    return torch.cat(parts).sigmoid().cpu()
+
+
 def auroc_rows(
     metric: str,
     scores: Mapping[str, Float[Array, "n ..."]],

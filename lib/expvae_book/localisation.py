@@ -174,30 +174,6 @@ def method_of(preset: str) -> Method:
     return PRESETS.get(preset, Method(score="normal_difference"))
 
 
-def reconstruct(model: nn.Module, x_NCYX: UInt8[Tensor, "n c y x"]) -> Float[Tensor, "n c y x"]:
-    """The images as the decoder makes them of the means of their latents."""
-    where = next(model.parameters()).device
-    with torch.no_grad():
-        parts = [model.decode(model.encode(training.to_unit(x_BCYX.to(where)))[0]) for x_BCYX in x_NCYX.split(16)]
-    return torch.cat(parts).sigmoid().cpu()
-
-
-def dissimilarity(
-    x_BCYX: Float[Tensor, "b c y x"], reconstruction_BCYX: Float[Tensor, "b c y x"]
-) -> Float[Tensor, "b y x"]:
-    """1 − SSIM of each pixel's neighbourhood, averaged over the colours (Bergmann et al., VISAPP 2019).
-
-    The neighbourhood is a Gaussian of 1.5 pixels, as Wang et al. (2004) have it.
-    """
-    # Only here: it takes seconds to import, and a page that only shows stored runs does not need it.
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    _, similarity_BCYX = structural_similarity_index_measure(
-        reconstruction_BCYX, x_BCYX, data_range=1.0, return_full_image=True
-    )
-    return 1 - similarity_BCYX.mean(1)
-
-
 def baseline_maps(
     x_NCYX: UInt8[Tensor, "n c y x"],
     reconstruction_NCYX: Float[Tensor, "n c y x"],
@@ -211,7 +187,7 @@ def baseline_maps(
         parts.append(
             {
                 "reconstruction error": baselines.reconstruction_error(x_BCYX, restored_BCYX),
-                SSIM: dissimilarity(x_BCYX, restored_BCYX),
+                SSIM: baselines.dissimilarity(x_BCYX, restored_BCYX),
                 "mean image difference": baselines.mean_image_difference(x_BCYX, mean_CYX),
                 "centre prior": baselines.centre_prior(y, x).expand(b, -1, -1),
             }
@@ -407,7 +383,7 @@ def compute(chapter: str, parameters: Mapping[str, Any], device: torch.device) -
     train_NCYX, held_out_NCYX = split(category)
     mean_CYX = training.to_unit(train_NCYX).mean(0)
     normal = explanation.normal_posterior(trained.model, train_NCYX)
-    restored_NCYX = reconstruct(trained.model, torch.cat([category.test_NCYX, held_out_NCYX]))
+    restored_NCYX = explanation.reconstruct(trained.model, torch.cat([category.test_NCYX, held_out_NCYX]))
     tested = len(category.test_NCYX)
 
     def all_maps(x_NCYX: UInt8[Tensor, "n c y x"], reconstruction_NCYX: Float[Tensor, "n c y x"]) -> Maps:

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
         Attention as Attention,
         Channels as Channels,
         Method as Method,
-        Score as Score,
         TensorChoice as TensorChoice,
         attention as attention,
         upsample as upsample,
     )
+    from expvae._encoder import Score as Score
     from expvae._gradients import RMS_EPSILON as RMS_EPSILON, Normaliser as Normaliser
     from expvae._input_attention import gradient_times_input as gradient_times_input
     from expvae._losses import (
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 __getattr__, __all__ = attach(
     __name__,
     {
-        "_attention": ["PRESETS", "Attention", "Channels", "Method", "Score", "TensorChoice", "attention", "upsample"],
+        "_attention": ["PRESETS", "Attention", "Channels", "Method", "TensorChoice", "attention", "upsample"],
+        "_encoder": ["Score"],
         "_gradients": ["RMS_EPSILON", "Normaliser"],
         "_input_attention": ["gradient_times_input"],
         "_losses": [

@@ -230,8 +230,8 @@ def test_defect_that_is_lost_when_shrunk(bottle, capsys):
     assert capsys.readouterr().err == ""
     assert not load(bottle, size=32).test_mask[1].any()
     assert capsys.readouterr().err == (
-        "At 32x32 pixels nothing is left of the defects in 1 of 3 masks of bottle, which pixel measures take for "
-        "normal: broken/004_mask.png.\n"
+        "At 32x32 pixels (nearest) nothing is left of the anomalies in 1 of 3 masks, whose images count as normal: "
+        "broken/004_mask.png.\n"
     )
 
 

@@ -235,7 +235,7 @@ def test_anomaly_that_is_lost_when_shrunk(mask_resize, ped1, capsys):
     save(ped1 / "Test/Test003_gt/002.bmp", box(2, 2, 1, 1))  # at 50 pixels the first centres lie at 1.6 and 2.4
     assert load(ped1, mask_resize=mask_resize, size=50).test_anomalous[1] is False
     assert capsys.readouterr().err == (
-        f"At 50x50 pixels ({mask_resize}) nothing is left of the anomalies in 1 of 3 masks, whose frames count as "
+        f"At 50x50 pixels ({mask_resize}) nothing is left of the anomalies in 1 of 3 masks, whose images count as "
         "normal: Test003_gt/002.bmp.\n"
     )
 
@@ -299,7 +299,7 @@ def test_masks_must_match_frames_in_name(ped1):
 
 def test_masks_must_match_frames_in_size(ped1):
     file = save(ped1 / "Test/Test003_gt/002.bmp", box(0, 0, shape=(100, 120)))
-    fails(ped1, ValueError, file, "has 120x100 pixels for a frame of 238x158")
+    fails(ped1, ValueError, file, "has 120x100 pixels for the 238x158 of", "Test/Test003/002.tif")
 
 
 def test_masks_without_clip(ped1):

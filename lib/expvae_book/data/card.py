@@ -2,6 +2,8 @@
 
 import hashlib
 import math
+import shlex
+import sys
 import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 
 from expvae_book.data.catalogue import Source
 
+DATA = ("auto", "real", "sample")
 KINDS = ("complete", "partial", "rendered", "sample")
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 NAMED = 6  # files or folders that a message names at most
@@ -104,22 +107,63 @@ def survey(source: Source, root: Path) -> DataCard | None:
     hashes = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
     listing = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
     altered = [name for name, digest in source.checksums.items() if hashes.get(name) != digest]
-    note_file = folder / "NOTE.txt"
-    note = note_file.read_text(encoding="utf-8").strip() if note_file.is_file() else ""
+    notes = notes_in(folder)
     if altered and counts == source.official:
-        note = (
-            f"{note}\nThe counts are official, but these files differ from the release: {', '.join(altered)}.".strip()
-        )
+        notes.append(f"The counts are official, but these files differ from the release: {', '.join(altered)}.")
+    encoded = _encoded_again(source, counted)
     return DataCard(
         name=source.name,
-        kind="complete" if counts == source.official and not altered else "partial",
+        kind="complete" if counts == source.official and not altered + encoded else "partial",
         counts=counts,
         official=dict(source.official),
         digest=hashlib.sha256(listing.encode()).hexdigest(),
         licence=source.licence,
         credit=source.credit,
-        note=note,
+        note="\n".join(notes + encoded),
     )
+
+
+def notes_in(folder: Path) -> list[str]:
+    """The text of a NOTE.txt in a folder, if there is one."""
+    file = folder / "NOTE.txt"
+    return [file.read_text(encoding="utf-8").strip()] if file.is_file() else []
+
+
+def takes_sample(
+    data: str, source: Source, root: Path, folder: Path, present: bool, missing: str, stand_in: str, remedy: str = ""
+) -> bool:
+    """Whether a sample is taken instead of a data set, which is said on the error stream.
+
+    Args:
+        data: "real" (the files), "sample" (the sample) or "auto" (the files where there are any).
+        source: Entry of the catalogue.
+        root: Data root.
+        folder: Where the files are looked for.
+        present: Whether there are any, which "auto" then reads.
+        missing: What the folder lacks, as the rest of a sentence about it; empty where it lacks nothing.
+        stand_in: What is taken instead, for the same purpose.
+        remedy: What else helps than to fetch the data set.
+
+    Raises:
+        ValueError: If `data` is none of these.
+        FileNotFoundError: If files are to be read and some are missing.
+    """
+    if data not in DATA:
+        raise ValueError(f"data must be one of {', '.join(DATA)}; got {data!r}")
+    name, _, category = source.name.partition("/")
+    name += f" --categories {category}" if category else ""
+    command = f"`python -m expvae_book.data fetch {name} --root {shlex.quote(str(root))}` fetches {source.title}"
+    if data == "auto" and not present:
+        # To the error stream: notebooks show it on a coloured ground, between code and results.
+        print(
+            f"{source.title} is not in {folder}{there(folder, root)}: {stand_in} instead, and marking every result. "
+            f"{command}.",
+            file=sys.stderr,
+        )
+        return True
+    if missing:
+        raise FileNotFoundError(f"{folder} {missing}{there(folder, root)}; {remedy}{command}")
+    return False
 
 
 def idx_shape(path: Path) -> tuple[int, ...]:
@@ -170,6 +214,24 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
+def is_image(path: Path) -> bool:
+    """Whether a file is an image by its name; copies made on other systems hold AppleDouble files (._000.png)."""
+    return path.suffix.lower() in IMAGES and not path.name.startswith(".") and path.is_file()
+
+
+def _encoded_again(source: Source, counted: dict[str, dict[Path, int]]) -> list[str]:
+    """A remark on images and one on masks that have another format than those of the release."""
+    remarks = []
+    for what, splits in (("images", ("train", "test")), ("masks", ("masks",))) if source.suffix else ():
+        others = {path.suffix.lower() for split in splits for path in counted[split]} - {source.suffix}
+        if others:
+            remarks.append(
+                f"The {what} are re-encoded: the release holds {source.suffix[1:].upper()} files, "
+                f"these are {', '.join(sorted(others))}."
+            )
+    return remarks
+
+
 def _count(folder: Path, pattern: str) -> dict[Path, int]:
     """The files that match, each with the number of images in it; files without images are left out."""
     numbers = {path: _images_in(path) for path in folder.glob(pattern) if path.is_file()}
@@ -181,7 +243,7 @@ def _images_in(path: Path) -> int:
         return idx_shape(path)[0]
     if path.suffix == ".npz":
         return _npz_length(path)
-    return int(path.suffix.lower() in IMAGES and not path.name.startswith("."))
+    return int(is_image(path))
 
 
 def _npz_length(path: Path) -> int:

@@ -42,6 +42,7 @@ class Source:
         official: For each split, the number of images in the release.
         checksums: SHA-256 of files below the folder, where the release is told by them.
         downloads: What to fetch.
+        suffix: Of all image files of the release, where files in another format are told by it.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Source:
     official: dict[str, int]
     checksums: dict[str, str]
     downloads: tuple[Download, ...]
+    suffix: str = ""
 
 
 def _mnist(file: str, sha256: str, size: int) -> Download:
@@ -139,6 +141,7 @@ MVTEC = Source(
             5_264_982_680,
         ),
     ),
+    suffix=".png",
 )
 
 # Training images, normal and defective test images; every defective one has a mask (Bergmann et al. 2019, Table 1).

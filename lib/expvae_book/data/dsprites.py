@@ -17,8 +17,6 @@ Not known: how far all this is from the release, pixel by pixel. `closeness` mea
 """
 
 import hashlib
-import shlex
-import sys
 import zipfile
 import zlib
 from dataclasses import dataclass, replace
@@ -31,9 +29,8 @@ from torch import Tensor
 
 import expvae_book.data
 from expvae_book.data import catalogue
-from expvae_book.data.card import DataCard, survey, there
+from expvae_book.data.card import DataCard, survey, takes_sample
 
-DATA = ("auto", "real", "sample")
 FACTORS = ("colour", "shape", "scale", "orientation", "x", "y")
 SIZES = (1, 3, 6, 40, 32, 32)
 COUNT = 737_280
@@ -151,30 +148,28 @@ def load(data: str = "auto", root: Path | None = None) -> Sprites:
         FileNotFoundError: If the file is missing.
         ValueError: If `data` is none of these, or the file is damaged or holds other images; the message names it.
     """
-    if data not in DATA:
-        raise ValueError(f"data must be one of {', '.join(DATA)}; got {data!r}")
     if data == "sample":
         return sample()
     root = Path(root or expvae_book.data.root())
     file = root / catalogue.DSPRITES.folder / catalogue.DSPRITES.patterns["all"]
-    command = f"python -m expvae_book.data fetch dsprites --root {shlex.quote(str(root))}"
-    if file.is_file():
-        packed_NP = _pack(file)
-        # With fewer images it would not be told which factors are missing.
-        if len(packed_NP) != COUNT:
-            raise ValueError(f"{file} holds {len(packed_NP)} images, not {COUNT}; `{command}` replaces it")
-        return Sprites(torch.from_numpy(packed_NP), survey(catalogue.DSPRITES, root))
-    if data == "real":
-        raise FileNotFoundError(
-            f"{file.parent} lacks {file.name}{there(file.parent, root)}; `{command}` fetches dSprites"
+    if takes_sample(
+        data,
+        catalogue.DSPRITES,
+        root,
+        file.parent,
+        present=file.is_file(),
+        missing="" if file.is_file() else f"lacks {file.name}",
+        stand_in="drawing a SAMPLE, every sprite from its factors,",
+    ):
+        return sample()
+    packed_NP = _pack(file)
+    # With fewer images it would not be told which factors are missing.
+    if len(packed_NP) != COUNT:
+        raise ValueError(
+            f"{file} holds {len(packed_NP)} images, not {COUNT}; "
+            "`python -m expvae_book.data fetch dsprites` replaces it"
         )
-    # To the error stream: notebooks show it on a coloured ground, between code and results.
-    print(
-        f"dSprites is not in {file.parent}{there(file.parent, root)}: drawing a SAMPLE, every sprite from its factors, "
-        f"instead, and marking every result. `{command}` fetches dSprites.",
-        file=sys.stderr,
-    )
-    return sample()
+    return Sprites(torch.from_numpy(packed_NP), survey(catalogue.DSPRITES, root))
 
 
 def sample() -> Sprites:

@@ -1,4 +1,4 @@
-"""Image and mask files as a viewer shows them: every file that a data set holds is read here.
+"""Image and mask files as a viewer shows them: what a data set of files holds is listed, read and resized here.
 
 A file is upright (its EXIF or TIFF orientation is applied), grey or RGB, and has 8 bits per channel; palettes become
 their colours and single bits 0 and 255. What a viewer shows in its own way, or only a part of, is refused: transparent
@@ -7,16 +7,138 @@ which it converts by a profile; and several frames. Colour profiles of RGB files
 """
 
 import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool
+import torch
+from jaxtyping import Bool, UInt8
 from PIL import Image, ImageOps
+from torch import Tensor
 
+from expvae_book.data.card import is_image, listed
+
+CHANNELS = {"L": 1, "RGB": 3}
 GREY = ("1", "L", "LA")
 COLOUR = ("P", "PA", "RGB", "RGBA", "RGBX")
 LOSSLESS = ("PNG", "BMP", "DIB", "TIFF")
 LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images in one square shape.
+
+    Attributes:
+        x_NCYX: The images, grey or RGB.
+        mask: For each image its anomalous pixels in the same shape, or None where it has no mask, which is not the same
+            as a mask without anomaly.
+        marked: For each image whether its mask marked any pixel before it was resized, or None where it has no mask.
+    """
+
+    x_NCYX: UInt8[Tensor, "n c size size"]
+    mask: list[Bool[Tensor, "size size"] | None]
+    marked: list[bool | None]
+
+
+def files(folder: Path) -> list[Path]:
+    """The image files of a folder in the order of their names; none where there is no folder.
+
+    Raises:
+        ValueError: If two files differ in their suffix only: a copy in another format would count twice, and its mask
+            belong to two.
+    """
+    images = sorted(filter(is_image, folder.glob("*")))
+    stems = {}
+    for file in images:
+        if stems.setdefault(file.stem, file) != file:
+            raise ValueError(f"{folder} holds the image {file.stem} twice: {stems[file.stem].name} and {file.name}")
+    return images
+
+
+def load(images: list[Path], masks: dict[Path, Path], mode: str, size: int, mask_resize: str = "nearest") -> Batch:
+    """Read images and their masks and make them size x size.
+
+    A mask may lose every anomalous pixel when it shrinks; its image then counts as normal, which is said on the error
+    stream.
+
+    Args:
+        images: Image files.
+        masks: The mask files of those images that have one.
+        mode: As for `read`.
+        size: As for `batch`.
+        mask_resize: As for `batch`.
+
+    Raises:
+        ValueError: If a file is damaged or refused, or a mask has another size than its image; the message names it.
+    """
+
+    def pairs() -> Iterable[tuple[Image.Image, Bool[np.ndarray, "y x"] | None]]:
+        for file in images:
+            image, mask_YX = read(file, mode), None
+            if file in masks:
+                mask_YX = read_mask(masks[file])
+                if mask_YX.shape != (image.height, image.width):
+                    raise ValueError(
+                        f"{masks[file]} has {mask_YX.shape[1]}x{mask_YX.shape[0]} pixels for the "
+                        f"{image.width}x{image.height} of {file}"
+                    )
+            yield image, mask_YX
+
+    loaded = batch(pairs(), mode, size, mask_resize)
+    outcomes = zip(images, loaded.marked, loaded.mask, strict=True)
+    lost = [masks[file] for file, marked, mask_YX in outcomes if marked and not mask_YX.any()]
+    if lost:
+        print(
+            f"At {size}x{size} pixels ({mask_resize}) nothing is left of the anomalies in {len(lost)} of {len(masks)} "
+            f"masks, whose images count as normal: {listed([f'{mask.parent.name}/{mask.name}' for mask in lost])}.",
+            file=sys.stderr,
+        )
+    return loaded
+
+
+def batch(
+    pairs: Iterable[tuple[Image.Image, Bool[np.ndarray, "y x"] | None]],
+    mode: str,
+    size: int,
+    mask_resize: str = "nearest",
+) -> Batch:
+    """Make images and their masks, of whatever sizes, size x size.
+
+    Images are resized by Pillow's bilinear interpolation, which widens its triangle to the scale when it shrinks an
+    image (what torchvision's Resize does by default); an image of that size stays as it is.
+
+    Args:
+        pairs: Images in this mode, each with its anomalous pixels or None.
+        mode: "L" or "RGB".
+        size: Pixels along either side.
+        mask_resize: "nearest" takes the pixel nearest to each centre. "truncated" is what published code comes to:
+            bilinear as for images, in [0, 1], then cut to a whole number, so that a pixel stays anomalous only where
+            all that it was computed from is, and every region loses its border.
+    """
+    resampling = {"nearest": Image.Resampling.NEAREST, "truncated": Image.Resampling.BILINEAR}[mask_resize]
+    images, masks, marked = [], [], []
+    for image, mask_YX in pairs:
+        images.append(np.array(image.resize((size, size), Image.Resampling.BILINEAR)))
+        marked.append(None if mask_YX is None else bool(mask_YX.any()))
+        masks.append(None)
+        if mask_YX is not None:
+            mask = Image.fromarray(np.where(mask_YX, 255, 0).astype(np.uint8)).resize((size, size), resampling)
+            masks[-1] = torch.from_numpy(np.array(mask) == 255)
+    x_NYXC = np.array(images, np.uint8).reshape(len(images), size, size, CHANNELS[mode])
+    return Batch(torch.from_numpy(x_NYXC).permute(0, 3, 1, 2).contiguous(), masks, marked)
+
+
+def check_size(size: int, least: int) -> None:
+    """Refuse what is no number of pixels along the side of an image.
+
+    Raises:
+        ValueError: If it is no whole number, or fewer than so many.
+    """
+    if not isinstance(size, int) or size < least:
+        raise ValueError(f"size must be a whole number of pixels, {least} or more; got {size!r}")
 
 
 def read(file: Path, mode: str) -> Image.Image:

@@ -1,8 +1,6 @@
 """MNIST: the official files, or an embedded sample of small digits where they are absent."""
 
 import hashlib
-import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +14,8 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 
 import expvae_book.data
 from expvae_book.data import catalogue
-from expvae_book.data.card import DataCard, idx_shape, survey, there
+from expvae_book.data.card import DataCard, idx_shape, survey, takes_sample
 
-DATA = ("auto", "real", "sample")
 SAMPLE_TEST = 297
 SAMPLE_NOTE = (
     "Not MNIST: the 1797 digits of scikit-learn (8x8 pixels, 17 grey levels), enlarged to 20x20 and centred by mass "
@@ -59,8 +56,6 @@ def load(data: str = "auto", root: Path | None = None) -> MNIST:
         FileNotFoundError: If files are missing.
         ValueError: If `data` is none of these, or a file is damaged; the message names it.
     """
-    if data not in DATA:
-        raise ValueError(f"data must be one of {', '.join(DATA)}; got {data!r}")
     if data == "sample":
         return _sample()
     root = Path(root or expvae_book.data.root())
@@ -70,20 +65,17 @@ def load(data: str = "auto", root: Path | None = None) -> MNIST:
     missing = [file.name for file in files if not file.is_file()]
     # Some unpackers write train-images.idx3-ubyte, and downloads by hand end in .gz.
     renamed = any(path.name.lower().removesuffix(".gz").replace(".", "-") in missing for path in raw.glob("*"))
-    command = f"python -m expvae_book.data fetch mnist --root {shlex.quote(str(root))}"
-    if data == "auto" and len(missing) == len(files) and not renamed:
-        # To the error stream: notebooks show it on a coloured ground, between code and results.
-        print(
-            f"MNIST is not in {raw}{there(raw, root)}: using the embedded SAMPLE of small digits instead, and marking "
-            f"every result. `{command}` fetches MNIST.",
-            file=sys.stderr,
-        )
+    if takes_sample(
+        data,
+        catalogue.MNIST,
+        root,
+        raw,
+        present=renamed or len(missing) < len(files),
+        missing=f"lacks {', '.join(missing)}" if missing else "",
+        stand_in="using the embedded SAMPLE of small digits",
+        remedy="unpack what ends in .gz and rename what is there to the names it lacks, or " if renamed else "",
+    ):
         return _sample()
-    if missing:
-        rename = "unpack what ends in .gz and rename what is there to the names it lacks, or " if renamed else ""
-        raise FileNotFoundError(
-            f"{raw} lacks {', '.join(missing)}{there(raw, root)}; {rename}`{command}` fetches MNIST"
-        )
     return _real(folder, survey(catalogue.MNIST, root))
 
 

@@ -1,12 +1,9 @@
 """MVTec AD: photographs of one category in the official layout, or generated workpieces where they are absent."""
 
 import hashlib
-import shlex
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Bool, UInt8
 from PIL import Image
@@ -14,9 +11,8 @@ from torch import Tensor
 
 import expvae_book.data
 from expvae_book.data import catalogue, images, workpieces
-from expvae_book.data.card import IMAGES, DataCard, listed, survey, there
+from expvae_book.data.card import DataCard, is_image, notes_in, survey, takes_sample
 
-DATA = ("auto", "real", "sample")
 OFFICIAL = catalogue.MVTEC_OFFICIAL  # by category and split
 CATEGORIES = tuple(OFFICIAL)
 TEXTURES = ("carpet", "grid", "leather", "tile", "wood")  # the other ten show objects
@@ -54,8 +50,7 @@ def load(category: str, data: str = "auto", root: Path | None = None, size: int 
     Training images lie in train/good, test images in test/good and test/<defect>, masks in ground_truth/<defect>
     under the name of their image followed by `_mask`. Images and masks may have any size and any format of
     `card.IMAGES`, which `images.read` reads as a viewer shows them. Images become RGB (grey ones by repeating the
-    channel) and size x size by Pillow's bilinear interpolation, which widens its triangle to the scale when it shrinks
-    an image (what torchvision's Resize does by default); an image of that size stays as it is.
+    channel) and size x size, see `images.batch`.
 
     The anomalous pixels of a mask are those of `images.read_mask`: in lossless files every one above 0. The mask of a
     defect must have some. Normal images need no masks; those that lie in ground_truth/good must have none. Masks are
@@ -77,26 +72,40 @@ def load(category: str, data: str = "auto", root: Path | None = None, size: int 
         ValueError: If an argument is none of these, an image is damaged or refused, or a mask does not fit its image
             or has none; the message names the file.
     """
-    if data not in DATA:
-        raise ValueError(f"data must be one of {', '.join(DATA)}; got {data!r}")
     _check(category, size)
     if data == "sample":
         return sample(category, size=size)
     root = Path(root or expvae_book.data.root())
-    folder = root / catalogue.mvtec_category(category).folder
-    command = f"python -m expvae_book.data fetch mvtec --categories {category} --root {shlex.quote(str(root))}"
-    if data == "auto" and not folder.exists():
-        # To the error stream: notebooks show it on a coloured ground, between code and results.
-        print(
-            f"MVTec AD {category} is not in {folder}{there(folder, root)}: using a generated SAMPLE of drawn "
-            f"workpieces instead, and marking every result. `{command}` fetches MVTec AD {category}.",
-            file=sys.stderr,
-        )
+    source = catalogue.mvtec_category(category)
+    folder = root / source.folder
+    train = images.files(folder / "train/good")
+    if takes_sample(
+        data,
+        source,
+        root,
+        folder / "train/good",
+        present=folder.exists(),
+        missing="" if train else "holds no images",
+        stand_in="using a generated SAMPLE of drawn workpieces",
+    ):
         return sample(category, size=size)
-    train = folder / "train/good"
-    if not _images(train):
-        raise FileNotFoundError(f"{train} holds no images{there(train, root)}; `{command}` fetches MVTec AD {category}")
-    return _real(category, folder, root, size)
+    by_defect = {defect.name: images.files(defect) for defect in _folders(folder / "test")}
+    masks = _masks(folder / "ground_truth", by_defect)
+    tests = [file for files in by_defect.values() for file in files]
+    test = images.load(tests, masks, "RGB", size)
+    for file, marked in zip(tests, test.marked, strict=True):
+        normal = file.parent.name == "good"
+        if normal and marked:
+            raise ValueError(f"{masks[file]} marks anomalous pixels in {file}, which is a normal image")
+        if not normal and marked is False:
+            raise ValueError(f"{masks[file]} marks no pixel of the defect in {file}, which could not be measured so")
+    return _assemble(
+        category,
+        images.load(train, {}, "RGB", size),
+        test,
+        [file.parent.name for file in tests],
+        _card(category, root, sum(file.parent.name != "good" for file in masks)),
+    )
 
 
 def sample(category: str, seed: int = 0, size: int = 256) -> Category:
@@ -131,14 +140,10 @@ def sample(category: str, seed: int = 0, size: int = 256) -> Category:
         credit="Generated workpieces, not MVTec AD (this book, MIT)",
         note=SAMPLE_NOTE,
     )
-    return Category(
-        name=category,
-        train_NCYX=_stack([_resize(Image.fromarray(x_YXC), size) for x_YXC in drawn.train_NYXC], size),
-        test_NCYX=_stack([_resize(Image.fromarray(x_YXC), size) for x_YXC in drawn.test_NYXC], size),
-        test_defect=list(drawn.test_defect),
-        test_mask=[_resize_mask(mask_YX, size) for mask_YX in drawn.test_mask_NYX],
-        card=card,
-    )
+    train = ((Image.fromarray(x_YXC), None) for x_YXC in drawn.train_NYXC)
+    test = zip(map(Image.fromarray, drawn.test_NYXC), drawn.test_mask_NYX, strict=True)
+    batches = (images.batch(pairs, "RGB", size) for pairs in (train, test))
+    return _assemble(category, *batches, drawn.test_defect, card)
 
 
 def available(root: Path | None = None) -> list[str]:
@@ -148,72 +153,45 @@ def available(root: Path | None = None) -> list[str]:
         root: Data root; by default `expvae_book.data.root()`.
     """
     folder = Path(root or expvae_book.data.root()) / catalogue.MVTEC.folder
-    return [name for name in CATEGORIES if any(map(_is_image, (folder / name / "train/good").glob("*")))]
+    return [name for name in CATEGORIES if any(map(is_image, (folder / name / "train/good").glob("*")))]
 
 
-def _real(category: str, folder: Path, root: Path, size: int) -> Category:
-    tests = {defect: _images(folder / "test" / defect) for defect in _folders(folder / "test")}
-    masks = _masks(folder / "ground_truth", tests)
-    masked = sum(file.parent.name != "good" for file in masks)
-    test_images, test_mask, lost = [], [], []
-    for defect, files in tests.items():
-        for file in files:
-            image = images.read(file, "RGB")
-            test_images.append(_resize(image, size))
-            mask_YX = _resize_mask(_mask(masks[file], file, image), size) if file in masks else None
-            test_mask.append(torch.zeros(size, size, dtype=torch.bool) if defect == "good" else mask_YX)
-            if defect != "good" and mask_YX is not None and not mask_YX.any():
-                lost.append(f"{defect}/{masks[file].name}")
-    if lost:
-        print(
-            f"At {size}x{size} pixels nothing is left of the defects in {len(lost)} of {masked} masks of {category}, "
-            f"which pixel measures take for normal: {listed(lost)}.",
-            file=sys.stderr,
-        )
+def _assemble(category: str, train: images.Batch, test: images.Batch, defects: list[str], card: DataCard) -> Category:
+    """Images with the names of their defects, and an empty mask for every normal one."""
+    empty_YX = torch.zeros(test.x_NCYX.shape[2:], dtype=torch.bool)
+    masks = zip(test.mask, defects, strict=True)
     return Category(
         name=category,
-        train_NCYX=_stack([_resize(images.read(file, "RGB"), size) for file in _images(folder / "train/good")], size),
-        test_NCYX=_stack(test_images, size),
-        test_defect=[defect for defect, files in tests.items() for _ in files],
-        test_mask=test_mask,
-        card=_card(category, root, masked),
+        train_NCYX=train.x_NCYX,
+        test_NCYX=test.x_NCYX,
+        test_defect=defects,
+        test_mask=[empty_YX.clone() if mask_YX is None and kind == "good" else mask_YX for mask_YX, kind in masks],
+        card=card,
     )
 
 
 def _card(category: str, root: Path, masks: int) -> DataCard:
     """What is at hand of a category, this many masks of defects among it, and what that rules out."""
-    source = catalogue.mvtec_category(category)
-    card = survey(source, root)
-    counts = card.counts | {"test defective": card.counts["test"] - card.counts["test good"]}
-    good, defective = counts["test good"], counts["test defective"]
-    note_file = root / catalogue.MVTEC.folder / "NOTE.txt"
-    notes = [note_file.read_text(encoding="utf-8").strip()] if note_file.is_file() else []
-    notes += [card.note] if card.note else []
-    encoded = []
-    for what, patterns in (("images", ("train", "test")), ("masks", ("masks",))):
-        files = (file for split in patterns for file in (root / source.folder).glob(source.patterns[split]))
-        formats = {file.suffix.lower() for file in files if _is_image(file)} - {".png"}
-        if formats:
-            others = ", ".join(sorted(formats))
-            encoded.append(f"The {what} are re-encoded: the release holds PNG files, these are {others}.")
-    complete = card.kind == "complete" and not encoded and not notes
-    notes += encoded
-    if not good + defective:
-        notes.append("No test images: training only.")
-    elif not defective:
-        notes.append("No defective test images: nothing to detect.")
-    elif not good and not masks:
-        notes.append("No normal test images and no masks: no measures.")
-    elif not good:
-        notes.append("No normal test images: pixel measures only.")
-    elif not masks:
-        notes.append("No masks: image-level measures only.")
+    card = survey(catalogue.mvtec_category(category), root)
+    good = card.counts["test good"]
+    defective = card.counts["test"] - good
+    beside = notes_in(root / catalogue.MVTEC.folder)
+    notes = beside + ([card.note] if card.note else [])
+    complete = card.kind == "complete" and not notes
+    limits = [
+        ("No test images: training only.", not good + defective),
+        ("No defective test images: nothing to detect.", not defective),
+        ("No normal test images and no masks: no measures.", not good + masks),
+        ("No normal test images: pixel measures only.", not good),
+        ("No masks: image-level measures only.", not masks),
+    ]
+    notes += [limit for limit, holds in limits if holds][:1]
     if 0 < masks < defective:
         notes.append(f"{defective - masks} of {defective} defective images have no mask.")
     return replace(
         card,
         kind="complete" if complete else "partial",
-        counts=counts,
+        counts=card.counts | {"test defective": defective},
         official=dict(OFFICIAL[category]),
         note="\n".join(notes),
     )
@@ -223,70 +201,19 @@ def _masks(folder: Path, tests: dict[str, list[Path]]) -> dict[Path, Path]:
     """The mask of each test image that has one."""
     masks = {}
     for defect in _folders(folder):
-        masked = {f"{file.stem}_mask": file for file in tests.get(defect, [])}
-        for mask in _images(folder / defect):
+        masked = {f"{file.stem}_mask": file for file in tests.get(defect.name, [])}
+        for mask in images.files(defect):
             if mask.stem not in masked:
-                raise ValueError(f"{mask} is the mask of no test image (test/{defect}/NAME has NAME_mask)")
+                raise ValueError(f"{mask} is the mask of no test image (test/{defect.name}/NAME has NAME_mask)")
             masks[masked[mask.stem]] = mask
     return masks
 
 
-def _folders(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        return []
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _images(folder: Path) -> list[Path]:
-    """The images of a folder in the order of their names; none where there is no folder."""
-    if not folder.is_dir():
-        return []
-    files = sorted(filter(_is_image, folder.iterdir()), key=lambda file: file.name)
-    stems = {}
-    for file in files:
-        # A copy in another format would count twice, and its mask belong to two.
-        if stems.setdefault(file.stem, file) != file:
-            raise ValueError(f"{folder} holds the image {file.stem} twice: {stems[file.stem].name} and {file.name}")
-    return files
-
-
-def _is_image(file: Path) -> bool:
-    # Copies made on other systems hold AppleDouble files (._000.png).
-    return file.suffix.lower() in IMAGES and not file.name.startswith(".") and file.is_file()
-
-
-def _stack(images: list[UInt8[np.ndarray, "{size} {size} 3"]], size: int) -> UInt8[Tensor, "n 3 {size} {size}"]:
-    images_NCYX = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
-    for image_CYX, image_YXC in zip(images_NCYX, images, strict=True):
-        image_CYX.copy_(torch.from_numpy(image_YXC).permute(2, 0, 1))
-    return images_NCYX
-
-
-def _resize(image: Image.Image, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    return np.array(image.resize((size, size), Image.Resampling.BILINEAR))
-
-
-def _mask(file: Path, image_file: Path, image: Image.Image) -> Bool[np.ndarray, "y x"]:
-    """The anomalous pixels of an image, checked against it."""
-    mask_YX = images.read_mask(file)
-    height, width = mask_YX.shape
-    if (width, height) != image.size:
-        raise ValueError(f"{file} has {width}x{height} pixels for the {image.width}x{image.height} of {image_file}")
-    normal = image_file.parent.name == "good"
-    if normal and mask_YX.any():
-        raise ValueError(f"{file} marks anomalous pixels in {image_file}, which is a normal image")
-    if not normal and not mask_YX.any():
-        raise ValueError(f"{file} marks no pixel of the defect in {image_file}, which could not be measured so")
-    return mask_YX
-
-
-def _resize_mask(mask_YX: Bool[np.ndarray, "y x"], size: int) -> Bool[Tensor, "{size} {size}"]:
-    mask = Image.fromarray(np.where(mask_YX, 255, 0).astype(np.uint8))
-    return torch.from_numpy(np.array(mask.resize((size, size), Image.Resampling.NEAREST)) > 0)
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("[!.]*") if path.is_dir())
 
 
 def _check(category: str, size: int) -> None:
     if category not in CATEGORIES:
         raise ValueError(f"category must be one of {', '.join(CATEGORIES)}; got {category!r}")
-    if not isinstance(size, int) or size < 32:
-        raise ValueError(f"size must be a whole number of pixels, 32 or more; got {size!r}")
+    images.check_size(size, 32)

@@ -1,8 +1,6 @@
 """UCSD Ped1: clips of a walkway in the official layout, or generated clips where they are absent."""
 
 import hashlib
-import shlex
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,9 +12,8 @@ from torch import Tensor
 
 import expvae_book.data
 from expvae_book.data import catalogue, images, walkway
-from expvae_book.data.card import IMAGES, DataCard, listed, survey, there
+from expvae_book.data.card import IMAGES, DataCard, survey, takes_sample, there
 
-DATA = ("auto", "real", "sample")
 MASK_RESIZES = ("nearest", "truncated")
 OFFICIAL_CLIPS = {"train clips": 34, "test clips": 36, "masked clips": 10}  # of 200 frames each
 RELEASED_MASKS = (3, 4, 14, 18, 19, 21, 22, 23, 24, 32)  # the test clips with pixel masks in the release
@@ -58,18 +55,14 @@ def load(data: str = "auto", root: Path | None = None, mask_resize: str = "neare
 
     Clips lie in Train/Train001, ... and Test/Test001, ..., masks in Test/Test001_gt, ... under the names of their
     frames. A clip may have any number of frames, of any size and in any format of `card.IMAGES`, which
-    `images.read` reads as a viewer shows them. Frames become grey (ITU-R 601 luma) and size x size by Pillow's bilinear
-    interpolation, which widens its triangle to the scale when it shrinks an image (what torchvision's Resize does by
-    default).
+    `images.read` reads as a viewer shows them. Frames become grey (ITU-R 601 luma) and size x size, see `images.batch`.
 
     Args:
         data: "real" (the files), "sample" (the generated clips) or "auto" (the files where there are any).
         root: Data root; by default `expvae_book.data.root()`.
-        mask_resize: How a mask, whose anomalous pixels are those of `images.read_mask`, is resized. "nearest" takes
-            the pixel nearest to each centre. "truncated" is what published code comes to: bilinear as for frames, in
-            [0, 1], then cut to a whole number, so that a pixel stays anomalous only where all that it was computed
-            from is, and every region loses its border. A frame whose mask is left without anomalous pixels counts as
-            normal, which is said on the error stream.
+        mask_resize: How a mask, whose anomalous pixels are those of `images.read_mask`, is resized: "nearest" or
+            "truncated", see `images.batch`. A frame whose mask is left without anomalous pixels counts as normal, which
+            is said on the error stream.
         size: Pixels along either side of a frame and of its mask, 8 or more. The network of the first report takes
             100, that of Brongers et al. 96.
 
@@ -78,28 +71,30 @@ def load(data: str = "auto", root: Path | None = None, mask_resize: str = "neare
         ValueError: If an argument is none of these, an image is damaged or refused, a clip has no frames or
             its masks do not fit its frames; the message names the file or folder.
     """
-    if data not in DATA:
-        raise ValueError(f"data must be one of {', '.join(DATA)}; got {data!r}")
     _check(mask_resize, size)
     if data == "sample":
         return sample(mask_resize=mask_resize, size=size)
     root = Path(root or expvae_book.data.root())
     folder = root / catalogue.UCSD.folder / "UCSDped1"
-    command = f"python -m expvae_book.data fetch ucsd --root {shlex.quote(str(root))}"
-    if data == "auto" and not folder.exists():
-        # To the error stream: notebooks show it on a coloured ground, between code and results.
-        print(
-            f"UCSD Ped1 is not in {folder}{there(folder, root)}: using a generated SAMPLE of walkway scenes "
-            f"instead, and marking every result. `{command}` fetches UCSD Ped1.",
-            file=sys.stderr,
-        )
-        return sample(mask_resize=mask_resize, size=size)
     missing = [f"{name}/" for name in ("Train", "Test") if not (folder / name).is_dir()]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder} lacks {' and '.join(missing)}{there(folder, root)}; `{command}` fetches UCSD Ped1"
-        )
-    return _real(folder, root, mask_resize, size)
+    if takes_sample(
+        data,
+        catalogue.UCSD,
+        root,
+        folder,
+        present=folder.exists(),
+        missing=f"lacks {' and '.join(missing)}" if missing else "",
+        stand_in="using a generated SAMPLE of walkway scenes",
+    ):
+        return sample(mask_resize=mask_resize, size=size)
+    train, test = (_clips(folder / name, name) for name in ("Train", "Test"))
+    masks = _masks(folder / "Test", test)
+    batches = [
+        images.load([frame for clip in clips.values() for frame in clip], masks_of, "L", size, mask_resize)
+        for clips, masks_of in ((train, {}), (test, masks))
+    ]
+    numbers = ([number for number, frames in clips.items() for _ in frames] for clips in (train, test))
+    return _assemble(*batches, *numbers, survey(catalogue.UCSD, root))
 
 
 def sample(seed: int = 0, mask_resize: str = "nearest", size: int = 100) -> UCSD:
@@ -119,42 +114,25 @@ def sample(seed: int = 0, mask_resize: str = "nearest", size: int = 100) -> UCSD
     """
     _check(mask_resize, size)
     digest = hashlib.sha256()
-    frames, clips = {"train": [], "test": []}, {"train": [], "test": []}
-    masks = []
+    pairs, numbers = {"train": [], "test": []}, {"train": [], "test": []}
     for name, clip, frame_YX, vehicle_YX in walkway.scenes(seed):
-        frames[name].append(_resize(Image.fromarray(frame_YX), size))
-        clips[name].append(clip)
+        mask_YX = vehicle_YX if name == "test" and clip <= SAMPLE_MASKED else None
+        pairs[name].append((Image.fromarray(frame_YX), mask_YX))
+        numbers[name].append(clip)
         digest.update(frame_YX.tobytes())
-        if name == "test" and clip <= SAMPLE_MASKED:
-            masks.append(_resize_mask(vehicle_YX, mask_resize, size))
-            digest.update(vehicle_YX.tobytes())
-        elif name == "test":
-            masks.append(None)
+        digest.update(b"" if mask_YX is None else mask_YX.tobytes())
     card = DataCard(
         name="ucsd",
         kind="sample",
-        counts={
-            "train": len(frames["train"]),
-            "test": len(frames["test"]),
-            "masks": sum(mask_YX is not None for mask_YX in masks),
-            "train clips": len(set(clips["train"])),
-            "test clips": len(set(clips["test"])),
-            "masked clips": SAMPLE_MASKED,
-        },
-        official=catalogue.UCSD.official | OFFICIAL_CLIPS,
+        counts={},
+        official=catalogue.UCSD.official,
         digest=digest.hexdigest(),
         licence="MIT",
         credit="Generated walkway scenes, not UCSD Ped1 (this book, MIT)",
         note=SAMPLE_NOTE,
     )
-    return UCSD(
-        train_NYX=_stack(frames["train"]),
-        train_clip_N=torch.tensor(clips["train"]),
-        test_NYX=_stack(frames["test"]),
-        test_clip_N=torch.tensor(clips["test"]),
-        test_mask=masks,
-        card=card,
-    )
+    batches = (images.batch(pairs[name], "L", size, mask_resize) for name in pairs)
+    return _assemble(*batches, *numbers.values(), card)
 
 
 def split(
@@ -193,109 +171,62 @@ def split(
     return torch.cat(validation).sort().values, torch.cat(test).sort().values
 
 
-def _real(folder: Path, root: Path, mask_resize: str, size: int) -> UCSD:
-    train, test = (_clips(folder / name, name) for name in ("Train", "Test"))
-    masks = {}
-    for gt in sorted(path for path in (folder / "Test").glob("Test[0-9][0-9][0-9]_gt") if path.is_dir()):
-        number = _number(gt.name.removesuffix("_gt"))
-        if number not in test:
-            raise ValueError(f"{gt} holds masks for a clip that is not there")
-        masks[number] = _masks(gt, test[number])
-    card = survey(catalogue.UCSD, root)
-    counts = card.counts | {"train clips": len(train), "test clips": len(test), "masked clips": len(masks)}
+def _assemble(
+    train: images.Batch, test: images.Batch, train_clips: list[int], test_clips: list[int], card: DataCard
+) -> UCSD:
+    """Frames with the numbers of their clips, and a card that counts both."""
+    masked = {clip for clip, mask_YX in zip(test_clips, test.mask, strict=True) if mask_YX is not None}
+    counts = {
+        "train": len(train_clips),
+        "test": len(test_clips),
+        "masks": sum(mask_YX is not None for mask_YX in test.mask),
+        "train clips": len(set(train_clips)),
+        "test clips": len(set(test_clips)),
+        "masked clips": len(masked),
+    }
     official = card.official | OFFICIAL_CLIPS
-    kind = "complete" if card.kind == "complete" and counts == official else "partial"
-    test_frames, test_mask, lost = [], [], []
-    for number, files in test.items():
-        for file, mask_file in zip(files, masks.get(number, [None] * len(files)), strict=True):
-            frame = images.read(file, "L")
-            test_frames.append(_resize(frame, size))
-            test_mask.append(None)
-            if mask_file is not None:
-                mask_YX = _mask(mask_file, frame)
-                test_mask[-1] = _resize_mask(mask_YX, mask_resize, size)
-                if mask_YX.any() and not test_mask[-1].any():
-                    lost.append(f"{mask_file.parent.name}/{mask_file.name}")
-    if lost:
-        print(
-            f"At {size}x{size} pixels ({mask_resize}) nothing is left of the anomalies in {len(lost)} of "
-            f"{counts['masks']} masks, whose frames count as normal: {listed(lost)}.",
-            file=sys.stderr,
-        )
+    kind = "partial" if card.kind == "complete" and counts != official else card.kind
     return UCSD(
-        train_NYX=_stack([_resize(images.read(file, "L"), size) for files in train.values() for file in files]),
-        train_clip_N=_numbers(train),
-        test_NYX=_stack(test_frames),
-        test_clip_N=_numbers(test),
-        test_mask=test_mask,
+        train_NYX=train.x_NCYX[:, 0],
+        train_clip_N=torch.tensor(train_clips),
+        test_NYX=test.x_NCYX[:, 0],
+        test_clip_N=torch.tensor(test_clips),
+        test_mask=test.mask,
         card=replace(card, kind=kind, counts=counts, official=official),
     )
 
 
 def _clips(folder: Path, name: str) -> dict[int, list[Path]]:
     """The frames of every clip, by the clip's number."""
-    clips = {
-        _number(clip.name): _images(clip) for clip in sorted(folder.glob(f"{name}[0-9][0-9][0-9]")) if clip.is_dir()
-    }
+    clips = [clip for clip in sorted(folder.glob(f"{name}[0-9][0-9][0-9]")) if clip.is_dir()]
     if not clips:
         raise ValueError(f"{folder} holds no clips ({name}001, {name}002, ...){there(folder, folder)}")
-    for number, files in clips.items():
+    frames = {int(clip.name[-3:]): images.files(clip) for clip in clips}
+    for clip, files in zip(clips, frames.values(), strict=True):
         if not files:
-            clip = folder / f"{name}{number:03d}"
             raise ValueError(f"{clip} holds no frames ({', '.join(sorted(IMAGES))}){there(clip, clip)}")
-    return clips
+    return frames
 
 
-def _masks(folder: Path, frames: list[Path]) -> list[Path]:
-    """The masks of a clip, one per frame and of the same name."""
-    masks = _images(folder)
-    if len(masks) != len(frames):
-        raise ValueError(f"{folder} holds {len(masks)} masks for the {len(frames)} frames of {frames[0].parent}")
-    for mask, frame in zip(masks, frames, strict=True):
-        if mask.stem != frame.stem:
-            raise ValueError(f"{mask} has no frame of its name in {frame.parent}, where {frame.name} stands instead")
-    return masks
-
-
-def _number(name: str) -> int:
-    return int(name[-3:])
-
-
-def _images(folder: Path) -> list[Path]:
-    # The release holds AppleDouble files (._001.tif) and .DS_Store.
-    files = (file for file in folder.iterdir() if file.suffix.lower() in IMAGES and not file.name.startswith("."))
-    return sorted(files, key=lambda file: file.name)
-
-
-def _numbers(clips: dict[int, list[Path]]) -> Int64[Tensor, " n"]:
-    return torch.tensor([number for number, files in clips.items() for _ in files])
-
-
-def _stack(frames: list[UInt8[np.ndarray, "size size"]]) -> UInt8[Tensor, "n size size"]:
-    return torch.from_numpy(np.stack(frames))
-
-
-def _resize(grey: Image.Image, size: int) -> UInt8[np.ndarray, "{size} {size}"]:
-    return np.array(grey.resize((size, size), Image.Resampling.BILINEAR))
-
-
-def _mask(file: Path, frame: Image.Image) -> Bool[np.ndarray, "y x"]:
-    mask_YX = images.read_mask(file)
-    height, width = mask_YX.shape
-    if (width, height) != frame.size:
-        raise ValueError(f"{file} has {width}x{height} pixels for a frame of {frame.width}x{frame.height}")
-    return mask_YX
-
-
-def _resize_mask(mask_YX: Bool[np.ndarray, "y x"], mask_resize: str, size: int) -> Bool[Tensor, "{size} {size}"]:
-    mask = Image.fromarray(np.where(mask_YX, 255, 0).astype(np.uint8))
-    if mask_resize == "nearest":
-        return torch.from_numpy(np.array(mask.resize((size, size), Image.Resampling.NEAREST)) > 0)
-    return torch.from_numpy(_resize(mask, size) // 255 == 1)
+def _masks(folder: Path, clips: dict[int, list[Path]]) -> dict[Path, Path]:
+    """The mask of each frame of the clips that have masks: one per frame and of the same name."""
+    mask_of = {}
+    for masked in sorted(path for path in folder.glob("Test[0-9][0-9][0-9]_gt") if path.is_dir()):
+        frames, masks = clips.get(int(masked.name[4:7])), images.files(masked)
+        if frames is None:
+            raise ValueError(f"{masked} holds masks for a clip that is not there")
+        if len(masks) != len(frames):
+            raise ValueError(f"{masked} holds {len(masks)} masks for the {len(frames)} frames of {frames[0].parent}")
+        for mask, frame in zip(masks, frames, strict=True):
+            if mask.stem != frame.stem:
+                raise ValueError(
+                    f"{mask} has no frame of its name in {frame.parent}, where {frame.name} stands instead"
+                )
+        mask_of |= zip(frames, masks, strict=True)
+    return mask_of
 
 
 def _check(mask_resize: str, size: int) -> None:
     if mask_resize not in MASK_RESIZES:
         raise ValueError(f"mask_resize must be one of {', '.join(MASK_RESIZES)}; got {mask_resize!r}")
-    if not isinstance(size, int) or size < 8:
-        raise ValueError(f"size must be a whole number of pixels, 8 or more; got {size!r}")
+    images.check_size(size, 8)

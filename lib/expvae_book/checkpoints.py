@@ -41,6 +41,7 @@ class State:
         histories: Dataclasses of what it measures, with an attribute `seconds` that the loop adds to.
         total: Steps from its beginning to its end.
         done: Steps taken.
+        scheduled: Whether a step depends on the total, so that a training of another total cannot go on from here.
     """
 
     weights: dict[str, Tensor]
@@ -49,6 +50,7 @@ class State:
     histories: list[Any]
     total: int = 0
     done: int = 0
+    scheduled: bool = False
 
     def save(self, path: Path) -> None:
         """Write a checkpoint."""
@@ -59,9 +61,9 @@ class State:
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        """Go where a checkpoint left off; a ValueError if it is damaged or of another number of steps."""
+        """Go where a checkpoint left off; a ValueError if it is damaged or its total does not do."""
         stored, metadata = read_tensors(path)
-        if metadata["total"] != str(self.total):
+        if int(metadata["step"]) > self.total or (self.scheduled and int(metadata["total"]) != self.total):
             raise ValueError(f"{path} is of a training of {metadata['total']} steps, not of {self.total}")
         for name, value in (self.weights | self.others).items():
             value.copy_(stored[name])
@@ -98,7 +100,7 @@ def run(
 
     Raises:
         TrainingDivergedError: If a loss or weight stops being finite; the checkpoint is the last good one.
-        ValueError: If the checkpoint is damaged or of a training with another number of steps.
+        ValueError: If the checkpoint is damaged, or of another number of steps than the training can go on from.
         OSError: If a checkpoint cannot be written; the one before it stays.
     """
     if checkpoint is not None and checkpoint.exists():
@@ -118,7 +120,7 @@ def run(
                 history.seconds += time.monotonic() - started
             measure()
             bar.update()
-            due = keep_last if state.done == state.total else time.monotonic() - written >= checkpoint_seconds
+            due = (keep_last and state.done == state.total) or time.monotonic() - written >= checkpoint_seconds
             if checkpoint is not None and due:
                 _require_finite(total_of(state.weights), state, checkpoint)
                 state.save(checkpoint)

@@ -216,7 +216,7 @@ def train(
         history.free_energy_gap.append(gap)
 
     run_epochs(
-        State(weights, others, [generator], [history]),
+        State(weights, others, [generator], [history], scheduled=True),
         len(train),
         recipe.batch_size,
         epochs,

@@ -348,6 +348,7 @@ def _train_group(
         group.generators,
         curves,
         steps,
+        scheduled=True,
     )
     per_point = max(1, steps // POINTS)
     due = {round(steps * (i + 1) / measurements) for i in range(measurements)} if measure else set()

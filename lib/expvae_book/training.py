@@ -104,7 +104,8 @@ def train(
     Every epoch visits each training image once in a new random order; the last batch may be smaller. Where
     `checkpoint` names a file, training starts from what is stored there, and writes to it at least every
     `checkpoint_seconds`: a run that was killed and started again ends with the weights, bit for bit on the CPU, of
-    one that was not. The file must have been written by a call with the same model, data, recipe, epochs and seed.
+    one that was not, and more epochs go on from fewer. The file must have been written by a call with the same model,
+    data, recipe and seed.
 
     Args:
         model: A module with encode(x) -> (mu, logvar) and decode(z) -> logits.

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 
 import golden_library as library
 from expvae.metrics import PixelMetrics, auroc_difference
-from expvae_book import disentanglement, protocols, recipes, runs
+from expvae_book import devices, disentanglement, protocols, recipes, runs
 from expvae_book.chapters import BOOK
 from expvae_book.data import mvtec, ucsd
 from golden_library import Numbers
@@ -50,6 +50,8 @@ def workplace() -> Iterator[pytest.MonkeyPatch]:
         for name in ("RUNS", "CACHE", "DATA"):
             patch.setenv(f"EXPVAE_{name}", str(Path(folder) / name.lower()))
         patch.delenv("EXPVAE_MODE", raising=False)
+        choose = devices.choose_precision
+        patch.setattr(devices, "choose_precision", lambda name, where: choose(name.replace("auto", "float32"), where))
         yield patch
     torch.set_num_threads(threads)
 

@@ -245,7 +245,7 @@ def made(seed=0, network=MNISTVAE):
     """Untrained weights in place of trained ones."""
     torch.manual_seed(seed)
     history = training.History(seconds=1.0, images=12)
-    return weights.Trained(network(32).eval(), history, f"key {seed}", "file", "cpu", True)
+    return weights.Trained(network(32).eval(), history, f"key {seed}", "file", "cpu", "float32", True)
 
 
 def parameters(**changes):
@@ -335,7 +335,7 @@ def workpieces(cache, monkeypatch):
     torch.manual_seed(1)
     small = Small(channels=3).eval()
     small.encode(torch.zeros(1, 3, 16, 16))
-    trained = weights.Trained(small, training.History(seconds=1.0, images=32), "key", "file", "cpu", True)
+    trained = weights.Trained(small, training.History(seconds=1.0, images=32), "key", "file", "cpu", "float32", True)
     monkeypatch.setattr(localisation, "fit", lambda category, chosen, device: (trained, chosen))
     monkeypatch.setattr(ablation.mvtec, "load", lambda name, data: category())
     monkeypatch.setitem(ablation.LAYERS, "mvtec", "encoder.conv2")

@@ -147,15 +147,17 @@ def test_a_precision_that_is_named_is_taken_on_every_device(name, device):
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "expected"),
+    ("capabilities", "gain", "expected"),
     [
-        ({"amx_bf16": True, "avx512_bf16": True}, "bfloat16"),
-        ({"amx_bf16": False, "avx512_bf16": True}, "float32"),
-        ({"sve": True}, "float32"),  # an ARM has no such entry
+        ({"amx_bf16": True, "avx512_bf16": True}, 6.0, "bfloat16"),
+        ({"amx_bf16": False, "avx512_bf16": True}, 2.3, "bfloat16"),
+        ({"amx_bf16": False, "avx512_bf16": True}, 0.5, "float32"),  # seen on an Intel Xeon without AMX
+        ({"sve": True}, 2.0, "float32"),  # an ARM has no such entry
     ],
 )
-def test_auto_precision_on_a_cpu_asks_for_units_of_bfloat16(monkeypatch, capabilities, expected):
+def test_auto_precision_on_a_cpu_is_what_proves_faster(monkeypatch, capabilities, gain, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(devices, "_gain", lambda: gain)
     assert devices.choose_precision("auto", torch.device("cpu")) == expected
     assert devices.choose_precision("auto", torch.device("mps")) == "float32"
 
@@ -165,6 +167,12 @@ def test_auto_precision_on_a_gpu_does_not_count_emulation(monkeypatch, units, ex
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": not units})
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or units)
     assert devices.choose_precision("auto", torch.device("cuda")) == expected
+
+
+def test_the_gain_is_the_ratio_of_the_best_times(monkeypatch):
+    clock = iter(np.cumsum([0, 9, 0, 9, *(0, 4, 0, 2) * 5]).tolist())  # a slow first round; then 4 s and 2 s
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: next(clock))
+    assert devices._gain.__wrapped__() == 2
 
 
 @pytest.mark.parametrize("name", ["float16", "bf16", ""])

@@ -14,11 +14,12 @@ def reconstruction_loss(logits_BCYX: Float[Tensor, "b c y x"], x_BCYX: Float[Ten
 
     x has to lie in [0, 1], which is not checked here: a check in every step of a training would wait for the device.
     """
-    return F.binary_cross_entropy_with_logits(logits_BCYX, x_BCYX, reduction="none").flatten(1).sum(1)
+    return F.binary_cross_entropy_with_logits(_wide(logits_BCYX), x_BCYX, reduction="none").flatten(1).sum(1)
 
 
 def kl_divergence(mu_BI: Float[Tensor, "b i"], logvar_BI: Float[Tensor, "b i"]) -> Float[Tensor, "b i"]:
     """KL(N(μ, σ²) || N(0, 1)) = ½ (μ² + σ² - 1 - log σ²) of each latent, in nats."""
+    mu_BI, logvar_BI = _wide(mu_BI), _wide(logvar_BI)
     return 0.5 * (mu_BI.square() + logvar_BI.exp() - 1 - logvar_BI)
 
 
@@ -71,3 +72,8 @@ def overlap(first: Float[Tensor, "... h w"], second: Float[Tensor, "... h w"]) -
     """
     total = (first + second).sum((-2, -1))
     return 2 * torch.minimum(first, second).sum((-2, -1)) / torch.where(total > 0, total, 1.0)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """At least float32: half precision would leave a sum over many pixels or latents two digits."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

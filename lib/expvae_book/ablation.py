@@ -391,6 +391,7 @@ def compute(chapter: str, parameters: Mapping[str, Any], device: torch.device) -
         budget=studied.budget,
         seconds={"maps": mapped - started, "measures": time.monotonic() - mapped},
         device=devices.describe_device(device),
+        resolved={"precision": studied.trained.precision},
         extra={
             "weights": {"key": studied.trained.key, "device": studied.trained.device},
             "test": {

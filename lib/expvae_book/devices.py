@@ -1,8 +1,12 @@
 """Which device computes, in which precision, and how a record names it."""
 
+import time
+from functools import cache
+
 import torch
 
 PRECISIONS = ("float32", "bfloat16")
+LEAST_GAIN = 1.2  # of products of matrices; a training has other work as well, and casts
 
 
 def choose_device(name: str) -> torch.device:
@@ -30,19 +34,21 @@ def describe_device(device: torch.device) -> str:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """The precision to train in: "auto" is bfloat16 on devices that have units for it, and float32 on others.
+    """The precision to train in: "auto" is bfloat16 on devices that are faster with it, and float32 on others.
 
-    Units for products of bfloat16 matrices are the tensor cores of Nvidia's GPUs since Ampere, and AMX in some CPUs.
+    Those are Nvidia's GPUs with units for it, which all have had since Ampere, and CPUs with instructions for it (AMX,
+    AVX512_BF16) that prove faster: with AVX512_BF16 some take half, and some twice, the time of float32.
 
     Raises:
         ValueError: If the name is unknown.
     """
     if name == "auto":
         if device.type == "cuda":
-            has_units = torch.cuda.is_bf16_supported(including_emulation=False)
+            faster = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            has_units = device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
-        return "bfloat16" if has_units else "float32"
+            capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+            faster = any(map(capabilities.get, ("amx_bf16", "avx512_bf16"))) and _gain() >= LEAST_GAIN
+        return "bfloat16" if faster else "float32"
     if name not in PRECISIONS:
         raise ValueError(f"precision must be one of auto, {', '.join(PRECISIONS)}; got {name!r}")
     return name
@@ -55,3 +61,16 @@ def mixed(precision: str, device: torch.device) -> torch.autocast:
     which are kept as long as the context lasts. Gradients come out in the type of what they are of.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+@cache
+def _gain() -> float:
+    """How many times as fast this CPU multiplies matrices in bfloat16 as in float32: best of several rounds."""
+    seconds = dict.fromkeys(PRECISIONS, float("inf"))
+    factors = {name: torch.ones(1024, 1024, dtype=getattr(torch, name)) for name in PRECISIONS}
+    for _ in range(6):  # by turns, so that other work on the machine meets both; the first warms up
+        for name, factor in factors.items():
+            started = time.perf_counter()
+            factor @ factor
+            seconds[name] = min(seconds[name], time.perf_counter() - started)
+    return seconds["float32"] / seconds["bfloat16"]

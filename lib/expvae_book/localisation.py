@@ -140,7 +140,6 @@ def fit(category: mvtec.Category, parameters: Mapping[str, Any], device: torch.d
         images, before and after augmentation, it was trained on.
     """
     make, start = network(parameters["recipe"], parameters["initial"], parameters["encoder"])
-    precision = devices.choose_precision(parameters["precision"], device)
     train_NCYX, held_out_NCYX = split(category)
     augmented_NCYX = augmentation.augment(
         train_NCYX, category.name, parameters["augmentation"], parameters["augmented"], parameters["seed"]
@@ -154,11 +153,11 @@ def fit(category: mvtec.Category, parameters: Mapping[str, Any], device: torch.d
         seed=parameters["seed"],
         device=device,
         variant=start,
-        precision=precision,
+        precision=parameters["precision"],
     )
     facts = {
         "encoder": start,
-        "precision": precision,
+        "precision": trained.precision,
         "originals": len(train_NCYX),
         "images": len(augmented_NCYX),
         "images_per_second": trained.history.images / trained.history.seconds,

@@ -48,6 +48,7 @@ class Trained:
         key: Digest of everything that determines the weights.
         file: Name of their file in the cache.
         device: The device that trained them.
+        precision: What they were trained in.
         reused: Whether they were found in the cache.
     """
 
@@ -56,6 +57,7 @@ class Trained:
     key: str
     file: str
     device: str
+    precision: str
     reused: bool
 
 
@@ -201,7 +203,7 @@ def trained(
     seed: int,
     device: torch.device,
     variant: str = "",
-    precision: str = "float32",
+    precision: str = "auto",
     progress: bool = True,
 ) -> Trained:
     """Train a VAE or a stack of Boltzmann machines, or read its weights where the same training has been done before.
@@ -220,7 +222,7 @@ def trained(
         device: Where to train, and where the model is afterwards.
         variant: What tells `make` from other ways to build a model of the same class and shapes, such as weights that
             it starts from; "" where nothing does.
-        precision: "float32", or for VAEs also "bfloat16" or "auto"; see `expvae_book.devices.choose_precision`.
+        precision: Of a VAE, see `expvae_book.devices.choose_precision`; stacks are trained in float32.
         progress: Show a bar with loss and remaining time.
 
     Raises:
@@ -230,9 +232,9 @@ def trained(
         OSError: If the disk is full; the last checkpoint stays.
     """
     is_stack = isinstance(recipe, RBMRecipe)
-    precision = devices.choose_precision(precision, device)
-    if is_stack and precision != "float32":
+    if is_stack and precision not in ("auto", "float32"):
         raise ValueError(f"stacks of Boltzmann machines are trained in float32; got precision={precision!r}")
+    precision = "float32" if is_stack else devices.choose_precision(precision, device)
     model = training.build(make, seed).to(device)
     kind = type(model)
     if not kind.__module__.startswith(f"{models.__name__}."):
@@ -277,7 +279,7 @@ def trained(
     model = training.build(make, seed).to(device)
     model.load_state_dict(entry.tensors)
     history = [contrastive.History(**part) for part in entry.history] if is_stack else training.History(**entry.history)
-    return Trained(model.eval(), history, key, place(kind.__name__, key).name, entry.device, reused)
+    return Trained(model.eval(), history, key, place(kind.__name__, key).name, entry.device, precision, reused)
 
 
 def key_of(recipe: Recipe | RBMRecipe | StepRecipe, protocol: str, **determinants: Any) -> str:

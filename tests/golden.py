@@ -165,7 +165,7 @@ def workpieces() -> Numbers:
         "expvae_book.data.mvtec.load": fewer,
         "expvae_book.recipes.MVTEC": {"report1": replace(recipes.MVTEC["report1"], epsilon=library.EPSILON)},
         "expvae_book.localisation.SOME": 2,
-        "expvae_book.localisation.CASES": [("conv1", "brongers2021"), ("layer4.1.conv2", "normal_difference")],
+        "expvae_book.localisation.CASES": {"conv1": ["brongers2021"], "layer4.1.conv2": ["normal_difference"]},
     }
     given = {"categories": "bottle", "augmented": 4, "epochs": 1, "initial": "random"}
     given |= {"precision": "float32", "layer": "layer4.1.conv2"}

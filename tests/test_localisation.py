@@ -19,7 +19,7 @@ from expvae.models import imagenet_weights
 from expvae_book import baselines, explanation, localisation, probes, recipes, runs, training
 from expvae_book.data import mvtec
 from expvae_book.data.card import DataCard
-from expvae_book.localisation import ATTENTION, BASELINES, COMMON, FIELDS, LAYERS, METHODS, SSIM
+from expvae_book.names import ATTENTION, BASELINES, COMMON, FIELDS, LAYERS, METHODS, SSIM
 
 SIDE = 64
 DEFECTS = ["broken", "broken", "good", "good", "stained", "stained"]
@@ -434,7 +434,7 @@ def test_dissimilarity_is_one_minus_the_ssim_of_wang():
 
 def test_edges_are_numpys_gradient():
     x_NYX = torch.rand(3, 9, 13, generator=torch.Generator().manual_seed(6))
-    for ours_YX, x_YX in zip(localisation.edges(x_NYX), x_NYX.numpy(), strict=True):
+    for ours_YX, x_YX in zip(baselines.edges(x_NYX), x_NYX.numpy(), strict=True):
         np.testing.assert_allclose(ours_YX, np.hypot(*np.gradient(x_YX)), rtol=1e-5, atol=1e-7)
 
 

@@ -211,7 +211,7 @@ def _mnist(parameters: Mapping[str, Any], device: torch.device) -> Subject:
     trained, recipe, budget = _trained(
         MNISTVAE, recipes.MNIST, train_NCYX, held_out_NCYX, chosen, images.card, seed, device
     )
-    outliers = {1: (7, 4, 9, 2), 3: (5, 8)}[digit]
+    outliers = mnist.OUTLIERS[digit]
     test = torch.nonzero(torch.isin(images.test_label_N, torch.tensor([digit, *outliers])))[:, 0]
     some = _drawn(test, limit, seed).sort().values  # in the order of the files, which mixes the digits
     x_NCYX, measured_N = images.test_NYX[some][:, None], images.test_label_N[some] != digit

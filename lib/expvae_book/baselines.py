@@ -1,8 +1,12 @@
 """Maps that need no attention, in the form of attention maps: what any map must beat to have explained something."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from expvae_book.names import SSIM
 
 NAMES = ("input intensity", "reconstruction error", "mean image difference", "centre prior", "random")
 CENTRE_SIGMA = 0.25  # of the image's height and width
@@ -39,6 +43,12 @@ def dissimilarity(
         reconstruction_BCYX, x_BCYX, data_range=1.0, return_full_image=True
     )
     return 1 - similarity_BCYX.mean(1)
+
+
+def edges(x_NYX: Float[Tensor, "n y x"]) -> Float[Tensor, "n y x"]:
+    """The length of the brightness gradient, √((∂x/∂i)² + (∂x/∂j)²) by central differences."""
+    down_NYX, right_NYX = torch.gradient(x_NYX, dim=(1, 2))
+    return (down_NYX.square() + right_NYX.square()).sqrt()
 
 
 def mean_image_difference(x_BCYX: Float[Tensor, "b c y x"], mean_CYX: Float[Tensor, "c y x"]) -> Float[Tensor, "b y x"]:
@@ -87,22 +97,25 @@ def maps(
     x_BCYX: Float[Tensor, "b c y x"],
     reconstruction_BCYX: Float[Tensor, "b c y x"],
     mean_CYX: Float[Tensor, "c y x"],
-    generator: torch.Generator,
+    generator: torch.Generator | None = None,
+    names: Sequence[str] = NAMES,
 ) -> dict[str, Float[Tensor, "b y x"]]:
-    """Every baseline of a batch, by its name in NAMES: one map per image, on the images' device, as attention gives.
+    """Baselines of a batch by name: one map per image, on the images' device, as attention gives.
 
     Args:
         x_BCYX: Images.
         reconstruction_BCYX: Their reconstructions in the same units.
         mean_CYX: The mean training image in the same units.
-        generator: Source of the random map's numbers; one on the CPU gives the same on every device.
+        generator: Source of the numbers of the map "random"; one on the CPU gives the same on every device.
+        names: Which of NAMES, and "SSIM".
     """
     b, _, y, x = x_BCYX.shape
-    maps_BYX = (
-        input_intensity(x_BCYX),
-        reconstruction_error(x_BCYX, reconstruction_BCYX),
-        mean_image_difference(x_BCYX, mean_CYX),
-        centre_prior(y, x).expand(b, -1, -1),
-        random_map((b, y, x), generator),
-    )
-    return {name: map_BYX.to(x_BCYX.device) for name, map_BYX in zip(NAMES, maps_BYX, strict=True)}
+    makers = {
+        "input intensity": lambda: input_intensity(x_BCYX),
+        "reconstruction error": lambda: reconstruction_error(x_BCYX, reconstruction_BCYX),
+        SSIM: lambda: dissimilarity(x_BCYX, reconstruction_BCYX),
+        "mean image difference": lambda: mean_image_difference(x_BCYX, mean_CYX),
+        "centre prior": lambda: centre_prior(y, x).expand(b, -1, -1),
+        "random": lambda: random_map((b, y, x), generator),
+    }
+    return {name: makers[name]().to(x_BCYX.device) for name in names}

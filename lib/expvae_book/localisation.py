@@ -5,7 +5,6 @@ maps and its numbers; the trained weights are kept, so that nothing is trained t
 """
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -40,15 +39,14 @@ from expvae_book.names import (
     MISSED,
     RESEMBLES,
     SHARED,
-    SSIM,
 )
 
 HELD_OUT = 0.2  # of the training images, as in the first report
 QUANTILE = 0.99  # of the pixels of held-out normal images lie below the threshold that needs no test image
 SOME = 32  # test images, drawn at random, on which layers and presets are compared
 # The paper's preset takes a backward pass for each latent, which before the third stage costs minutes.
-CASES = [(layer, preset) for layer in LAYERS for preset in ("liu2020_code", "brongers2021", "normal_difference")]
-CASES += [(layer, "liu2020_paper") for layer in LAYERS[3:]]
+CASES = dict.fromkeys(LAYERS, ("liu2020_code", "brongers2021", "normal_difference"))
+CASES |= dict.fromkeys(LAYERS[3:], (*CASES[LAYERS[0]], "liu2020_paper"))
 SHOWN = 4  # defects in a panel
 
 Maps = dict[str, Float[Tensor, "_ y x"]]  # those of the test images and of held-out ones meet in one call
@@ -179,19 +177,12 @@ def baseline_maps(
     mean_CYX: Float[Tensor, "c y x"],
 ) -> Maps:
     """The maps that need no attention, by their names in BASELINES."""
-    parts = []
-    for x_BCYX, restored_BCYX in zip(x_NCYX.split(16), reconstruction_NCYX.split(16), strict=True):
-        x_BCYX = training.to_unit(x_BCYX)
-        b, _, y, x = x_BCYX.shape
-        parts.append(
-            {
-                "reconstruction error": baselines.reconstruction_error(x_BCYX, restored_BCYX),
-                SSIM: baselines.dissimilarity(x_BCYX, restored_BCYX),
-                "mean image difference": baselines.mean_image_difference(x_BCYX, mean_CYX),
-                "centre prior": baselines.centre_prior(y, x).expand(b, -1, -1),
-            }
-        )
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    names = [name for name in BASELINES if name != COMMON]
+    parts = [
+        baselines.maps(training.to_unit(x_BCYX), restored_BCYX, mean_CYX, names=names)
+        for x_BCYX, restored_BCYX in zip(x_NCYX.split(16), reconstruction_NCYX.split(16), strict=True)
+    ]
+    return {name: torch.cat([part[name] for part in parts]) for name in names}
 
 
 # Measures -------------------------------------------------------------------------------------------------------------
@@ -267,7 +258,7 @@ def map_rows(maps: Maps, category: mvtec.Category) -> list[dict]:
     x_NYX = training.to_unit(category.test_NCYX).mean(1)
     resembled = {name: maps[name] for name in BASELINES} | {
         "brightness": x_NYX,
-        "edges": edges(x_NYX),
+        "edges": baselines.edges(x_NYX),
     }
     for name, map_NYX in resembled.items():
         correlation_N = [
@@ -280,12 +271,6 @@ def map_rows(maps: Maps, category: mvtec.Category) -> list[dict]:
     return rows
 
 
-def edges(x_NYX: Float[Tensor, "n y x"]) -> Float[Tensor, "n y x"]:
-    """The length of the brightness gradient, √((∂x/∂i)² + (∂x/∂j)²) by central differences."""
-    down_NYX, right_NYX = torch.gradient(x_NYX, dim=(1, 2))
-    return (down_NYX.square() + right_NYX.square()).sqrt()
-
-
 def layer_rows(
     model: nn.Module, category: mvtec.Category, normal: tuple[Tensor, Tensor], *, batch: int, seed: int
 ) -> list[dict]:
@@ -296,17 +281,13 @@ def layer_rows(
     truth_MYX = torch.stack([category.test_mask[i] for i in chosen])
     if not truth_MYX.any():
         return []
-    presets = defaultdict(list)
-    for layer, preset in CASES:
-        presets[layer].append(preset)
     rows = []
-    for layer, names in presets.items():
-        methods = {preset: method_of(preset) for preset in names}
+    for layer, presets in CASES.items():
         maps = explanation.explain(
             model,
             f"encoder.{layer}",
             category.test_NCYX[chosen],
-            methods,
+            {preset: method_of(preset) for preset in presets},
             batch=batch,
             seed=seed,
             normal=normal,

@@ -91,7 +91,7 @@ def test_nothing_is_trained_twice():
     assert_same_model(first, second)
     assert not first.model.training
     assert not second.model.training
-    assert [path.suffix for path in sorted(weights.folder().iterdir())] == [".lock", ".safetensors"]
+    assert sorted(path.suffix for path in weights.folder().iterdir()) == [".checkpoint", ".lock", ".safetensors"]
 
 
 def test_the_model_is_the_one_that_the_loop_trains():
@@ -199,12 +199,34 @@ def test_a_training_that_was_cut_off_goes_on(frequent_checkpoints, monkeypatch, 
     resumed = trained(lambda: TinyVAE(taken.append))
     assert len(taken) == STEPS - 6
     assert not resumed.reused
-    assert stored(".checkpoint") == []
     monkeypatch.setenv("EXPVAE_CACHE", str(tmp_path / "empty cache"))
     uninterrupted = trained()
     assert not uninterrupted.reused
     assert_same_model(resumed, uninterrupted)
     assert resumed.history.kl == uninterrupted.history.kl
+
+
+def test_more_epochs_go_on_from_fewer_and_fewer_begin_anew(monkeypatch, tmp_path):
+    taken = []
+    trained(epochs=1)
+    further = trained(lambda: TinyVAE(taken.append))
+    assert len(taken) == STEPS // 2
+    (checkpoint,) = stored(".checkpoint")
+    content = checkpoint.read_bytes()
+    for path in stored():
+        path.unlink()
+    fewer = trained(lambda: TinyVAE(taken.append), epochs=1)
+    assert len(taken) == STEPS
+    assert stored(".checkpoint") == [checkpoint]
+    assert checkpoint.read_bytes() == content
+    monkeypatch.setenv("EXPVAE_CACHE", str(tmp_path / "empty cache"))
+    for ours, epochs in ((fewer, 1), (further, 2)):
+        at_once = trained(epochs=epochs)
+        assert_same_model(ours, at_once)
+        assert ours.history.kl == at_once.history.kl
+        assert ours.history.images == at_once.history.images
+        for path in weights.folder().iterdir():
+            path.unlink()
 
 
 def test_a_training_that_diverges_stores_no_weights():
@@ -215,9 +237,8 @@ def test_a_training_that_diverges_stores_no_weights():
 
 def test_what_a_killed_process_left_is_swept_up():
     trained()
-    (path,) = stored()
-    checkpoint = path.with_suffix(".checkpoint")
-    leftovers = [path.with_name(f"{path.name}.1.tmp"), path.with_name(f"{checkpoint.name}.1.tmp"), checkpoint]
+    (path,), (checkpoint,) = stored(), stored(".checkpoint")
+    leftovers = [path.with_name(f"{path.name}.1.tmp"), path.with_name(f"{checkpoint.name}.1.tmp")]
     stranger = path.with_name("OtherVAE-0123.safetensors.1.tmp")
     for file in [*leftovers, stranger]:
         file.touch()
@@ -255,12 +276,12 @@ def test_damaged_weights_are_named(kept):
 
 def test_a_damaged_checkpoint_is_named():
     trained()
-    (path,) = stored()
-    path.rename(path.with_suffix(".checkpoint"))
-    path.with_suffix(".checkpoint").write_bytes(b"half a checkpoint")
+    (path,), (checkpoint,) = stored(), stored(".checkpoint")
+    path.unlink()
+    checkpoint.write_bytes(b"half a checkpoint")
     with pytest.raises(ValueError, match=r"\.checkpoint is damaged \(.*\); delete it and run again$"):
         trained()
-    path.with_suffix(".checkpoint").unlink()
+    checkpoint.unlink()
     assert not trained().reused
 
 

@@ -215,8 +215,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors and the metadata of a safetensors file.
+def steps_done(path: Path) -> int:
+    """How many steps a training had taken when it wrote this checkpoint; a ValueError if that is damaged."""
+    return int(read_tensors(path, only_metadata=True)[1]["step"])
+
+
+def read_tensors(path: Path, *, only_metadata: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors, if they are wanted, and the metadata of a safetensors file.
 
     Raises:
         ValueError: If it is damaged; the message names it.
@@ -224,6 +229,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
-        return load_file(path), metadata
+        return {} if only_metadata else load_file(path), metadata
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error

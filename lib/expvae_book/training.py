@@ -97,6 +97,7 @@ def train(
     precision: str = "float32",
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 60.0,
+    keep_last: bool = False,
     progress: bool = True,
 ) -> History:
     """Minimise the negative ELBO with Adam, in place, on the device where the model is.
@@ -117,6 +118,7 @@ def train(
         precision: "float32", or "bfloat16" for automatic mixed precision (`expvae_book.devices.mixed`).
         checkpoint: A safetensors file, or None to keep nothing.
         checkpoint_seconds: Time between two checkpoints.
+        keep_last: Whether the checkpoint is to hold the end as well, for more epochs to go on from.
         progress: Show a bar with loss and remaining time.
 
     Raises:
@@ -166,6 +168,7 @@ def train(
         end_epoch,
         checkpoint=checkpoint,
         checkpoint_seconds=checkpoint_seconds,
+        keep_last=keep_last,
         progress=progress,
     )
     model.eval()

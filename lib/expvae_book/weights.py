@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from expvae import models
 from expvae_book import contrastive, devices, places, protocols, training
-from expvae_book.checkpoints import read_tensors, write_tensors
+from expvae_book.checkpoints import read_tensors, steps_done, write_tensors
 from expvae_book.recipes import RBMRecipe, Recipe, StepRecipe
 
 CHECKPOINT_SECONDS = 180.0  # what a kill may cost; a checkpoint of the largest network is a gigabyte to write
@@ -93,12 +93,12 @@ def there(path: Path) -> bool:
 
 
 @contextmanager
-def held(lock: Path) -> Iterator[OSError | None]:
+def held(lock: Path, files: Iterable[Path]) -> Iterator[OSError | None]:
     """Hold a part of the cache against other processes, as far as it can be written.
 
     Args:
-        lock: The file that stands for the part, in the folder of the cache. What a process which was killed may have
-            left half-written under its name is removed.
+        lock: The file that stands for the part, in the folder of the cache.
+        files: The files of the part. What a process which was killed may have left half-written of them is removed.
 
     Yields:
         None, or why nothing can be written there. Then nothing is held, and what is there can still be read.
@@ -109,8 +109,9 @@ def held(lock: Path) -> Iterator[OSError | None]:
             lock.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(lock))
             TemporaryFile(dir=lock.parent).close()  # a lock can be had where nothing else may be written
-            for file in lock.parent.glob(f"{lock.stem}.*.tmp"):
-                file.unlink()
+            for file in files:
+                for half_written in file.parent.glob(f"{file.stem}.*.tmp"):
+                    half_written.unlink()
         except OSError as error:
             problem = error
         yield problem
@@ -150,6 +151,7 @@ def cached(
     keys: Sequence[str],
     device: torch.device,
     train: Callable[[Path | None], Sequence[tuple[dict[str, Tensor], Any]]],
+    kept: Path | None = None,
 ) -> tuple[list[Entry], bool]:
     """Read models that one training gives from the cache, or train, where not all of them are there.
 
@@ -161,6 +163,7 @@ def cached(
         device: Where they are trained, for the record.
         train: Trains, with the checkpoint at this path or without, and returns weights and history of each model. It
             may append to the path's name; all such files are removed at the end.
+        kept: A checkpoint that other trainings go on from, which is not removed; None for one of this training alone.
 
     Returns:
         What the cache holds of each model, or would hold if it could be written; and whether it was all there.
@@ -174,8 +177,8 @@ def cached(
     missing = [path for path in paths if not there(path)]
     if missing and not _may_train.get():
         raise NotCachedError(f"{missing[0]} is not there, and nothing is to be trained here")
-    checkpoint = place(kind, keys[0] if len(keys) == 1 else _digest(keys)).with_suffix(".checkpoint")
-    with held(checkpoint.with_suffix(".lock")) as problem:
+    checkpoint = kept or place(kind, keys[0] if len(keys) == 1 else _digest(keys)).with_suffix(".checkpoint")
+    with held(checkpoint.with_suffix(".lock"), [checkpoint, *paths]) as problem:
         reused = all(there(path) for path in paths)
         if not reused:
             if problem:
@@ -187,7 +190,7 @@ def cached(
             for path, key, entry in zip(paths, keys, entries, strict=True):
                 described = {"key": key, "history": json.dumps(entry.history), "device": where}
                 write_tensors(path, entry.tensors, described)
-        if not problem:
+        if not problem and not kept:
             for file in folder().glob(f"{checkpoint.name}*"):
                 file.unlink()
         return [Entry.read(path) for path in paths], reused
@@ -208,9 +211,10 @@ def trained(
 ) -> Trained:
     """Train a VAE or a stack of Boltzmann machines, or read its weights where the same training has been done before.
 
-    A training that was cut off goes on from its last checkpoint. Two processes that ask for the same weights at
-    once train them once: the second waits for the first. Where the cache cannot be written, the model is trained
-    without, and a line on stderr says so.
+    A training that was cut off goes on from its last checkpoint. That of a VAE for more epochs goes on from the end of
+    that for fewer, whose checkpoint stays in the cache with three times the size of the weights. Two processes that ask
+    for the same weights at once train them once: the second waits for the first. Where the cache cannot be written, the
+    model is trained without, and a line on stderr says so.
 
     Args:
         make: Builds the untrained model, such as the class of a model.
@@ -247,18 +251,24 @@ def trained(
     options = {"variant": variant} if variant else {}
     options |= {"stack": repr(model)} if is_stack else {}
     mixed = {"precision": precision} if precision != "float32" else {}
-    key = key_of(
-        recipe,
-        protocols.RBM if is_stack else protocols.TRAINING,
-        model=kind.__name__,
-        shapes={name: list(value.shape) for name, value in model.state_dict().items()},
-        epochs=epochs,
-        seed=seed,
-        train=train_NCYX,
-        validation=validation_NCYX,
-        **options,
-        **mixed,
+    determinants = (
+        options
+        | mixed
+        | {
+            "model": kind.__name__,
+            "shapes": {name: list(value.shape) for name, value in model.state_dict().items()},
+            "seed": seed,
+            "train": tensor_digest(train_NCYX),
+            "validation": tensor_digest(validation_NCYX),
+        }
     )
+    protocol = protocols.RBM if is_stack else protocols.TRAINING
+    key = key_of(recipe, protocol, epochs=epochs, **determinants)
+    kept = None
+    if not is_stack:
+        shared = place(kind.__name__, key_of(recipe, protocol, **determinants)).with_suffix(".checkpoint")
+        further = there(shared) and steps_done(shared) > epochs * -(-len(train_NCYX) // recipe.batch_size)
+        kept = None if further else shared
 
     def train(checkpoint: Path | None) -> list[tuple[dict[str, Tensor], Any]]:
         history = (contrastive.train_stack if is_stack else training.train)(
@@ -271,11 +281,11 @@ def trained(
             checkpoint=checkpoint,
             checkpoint_seconds=CHECKPOINT_SECONDS,
             progress=progress,
-            **mixed,
+            **({} if is_stack else {"precision": precision, "keep_last": True}),
         )
         return [(model.state_dict(), [vars(part) for part in history] if is_stack else vars(history))]
 
-    (entry,), reused = cached(kind.__name__, [key], device, train)
+    (entry,), reused = cached(kind.__name__, [key], device, train, kept)
     model = training.build(make, seed).to(device)
     model.load_state_dict(entry.tensors)
     history = [contrastive.History(**part) for part in entry.history] if is_stack else training.History(**entry.history)

@@ -1,23 +1,49 @@
-"""Training speed of the MNIST VAE, ours beside a plain PyTorch loop.
+"""Training speed of the VAEs: ours beside a plain PyTorch loop, and beside products of matrices in both precisions.
 
 The plain loop is what one would write first: a DataLoader over PIL images, probabilities and binary_cross_entropy,
-and Adam as it comes. Both train the same network on the same images with the same batch size.
+and Adam as it comes. Both train the MNIST VAE on the same images with the same batch size, in float32.
+
+Of every network's loop, in float32 and in bfloat16, the rate at which its convolutions and products of matrices are
+computed is given as a share of the rate of one large product in that precision, measured in the same rounds.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from benchmarks import timing
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
-from expvae.models import MNISTVAE
-from expvae_book import runs, training
+from expvae import elbo_terms
+from expvae.models import MNISTVAE, UCSDVAE, MVTecVAE
+from expvae_book import recipes, runs, training
+from expvae_book.devices import PRECISIONS
 from expvae_book.recipes import Recipe
 
 PEERS = ("torchvision", "pillow")
 IMAGES = 2560  # per epoch; one epoch is one turn
+SIDE = 2048  # of the matrices whose product is the peer of a network's operations
+STEPS = 4  # of the loop of a network beside that product
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network and what it is trained with."""
+
+    build: Callable[[int], nn.Module]
+    shape: tuple[int, int, int]
+    recipe: Recipe
+
+
+NETWORKS = {
+    "MNIST": Network(MNISTVAE, (1, 28, 28), recipes.MNIST["liu2020"]),
+    "UCSD": Network(UCSDVAE, (1, 100, 100), recipes.UCSD["report1"]),
+    "MVTec": Network(MVTecVAE, (3, 256, 256), recipes.MVTEC["report2"]),
+}
 
 
 class PILImages(Dataset):
@@ -58,8 +84,39 @@ def our_epoch(x_NYX: torch.Tensor, recipe: Recipe, device: torch.device) -> None
     training.train(model, x_NCYX, x_NCYX[:2], recipe, epochs=1, seed=0, progress=False)
 
 
+def operations(network: Network) -> int:
+    """Multiplications and additions of convolutions and products, in both passes of one image."""
+    x_BCYX = torch.zeros(2, *network.shape)
+    with FlopCounterMode(display=False) as counter:
+        reconstruction_B, kl_B = elbo_terms(network.build(network.recipe.latent_dim), x_BCYX, torch.Generator())
+        (reconstruction_B + kl_B).sum().backward()
+    return counter.get_total_flops() // len(x_BCYX)
+
+
+def shares(name: str, network: Network, device: torch.device, rounds: int) -> list[dict]:
+    """Images per second of a network's loop in each precision, and its rate beside that of one large product."""
+    recipe, ways = network.recipe, {}
+    images = STEPS * recipe.batch_size
+    x_NCYX = torch.randint(0, 256, (images, *network.shape), dtype=torch.uint8)
+    for precision in PRECISIONS:
+        model = training.build(lambda: network.build(recipe.latent_dim), seed=0).to(device)
+        factor = torch.randn(SIDE, SIDE, device=device, dtype=getattr(torch, precision))
+        ways[f"training, {precision}"] = lambda model=model, precision=precision: training.train(
+            model, x_NCYX, x_NCYX[:2], recipe, epochs=1, seed=0, precision=precision, progress=False
+        )
+        ways[f"product, {precision}"] = lambda factor=factor: factor @ factor
+    seconds = timing.race(ways, rounds, device)
+    loops = {way: [images / s for s in values] for way, values in seconds.items() if way.startswith("training")}
+    rows, per_image = timing.rows("images/s", loops, name), operations(network)
+    for row, precision in zip(list(rows), PRECISIONS, strict=True):
+        peer = 2 * SIDE**3 / min(seconds[f"product, {precision}"])
+        rows.append(runs.row("GFLOP/s of a product", peer / 1e9, precision, name))
+        rows.append(runs.row("share of a product's rate", row["value"] * per_image / peer, precision, name))
+    return rows
+
+
 def measure(x_NYX: torch.Tensor, recipe: Recipe, device: torch.device, rounds: int) -> list[dict]:
-    """Images per second of both loops, and their ratio."""
+    """Images per second of both loops and their ratio; then of every network in each precision, and its share."""
     x_NYX = x_NYX[:IMAGES]
     recipe = dataclasses.replace(recipe, epochs=1)
     seconds = timing.race(
@@ -72,4 +129,5 @@ def measure(x_NYX: torch.Tensor, recipe: Recipe, device: torch.device, rounds: i
     )
     rows = timing.rows("images/s", {name: [len(x_NYX) / s for s in values] for name, values in seconds.items()})
     ours, plain = (row["value"] for row in rows)
-    return [*rows, runs.row("ratio", ours / plain, method="expvae_book.training / plain loop")]
+    rows.append(runs.row("ratio", ours / plain, method="expvae_book.training / plain loop"))
+    return rows + [row for name, network in NETWORKS.items() for row in shares(name, network, device, rounds)]

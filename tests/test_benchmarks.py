@@ -97,9 +97,37 @@ def test_pixel_counts_give_the_auroc_of_the_peers(monkeypatch):
 def test_training_is_as_many_times_as_fast_as_the_plain_loop(monkeypatch):
     training = load("training")
     monkeypatch.setattr(training, "IMAGES", 64)
+    monkeypatch.setattr(training, "NETWORKS", {})
     rows = training.measure(digits(70), replace(MNIST["liu2020"], batch_size=32), CPU, 1)
     ours, plain = values(rows, "images/s").values()
     assert values(rows, "ratio") == {"expvae_book.training / plain loop": pytest.approx(ours / plain)}
+
+
+def test_the_share_of_a_loop_is_its_operations_beside_those_of_a_product(monkeypatch):
+    training = load("training")
+    monkeypatch.setattr(training, "SIDE", 64)
+    seconds = {"training, float32": [2.0], "product, float32": [3.0, 1.0]}
+    seconds |= {"training, bfloat16": [1.0], "product, bfloat16": [0.5]}
+
+    def race(ways, rounds, device):
+        assert list(ways) == list(seconds)
+        for way in ways.values():
+            way()
+        return seconds
+
+    monkeypatch.setattr(training.timing, "race", race)
+    recipe = replace(MNIST["liu2020"], batch_size=2)
+    network = training.Network(training.MNISTVAE, (1, 28, 28), recipe)
+    rows = training.shares("MNIST", network, CPU, 1)
+    # By hand, without biases: both convolutions, their mirror images, and four fully connected layers with two heads.
+    convolutions = 2 * (64 * 14 * 14 * 16 + 128 * 7 * 7 * 64 * 16)
+    layers = 2 * 6272 * 1024 + 2 * 1024 * 32 + 32 * 1024
+    first = 64 * 14 * 14 * 16  # has no gradient with respect to the images
+    each = 2 * (3 * (convolutions + layers) - first)
+    assert training.operations(network) == each
+    shares = values(rows, "share of a product's rate")
+    product = 2 * 64**3
+    assert shares == pytest.approx({"float32": 4 * each / product, "bfloat16": 8 * each / (2 * product)})
 
 
 def test_the_plain_loop_of_factorvae_takes_the_steps_of_ours(monkeypatch):

@@ -32,10 +32,6 @@ EXECUTED := _build/executed
 export PYTHONDONTWRITEBYTECODE :=
 # Chapters ask for the kernel "python3": take that of .venv, not one that lies in the user's home.
 export JUPYTER_PREFER_ENV_PATH := 1
-# Training on a CPU allocates and frees the same large tensors at every step: let glibc keep them.
-export MALLOC_MMAP_MAX_ := 0
-export MALLOC_TRIM_THRESHOLD_ := 17179869184
-export MALLOC_TOP_PAD_ := 268435456
 
 # Chapters that compute. Those that come last read weights which others have trained.
 COMPUTED := disentanglement mvtec15 mvtec10 ucsd mnist-1 mnist-3 method data reuse rbm-1 rbm-3 ablations

@@ -1,5 +1,6 @@
 import hashlib
 import subprocess
+import types
 
 import numpy as np
 import pytest
@@ -194,3 +195,20 @@ def test_tensor_digest_is_that_of_shape_type_and_bytes():
     assert weights.tensor_digest(x.to(memory_format=torch.channels_last)) == expected
     others = [x.reshape(3, 2, 2, 2), x.to(torch.int8), x.flip(0), x + 1, x.to(torch.float32)]
     assert len({expected, *map(weights.tensor_digest, others)}) == 6
+
+
+def test_a_process_that_computes_on_the_cpu_keeps_its_memory(monkeypatch):
+    asked = []
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: types.SimpleNamespace(mallopt=lambda *a: asked.append(a)))
+    devices._keep_memory.__wrapped__()
+    # M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_MAX of glibc's malloc.h
+    assert asked == [(-1, 2**31 - 1), (-2, 2**28), (-4, 0)]
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: object())  # a libc without it
+    devices._keep_memory.__wrapped__()
+    monkeypatch.setattr(devices, "_keep_memory", lambda: asked.append("kept"))
+    monkeypatch.setattr(devices.sys, "platform", "linux")
+    devices.choose_device("cpu")
+    assert asked[3:] == ["kept"]
+    monkeypatch.setattr(devices.sys, "platform", "darwin")
+    devices.choose_device("cpu")
+    assert asked[3:] == ["kept"]

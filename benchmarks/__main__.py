@@ -1,6 +1,7 @@
 """Speed of this library beside named peers, each pair in one run.
 
     python -m benchmarks [training] [attention] [pixel] [factorvae] [rbm] [--rounds 5] [--data auto] [--device auto]
+    python -m benchmarks precision --rounds 3     # no speed, but what bfloat16 changes in the result; an hour or more
 
 The contestants of a benchmark take turns, so that whatever else the machine does falls on all of them; what is printed
 and stored under runs/performance/ is the median of the rounds, with the fastest and the slowest.
@@ -23,14 +24,17 @@ from expvae_book.data import mnist
 from expvae_book.data.card import DataCard
 from expvae_book.recipes import MNIST
 
-NAMES = ("training", "attention", "pixel", "factorvae", "rbm")
+TIMED = ("training", "attention", "pixel", "factorvae", "rbm")
+NAMES = (*TIMED, "precision")
 DATA = ("auto", "real", "sample")
 RECIPE = MNIST["liu2020"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="name", help=f"{', '.join(NAMES)}; all if none is named")
+    parser.add_argument(
+        "names", nargs="*", metavar="name", help=f"{', '.join(NAMES)}; all but the last if none is named"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="turns that each contestant takes after one to warm up")
     parser.add_argument("--data", choices=DATA, default="auto", help="which data the networks are fed with")
     parser.add_argument("--device", default="auto", help="where the networks run: auto, cpu, cuda or mps")
@@ -45,7 +49,7 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
 
-    names = arguments.names or NAMES
+    names = arguments.names or TIMED
     if len(names) == 1:
         measure(names[0], arguments.data, device, arguments.rounds)
         return

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -211,6 +212,30 @@ def test_the_steps_of_models_side_by_side_are_added_up(monkeypatch):
     assert values(rows, "ratio") == ratios | {f"{benchmark.ADDED} / 1 model": 1}
 
 
+def test_the_change_of_precision_is_set_beside_the_spread_between_seeds(monkeypatch, tmp_path):
+    monkeypatch.setenv("EXPVAE_CACHE", str(tmp_path))
+    benchmark, asked = load("precision"), []
+    trained = benchmark.weights.trained
+    monkeypatch.setattr(
+        benchmark.weights,
+        "trained",
+        lambda *given, **options: asked.append((options["seed"], options["precision"])) or trained(*given, **options),
+    )
+    task, card = benchmark.load("sample")
+    few = replace(
+        task, train_NCYX=task.train_NCYX[:8], outlier_NCYX=task.outlier_NCYX[:6], truth_NYX=task.truth_NYX[:6]
+    )
+    rows = benchmark.measure(few, replace(MNIST["liu2020"], epochs=1, batch_size=4), CPU, 2)
+    assert card.generated
+    assert asked == [(seed, precision) for precision in ("float32", "bfloat16") for seed in (0, 1)]
+    for name in ("negative ELBO", "pixel AUROC, liu2020_paper", "pixel AUROC, liu2020_code"):
+        of = {(row["method"], row["subset"]): row["value"] for row in rows if row["metric"] == name}
+        plain, other = ([of[how, f"seed {seed}"] for seed in (0, 1)] for how in ("float32", "bfloat16"))
+        assert plain != other
+        assert of[benchmark.CHANGE, ""] == pytest.approx(np.mean(other) - np.mean(plain))
+        assert of[benchmark.SPREAD, ""] == pytest.approx(np.std(plain, ddof=1))
+
+
 # --- what is stored --------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +274,7 @@ def test_a_timing_names_its_own_peers_and_device(monkeypatch, capsys):
         "pixel": ("cpu", {"numpy", "scikit-learn", "torchmetrics"}),
         "factorvae": ("meta", set()),
         "rbm": ("meta", {"scikit-learn"}),
+        "precision": ("meta", set()),
     }
     for name, (device, peers) in expected.items():
         monkeypatch.setattr(load(name), "measure", lambda *_: [runs.row("ratio", 2.5, "theirs / ours")])
@@ -293,7 +319,7 @@ def test_a_benchmark_that_fails_stops_those_after_it(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["memory"], "'memory' is no benchmark; choose from: training, attention, pixel, factorvae, rbm"),
+        (["memory"], "'memory' is no benchmark; choose from: training, attention, pixel, factorvae, rbm, precision"),
         (["--rounds", "0"], "--rounds must be 1 or more"),
         (["--device", "tpu"], "device='tpu' is not there; this machine has: auto, .*cpu"),
     ],

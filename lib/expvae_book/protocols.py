@@ -29,6 +29,7 @@ VERSIONS = {
     "benchmark attention": 1,
     "benchmark factorvae": 1,
     "benchmark pixel": 1,
+    "benchmark precision": 1,
     "benchmark rbm": 1,
     "benchmark training": 1,
 }

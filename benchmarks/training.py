@@ -111,7 +111,7 @@ def shares(name: str, network: Network, device: torch.device, rounds: int) -> li
     for row, precision in zip(list(rows), PRECISIONS, strict=True):
         peer = 2 * SIDE**3 / min(seconds[f"product, {precision}"])
         rows.append(runs.row("GFLOP/s of a product", peer / 1e9, precision, name))
-        rows.append(runs.row("share of a product's rate", row["value"] * per_image / peer, precision, name))
+        rows.append(runs.row("share of the rate of a product", row["value"] * per_image / peer, precision, name))
     return rows
 
 

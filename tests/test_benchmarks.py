@@ -126,7 +126,7 @@ def test_the_share_of_a_loop_is_its_operations_beside_those_of_a_product(monkeyp
     first = 64 * 14 * 14 * 16  # has no gradient with respect to the images
     each = 2 * (3 * (convolutions + layers) - first)
     assert training.operations(network) == each
-    shares = values(rows, "share of a product's rate")
+    shares = values(rows, "share of the rate of a product")
     product = 2 * 64**3
     assert shares == pytest.approx({"float32": 4 * each / product, "bfloat16": 8 * each / (2 * product)})
 

@@ -15,6 +15,7 @@ from expvae_book import checkpoints, devices, protocols, training, weights
 from expvae_book.recipes import Recipe
 
 RECIPE = Recipe(source="test", epochs=100, batch_size=4, learning_rate=1e-2, latent_dim=2)
+CPU = torch.device("cpu")
 STEPS = 10  # two epochs of 20 images
 HERE = Path(__file__)
 
@@ -48,7 +49,7 @@ def images(count=20, first=0):
 
 
 def trained(make=TinyVAE, train_NCYX=None, validation_NCYX=None, recipe=RECIPE, **options):
-    options = {"epochs": 2, "seed": 0, "device": torch.device("cpu"), "progress": False} | options
+    options = {"epochs": 2, "seed": 0, "device": CPU, "precision": "float32", "progress": False} | options
     train_NCYX = images() if train_NCYX is None else train_NCYX
     validation_NCYX = images(4, 1000) if validation_NCYX is None else validation_NCYX
     return weights.trained(make, train_NCYX, validation_NCYX, recipe, **options)
@@ -407,6 +408,14 @@ def test_bfloat16_trains_nearly_as_float32_does():
         if isinstance(losses, list):
             assert getattr(mixed.history, name) == pytest.approx(losses, rel=0.02, abs=0.02), name
     assert exact.history.reconstruction[-1] < 0.99 * exact.history.reconstruction[0]  # more than they differ
+
+
+@pytest.mark.parametrize("faster", ["float32", "bfloat16"])
+def test_a_vae_is_trained_in_what_proves_faster_unless_told_otherwise(monkeypatch, faster):
+    monkeypatch.setattr(devices, "choose_precision", lambda name, device: {"auto": faster}.get(name, name))
+    result = weights.trained(TinyVAE, images(), images(4, 1000), RECIPE, epochs=1, seed=0, device=CPU, progress=False)
+    assert result.precision == faster
+    assert trained(epochs=1, precision=faster).reused
 
 
 def test_bfloat16_gives_the_same_bits_again_and_after_a_kill(frequent_checkpoints, monkeypatch, tmp_path):

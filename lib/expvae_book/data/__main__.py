@@ -13,7 +13,6 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import pooch
@@ -26,85 +25,62 @@ from expvae_book import places
 from expvae_book.data.card import DataCard, sha256, survey
 from expvae_book.data.catalogue import MVTEC_OFFICIAL, SOURCES, Download, Source, mvtec_category
 
+REASONS = (
+    (requests.exceptions.ChunkedEncodingError, "the connection was cut"),
+    (requests.Timeout, "the server did not answer in time"),
+    (requests.ConnectionError, "no connection"),
+)
+
 
 class FetchError(Exception):
     """A data set could not be fetched; the message is one sentence for the user."""
 
 
-def fetch(source: Source, root: Path) -> DataCard | None:
+def fetch(name: str, categories: list[str] | None, root: Path) -> None:
     """Download what is missing of a data set, check it, unpack it and move it into place.
 
     Everything happens in a temporary folder on the disk where the data are to lie, and is renamed at the end; after a
     failure the data are as they were before.
 
-    Args:
-        source: Entry of the catalogue.
-        root: Data root; made where it is missing.
-
-    Returns:
-        The card of what is there afterwards.
-
-    Raises:
-        FetchError: If no mirror has the right file, an archive cannot be unpacked safely, or the place is taken.
-    """
-    folder = root / source.folder
-    missing = [download for download in source.downloads if not _in_place(download, source, root)]
-    if not missing:
-        print(f"{source.title} is complete in {folder}: nothing to do.")
-        return survey(source, root)
-    for download in missing:
-        target = folder / download.target
-        if target.is_dir() and (download.target or any(target.iterdir())):
-            raise _taken(target, source.title)
-        if target.exists() and not target.is_dir():
-            print(f"{target} is not the file of the release: replacing it.")
-    ends = [_end(folder / download.target, bool(download.target)) for download in missing]
-    with _workshop(root, source, ends) as workshop:
-        ready = [_unpack(_download(item, source, workshop), item, workshop) for item in missing]
-        for unpacked, end in zip(ready, ends, strict=True):
-            _place(unpacked, end)
-    card = survey(source, root)
-    if card is not None:
-        print(f"{source.title} ({card.kind}: {_counts(card)}) is in {folder}.")
-    return card
-
-
-def fetch_categories(categories: list[str], root: Path) -> None:
-    """Download MVTec AD, check it, and unpack and move into place those of the chosen categories that are missing.
-
-    The release is one archive with one published checksum, so all of it is downloaded for a single category. A
-    category is in place when its counts are official and all its files PNG, as in the release.
+    The release of MVTec AD is one archive with one published checksum, so all of it is downloaded for a single
+    category; only the chosen ones that are missing are unpacked. A category is in place when its counts are official
+    and all its files PNG, as in the release.
 
     Args:
-        categories: Names of categories.
+        name: One of the catalogue's `SOURCES`.
+        categories: Of MVTec AD only: names of categories; all where it is None.
         root: Data root; made where it is missing.
 
     Raises:
-        FetchError: As for `fetch`, or if a category is unknown.
+        FetchError: If a category is unknown, no mirror has the right file, an archive cannot be unpacked safely, or the
+            place is taken.
     """
-    if not categories or set(categories) - set(MVTEC_OFFICIAL):
-        got = ", ".join(repr(category) for category in categories if category not in MVTEC_OFFICIAL) or "nothing"
-        raise FetchError(f"--categories must be some of {', '.join(MVTEC_OFFICIAL)}; got {got}")
-    source = SOURCES["mvtec"]
-    folder = root / source.folder
-    missing = [category for category in categories if not _category_in_place(category, root)]
+    missing = []
+    for source in _sources(name, categories):
+        lacking = [(source, download) for download in source.downloads if not _in_place(download, source, root)]
+        missing += lacking
+        if not lacking:
+            print(f"{source.title} is complete in {root / source.folder}: nothing to do.")
     if not missing:
-        print(f"{source.title} ({', '.join(categories)}) is complete in {folder}: nothing to do.")
         return
-    for category in missing:
-        target = folder / category
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise _taken(target, f"{source.title} {category}")
-    (download,) = source.downloads
-    ends = [_end(folder / category, False) for category in missing]
-    with _workshop(root, source, ends) as workshop:
-        unpacked = _unpack(_download(download, source, workshop), download, workshop, missing)
-        for category in missing:
-            if not (unpacked / category).is_dir():
-                raise FetchError(f"{download.urls[0].rsplit('/', 1)[-1]} holds no folder {category}")
-        for category, end in zip(missing, ends, strict=True):
-            _place(unpacked / category, end)
-    print(f"{source.title} ({', '.join(missing)}) is in {folder}.")
+    for source, download in missing:
+        _refuse_taken(root / source.folder / download.target, source, download)
+    ends = [_end(root / source.folder / download.target, bool(download.target)) for source, download in missing]
+    with _workshop(root, SOURCES[name], ends) as work:
+        unpacked, ready = {}, []
+        for _, download in missing:
+            if download.urls not in unpacked:
+                archive = _download(download, SOURCES[name], work)
+                unpacked[download.urls] = _unpack(archive, {download.inner for _, download in missing}, work)
+            ready.append(unpacked[download.urls] / download.inner)
+            if download.inner and not ready[-1].is_dir():
+                raise FetchError(f"{archive.name} holds no folder {download.inner}")
+        for made, end in zip(ready, ends, strict=True):
+            _place(made, end)
+    for source in _sources(name, categories):
+        card = survey(source, root)
+        if card is not None:
+            print(f"{source.title} ({card.kind}: {_counts(card)}) is in {root / source.folder}.")
 
 
 def status(root: Path) -> int:
@@ -125,7 +101,12 @@ def status(root: Path) -> int:
                 state, counts, digest = card.kind, _counts(card), card.digest[:12]
                 remarks.extend(f"{source.name}: {line}" for line in card.note.splitlines())
                 if source.name == "mvtec":
-                    remarks.append(f"{source.name}: {_categories(root)}")
+                    # Only here, because it imports PyTorch, which takes seconds.
+                    from expvae_book.data.mvtec import available
+
+                    names = available(root)
+                    at_hand = f"{len(names)} of {len(MVTEC_OFFICIAL)} categories at hand"
+                    remarks.append(f"{source.name}: {at_hand}: {', '.join(names) or 'none'}.")
         rows.append((source.name, state, counts, digest, source.licence, str(root / source.folder)))
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -150,32 +131,38 @@ def main(arguments: list[str] | None = None) -> int:
             help="data root (default: EXPVAE_DATA, or data/ in the repository)",
         )
     options = parser.parse_args(arguments)
+    problem, code = "", 1
     try:
-        root = _root(options.root)
-    except places.SettingError as error:
-        print(f"{error}.", file=sys.stderr)
-        return 1
-    try:
+        root = expvae_book.data.root()
+        if options.root is not None:
+            root = places.folder(places.expanded(options.root, "--root").absolute(), "--root")
         if options.command == "status":
             return status(root)
-        if options.name == "mvtec":
-            words = MVTEC_OFFICIAL if options.categories is None else options.categories
-            names = (name.strip() for word in words for name in word.split(","))
-            fetch_categories(list(dict.fromkeys(filter(None, names))), root)
-        elif options.categories is not None:
-            raise FetchError(f"--categories goes with the data set mvtec; {options.name} has none")
-        else:
-            fetch(SOURCES[options.name], root)
-    except FetchError as error:
-        print(f"{error}.", file=sys.stderr)
-        return 1
+        fetch(options.name, options.categories, root)
+        return 0
+    except (places.SettingError, FetchError) as error:
+        problem = f"{error}."
     except OSError as error:
-        print(f"{root} cannot be used: {error}.", file=sys.stderr)
-        return 1
+        problem = f"The data root cannot be used: {error}."
     except KeyboardInterrupt:
-        print("Stopped; nothing half-written is left behind.", file=sys.stderr)
-        return 130
-    return 0
+        problem, code = "Stopped; nothing half-written is left behind.", 130
+    print(problem, file=sys.stderr)
+    return code
+
+
+def _sources(name: str, categories: list[str] | None) -> list[Source]:
+    """The data set, or of MVTec AD the chosen categories, each for itself."""
+    if name != "mvtec":
+        if categories is not None:
+            raise FetchError(f"--categories goes with the data set mvtec; {name} has none")
+        return [SOURCES[name]]
+    words = ",".join(MVTEC_OFFICIAL if categories is None else categories).split(",")
+    names = [word.strip() for word in dict.fromkeys(words) if word.strip()]
+    unknown = [name for name in names if name not in MVTEC_OFFICIAL]
+    if unknown or not names:
+        got = ", ".join(map(repr, unknown)) or "nothing"
+        raise FetchError(f"--categories must be some of {', '.join(MVTEC_OFFICIAL)}; got {got}")
+    return [mvtec_category(name) for name in dict.fromkeys(names)]
 
 
 def _in_place(download: Download, source: Source, root: Path) -> bool:
@@ -187,23 +174,15 @@ def _in_place(download: Download, source: Source, root: Path) -> bool:
     return target.is_file() and sha256(target) == source.checksums[download.target]
 
 
-def _category_in_place(category: str, root: Path) -> bool:
-    source = mvtec_category(category)
-    card = survey(replace(source, patterns={split: f"{glob}.png" for split, glob in source.patterns.items()}), root)
-    return card is not None and card.kind == "complete"
-
-
-def _taken(target: Path, title: str) -> FetchError:
-    return FetchError(
-        f"{target} already holds something else than the complete {title}; "
-        "move it away, or name another folder with --root"
-    )
-
-
-def _root(typed: str | None) -> Path:
-    if typed is None:
-        return expvae_book.data.root()
-    return places.folder(places.expanded(typed, "--root").absolute(), "--root")
+def _refuse_taken(target: Path, source: Source, download: Download) -> None:
+    """Refuse to replace anything but a file by a file, and an empty folder by a folder."""
+    if download.target and target.is_file():
+        print(f"{target} is not the file of the release: replacing it.")
+    elif target.exists() and (download.target or not target.is_dir() or any(target.iterdir())):
+        raise FetchError(
+            f"{target} already holds something else than the complete {source.title}; "
+            "move it away, or name another folder with --root"
+        )
 
 
 def _end(target: Path, is_file: bool) -> Path:
@@ -214,29 +193,31 @@ def _end(target: Path, is_file: bool) -> Path:
     return target.parent.resolve() / target.name if is_file else target.resolve()
 
 
-def _nearest(path: Path) -> Path:
-    """The folder that is there already, of those that a path is in or is."""
-    return next(part for part in (path, *path.parents) if part.is_dir())
-
-
 @contextmanager
 def _workshop(root: Path, source: Source, ends: list[Path]) -> Iterator[Path]:
     """A temporary folder from which what is made in it can be renamed to its ends, for one fetch at a time.
 
     It lies below the root, or where the ends are on another disk, there; that it serves is tried before anything is
-    downloaded.
+    downloaded. What a killed fetch left in it is removed.
     """
-    nearest = list(dict.fromkeys(map(_nearest, ends)))
+    nearest = list(dict.fromkeys(next(part for part in (end, *end.parents) if part.is_dir()) for end in ends))
     problem = None
     with ExitStack() as stack:
         for place in (root, *nearest):
+            folder = place / f".fetch-{source.name}"
+            work = folder / "work"
             try:
-                work = stack.enter_context(_hidden(place, source))
-                for folder in nearest:
-                    trial = work / "trial"
-                    trial.mkdir()
-                    trial.replace(folder / f".trial-{source.name}").rmdir()
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(folder / "lock", timeout=0))
+                stack.callback(shutil.rmtree, folder, ignore_errors=True)
+                shutil.rmtree(work, ignore_errors=True)
+                for near in nearest:
+                    work.mkdir()
+                    work.replace(near / f".trial-{source.name}").rmdir()
+                work.mkdir()
                 break
+            except Timeout:
+                raise FetchError(f"another fetch of {source.title} into {place} is running") from None
             except OSError as error:
                 problem = error
                 stack.close()
@@ -246,24 +227,6 @@ def _workshop(root: Path, source: Source, ends: list[Path]) -> Iterator[Path]:
                 f"{' and '.join(map(str, nearest))} ({problem})"
             )
         yield work
-
-
-@contextmanager
-def _hidden(place: Path, source: Source) -> Iterator[Path]:
-    """A temporary folder for one fetch at a time; what a killed fetch left in it is removed."""
-    folder = place / f".fetch-{source.name}"
-    folder.mkdir(parents=True, exist_ok=True)
-    work = folder / "work"
-    try:
-        with FileLock(folder / "lock", timeout=0):
-            try:
-                shutil.rmtree(work, ignore_errors=True)
-                work.mkdir()
-                yield work
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-    except Timeout:
-        raise FetchError(f"another fetch of {source.title} into {place} is running") from None
 
 
 def _place(made: Path, end: Path) -> None:
@@ -290,66 +253,43 @@ def _download(download: Download, source: Source, folder: Path) -> Path:
             )
             try:
                 return Path(pooch.retrieve(url, f"sha256:{download.sha256}", name, folder, downloader=downloader))
+            except requests.HTTPError as error:
+                problems.append(f"{url}: {error.response.reason.lower()} ({error.response.status_code})")
             except (requests.RequestException, ValueError) as error:
-                problems.append(f"{url}: {_reason(error)}")
+                # pooch's own message about a checksum goes on to say that it deleted the file.
+                own = str(error).partition(". ")[0]
+                reason = next((reason for kind, reason in REASONS if isinstance(error, kind)), own)
+                problems.append(f"{url}: {reason}")
     raise FetchError(
         f"{source.title} could not be fetched, nothing was kept; {'; '.join(problems)} (see {source.home})"
     )
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, requests.HTTPError):
-        status = error.response.status_code
-        return "not found (404)" if status == 404 else f"the server answered {status}"
-    if isinstance(error, requests.exceptions.ChunkedEncodingError):
-        return "the connection was cut"
-    if isinstance(error, requests.Timeout):
-        return "the server did not answer in time"
-    if isinstance(error, requests.ConnectionError):
-        return "no connection"
-    # pooch's own message about a checksum goes on to say that it deleted the file.
-    return str(error).partition(". ")[0]
-
-
-def _unpack(archive: Path, download: Download, folder: Path, chosen: list[str] | None = None) -> Path:
-    """The file or folder that a download holds, unpacked inside the temporary folder.
-
-    Of an archive only the chosen folders are unpacked, where any are given.
-    """
+def _unpack(archive: Path, inners: set[str], folder: Path) -> Path:
+    """The file that a download holds, or a folder with these folders of a tar archive, inside the temporary folder."""
     unpacked = folder / f"unpacked-{archive.name}"
+
+    def chosen(member: tarfile.TarInfo, path: Path) -> tarfile.TarInfo | None:
+        safe = tarfile.data_filter(member, path)
+        wanted = not inners.isdisjoint(PurePosixPath(safe.name).parts[:1])
+        # Rights as the umask has them and not the archive.
+        return safe.replace(mode=None, deep=False) if wanted else None
+
     try:
         if archive.name.endswith((".tar.gz", ".tar.xz")):
-            unpacked.mkdir()
             with tarfile.open(archive) as tar, tqdm(tar, desc="unpacking", unit=" files") as bar:
-                members = (
-                    # Rights as the umask has them and not the archive; the filter knows a device by its own.
-                    member.replace(mode=None, deep=False) if member.isfile() else member
-                    for member in bar
-                    if chosen is None or PurePosixPath(member.name).parts[:1] in {(name,) for name in chosen}
-                )
-                tar.extractall(unpacked, members=members, filter="data")
-            if not (unpacked / download.inner).is_dir():
-                raise FetchError(f"{archive.name} holds no folder {download.inner}")
-            return unpacked / download.inner
-        if archive.suffix == ".gz":
-            with gzip.open(archive) as packed, unpacked.open("wb") as file:
+                tar.extractall(unpacked, members=bar, filter=chosen)  # noqa: S202 (every member passes tarfile.data_filter)
+        else:
+            # pooch makes private files, so that one that is not packed is copied as well.
+            opener = gzip.open if archive.suffix == ".gz" else Path.open
+            with opener(archive, "rb") as packed, unpacked.open("wb") as file:
                 shutil.copyfileobj(packed, file)
-            return unpacked
-        return Path(shutil.copyfile(archive, unpacked))  # pooch makes private files
     except tarfile.FilterError as error:
         raise FetchError(f"{archive.name} is refused, because a member of it is unsafe: {error}") from error
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = str(error).partition("\n")[0].rstrip(":")
         raise FetchError(f"{archive.name} cannot be unpacked: {reason}") from error
-
-
-def _categories(root: Path) -> str:
-    """One sentence on the categories of MVTec AD that have training images."""
-    # Only here, because it imports PyTorch, which takes seconds.
-    from expvae_book.data.mvtec import available
-
-    names = available(root)
-    return f"{len(names)} of {len(MVTEC_OFFICIAL)} categories at hand: {', '.join(names) or 'none'}."
+    return unpacked
 
 
 def _counts(card: DataCard) -> str:

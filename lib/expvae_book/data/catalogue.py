@@ -252,13 +252,15 @@ def mvtec_category(category: str) -> Source:
         "masks": "ground_truth/*/*",
         "test good": "test/good/*",
     }
+    whole = SOURCES["mvtec"]
     return replace(
-        MVTEC,
-        name=f"{MVTEC.name}/{category}",
-        title=f"{MVTEC.title} {category}",
-        folder=f"{MVTEC.folder}/{category}",
+        whole,
+        name=f"{whole.name}/{category}",
+        title=f"{whole.title} {category}",
+        folder=f"{whole.folder}/{category}",
         patterns=patterns,
         official={split: MVTEC_OFFICIAL[category][split] for split in patterns},
+        downloads=tuple(replace(download, inner=category) for download in whole.downloads),
     )
 
 

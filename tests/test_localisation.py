@@ -15,10 +15,10 @@ from torch import nn
 
 from expvae import models
 from expvae.metrics import CONVENTIONS, PixelMetrics, auroc_difference
-from expvae.models import imagenet_weights
 from expvae_book import baselines, explanation, localisation, probes, recipes, runs, training
 from expvae_book.data import mvtec
 from expvae_book.data.card import DataCard
+from expvae_book.data.imagenet import ImageNet
 from expvae_book.names import ATTENTION, BASELINES, COMMON, FIELDS, LAYERS, METHODS, SSIM
 
 SIDE = 64
@@ -160,7 +160,7 @@ def computed(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EXPVAE_RUNS", str(tmp_path_factory.mktemp("runs")))
         patch.setenv("EXPVAE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(localisation, "network", lambda *_: (Small, "random, fine-tuned"))
+        patch.setattr(localisation, "network", lambda *_: (Small, "random, fine-tuned", ""))
         patch.setitem(probes.VAES, "Small", lambda latents: Small())
         found = {}
         for seed, (name, data) in enumerate(CASES.items()):
@@ -251,7 +251,7 @@ def test_the_record_says_how_it_was_trained(computed):
 def test_the_run_is_that_of_the_model_in_the_cache(computed, monkeypatch, tmp_path):
     """Trained again in an empty cache, and its maps measured by scikit-learn."""
     monkeypatch.setenv("EXPVAE_CACHE", str(tmp_path))
-    monkeypatch.setattr(localisation, "network", lambda *_: (Small, "random, fine-tuned"))
+    monkeypatch.setattr(localisation, "network", lambda *_: (Small, "random, fine-tuned", ""))
     data, run = category(), computed["all"]
     trained, _ = localisation.fit(data, PARAMETERS, torch.device("cpu"))
     assert trained.key == run.record["weights"]["key"]
@@ -273,13 +273,14 @@ def test_the_run_is_that_of_the_model_in_the_cache(computed, monkeypatch, tmp_pa
 def test_weights_that_start_otherwise_are_other_weights(monkeypatch, tmp_path):
     monkeypatch.setenv("EXPVAE_CACHE", str(tmp_path))
     found = []
-    for start, precision in (("random, fine-tuned", "float32"), ("imagenet, frozen", "float32")):
-        monkeypatch.setattr(localisation, "network", lambda *_, start=start: (Small, start))
-        trained, facts = localisation.fit(category(), PARAMETERS | {"precision": precision}, torch.device("cpu"))
+    for start, digest in (("random, fine-tuned", ""), ("imagenet, frozen", "a1"), ("imagenet, frozen", "b2")):
+        monkeypatch.setattr(localisation, "network", lambda *_, made=(Small, start, digest): made)
+        trained, facts = localisation.fit(category(), PARAMETERS, torch.device("cpu"))
         assert facts["encoder"] == start
+        assert facts.get("initial weights", "") == digest
         found.append(trained)
-    assert found[0].key != found[1].key
-    assert not found[1].reused
+    assert len({trained.key for trained in found}) == 3
+    assert not any(trained.reused for trained in found)
     assert localisation.fit(category(), PARAMETERS, torch.device("cpu"))[0].reused
 
 
@@ -302,8 +303,9 @@ def test_what_cannot_be_had_is_refused_before_images_are_read(monkeypatch):
 
 
 def test_imagenet_that_cannot_be_had_is_refused(monkeypatch):
-    monkeypatch.setattr(localisation, "imagenet_weights", lambda: None)
-    with pytest.raises(ValueError, match=r"^initial='imagenet' needs torchvision's weights .* initial='random' does"):
+    monkeypatch.setattr(localisation.imagenet, "load", lambda: None)
+    both = r"weights/resnet18_imagenet\.safetensors in the data root, or torchvision's weights"
+    with pytest.raises(ValueError, match=rf"^initial='imagenet' needs {both} .* initial='random' does"):
         localisation.network("report1", "imagenet", "frozen")
 
 
@@ -325,25 +327,25 @@ def test_what_the_encoder_starts_from(monkeypatch, initial, encoder, there, word
         calls.append((arguments, options))
         return nn.Identity()
 
-    chosen = object()
-    monkeypatch.setattr(localisation, "imagenet_weights", lambda: chosen if there else None)
+    chosen = ImageNet({"conv1.weight": torch.ones(1)}, "ab12")
+    monkeypatch.setattr(localisation.imagenet, "load", lambda: chosen if there else None)
     monkeypatch.setattr(localisation, "MVTecVAE", stand_in)
-    make, start = localisation.network("report2", initial, encoder)
+    make, start, digest = localisation.network("report2", initial, encoder)
     assert start == words
+    assert digest == ("ab12" if words.startswith("imagenet") else "")
     assert calls == []
     make()
-    expected = chosen if words.startswith("imagenet") else None
+    expected = chosen.tensors if words.startswith("imagenet") else None
     assert calls == [((32, expected), {"frozen": encoder == "frozen"})]
 
 
 def test_the_network_of_brongers_is_built(monkeypatch):
     monkeypatch.setattr(localisation, "BrongersMVTecVAE", lambda latents: nn.Linear(1, latents))
-    monkeypatch.setattr(localisation, "imagenet_weights", lambda: pytest.fail("ImageNet's weights were looked for"))
+    monkeypatch.setattr(localisation.imagenet, "load", lambda: pytest.fail("ImageNet's weights were looked for"))
     for initial in ("auto", "random"):
-        make, start = localisation.network("brongers2021", initial, "fine-tuned")
-        assert start == "random, fine-tuned"
+        make, start, digest = localisation.network("brongers2021", initial, "fine-tuned")
+        assert (start, digest) == ("random, fine-tuned", "")
         assert make().out_features == 32
-    assert localisation.imagenet_weights is not imagenet_weights
 
 
 # --- maps ------------------------------------------------------------------------------------------------------------

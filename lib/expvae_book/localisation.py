@@ -25,9 +25,9 @@ from expvae.metrics import (
     fraction_interval,
     iou_intervals,
 )
-from expvae.models import BrongersMVTecVAE, MVTecVAE, imagenet_weights
+from expvae.models import BrongersMVTecVAE, MVTecVAE
 from expvae_book import augmentation, baselines, devices, explanation, figures, probes, recipes, runs, training, weights
-from expvae_book.data import mvtec
+from expvae_book.data import catalogue, imagenet, mvtec
 from expvae_book.names import (
     ATTENTION,
     BASELINES,
@@ -92,8 +92,10 @@ def split(category: mvtec.Category) -> tuple[UInt8[Tensor, "t c y x"], UInt8[Ten
     return category.train_NCYX[train_N], category.train_NCYX[held_out_N]
 
 
-def network(recipe: str, initial: str, encoder: str) -> tuple[Callable[[], nn.Module], str]:
+def network(recipe: str, initial: str, encoder: str) -> tuple[Callable[[], nn.Module], str, str]:
     """How to build the network of a recipe, and in words what its encoder starts from and whether it learns.
+
+    The third is the SHA-256 of the weights that it starts from, empty for random ones.
 
     Args:
         recipe: A name in `expvae_book.recipes.MVTEC`.
@@ -111,16 +113,18 @@ def network(recipe: str, initial: str, encoder: str) -> tuple[Callable[[], nn.Mo
                 "recipe='brongers2021' has a ResNet of its own, from random weights: give initial='auto' or 'random' "
                 "and encoder='fine-tuned'"
             )
-        return lambda: BrongersMVTecVAE(settings.latent_dim), "random, fine-tuned"
-    start = None if initial == "random" else imagenet_weights()
+        return lambda: BrongersMVTecVAE(settings.latent_dim), "random, fine-tuned", ""
+    start = None if initial == "random" else imagenet.load()
     if initial == "imagenet" and start is None:
         raise ValueError(
-            "initial='imagenet' needs torchvision's weights of ResNet-18, which could not be downloaded and are not in "
-            "torch's cache; initial='random' does without them"
+            f"initial='imagenet' needs {catalogue.IMAGENET_FILE} in the data root, or torchvision's weights of "
+            "ResNet-18, which could not be downloaded and are not in torch's cache; initial='random' does without them"
         )
+    tensors, word, digest = (None, "random", "") if start is None else (start.tensors, "imagenet", start.sha256)
     return (
-        lambda: MVTecVAE(settings.latent_dim, start, frozen=encoder == "frozen"),
-        f"{'random' if start is None else 'imagenet'}, {encoder}",
+        lambda: MVTecVAE(settings.latent_dim, tensors, frozen=encoder == "frozen"),
+        f"{word}, {encoder}",
+        digest,
     )
 
 
@@ -137,7 +141,7 @@ def fit(category: mvtec.Category, parameters: Mapping[str, Any], device: torch.d
         The trained model, and what of it the record keeps: what the encoder started from, the precision, and how many
         images, before and after augmentation, it was trained on.
     """
-    make, start = network(parameters["recipe"], parameters["initial"], parameters["encoder"])
+    make, start, digest = network(parameters["recipe"], parameters["initial"], parameters["encoder"])
     train_NCYX, held_out_NCYX = split(category)
     augmented_NCYX = augmentation.augment(
         train_NCYX, category.name, parameters["augmentation"], parameters["augmented"], parameters["seed"]
@@ -150,7 +154,7 @@ def fit(category: mvtec.Category, parameters: Mapping[str, Any], device: torch.d
         epochs=parameters["epochs"],
         seed=parameters["seed"],
         device=device,
-        variant=start,
+        variant=", ".join(filter(None, (start, digest))),
         precision=parameters["precision"],
     )
     facts = {
@@ -160,6 +164,8 @@ def fit(category: mvtec.Category, parameters: Mapping[str, Any], device: torch.d
         "images": len(augmented_NCYX),
         "images_per_second": trained.history.images / trained.history.seconds,
     }
+    if digest:
+        facts["initial weights"] = digest
     return trained, facts
 
 

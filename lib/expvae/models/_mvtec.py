@@ -1,6 +1,7 @@
 """The VAEs for MVTec AD: that of the first report, and that of Brongers et al."""
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from itertools import pairwise
 from urllib.error import URLError
 
@@ -13,16 +14,16 @@ DECODER_CHANNELS = (1024, 512, 256, 128, 64, 32)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def imagenet_weights() -> ResNet18_Weights | None:
-    """The ImageNet weights of ResNet-18 that torchvision publishes, or None where they cannot be had.
+def imagenet_weights() -> dict[str, Tensor] | None:
+    """The ImageNet weights of ResNet-18 that torchvision publishes, by name, or None where they cannot be had.
 
     They are read from torch's cache, or downloaded to it once and checked against the checksum in the file's name.
     """
     try:
-        ResNet18_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True, progress=False)
+        # resnet18(weights=...) would unpickle whatever the file holds; this reads tensors only.
+        return dict(ResNet18_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True, progress=False))
     except (URLError, TimeoutError, ConnectionError):
         return None
-    return ResNet18_Weights.IMAGENET1K_V1
 
 
 class MVTecVAE(nn.Module):
@@ -40,26 +41,26 @@ class MVTecVAE(nn.Module):
 
     Args:
         latent_dim: Number of latents, D.
-        weights: Where the ResNet starts: None at random, ``ResNet18_Weights.IMAGENET1K_V1`` at torchvision's ImageNet
-            weights, downloaded at first use to torch's own cache. They were trained on images normalised by ImageNet's
-            mean and standard deviation, and with them :meth:`encode` normalises its images likewise.
+        weights: Where the ResNet starts: None at random, otherwise at these tensors by torchvision's names, such as
+            :func:`imagenet_weights` gives. Those of the classifier are not used and, like the counters of batches, may
+            be absent. ImageNet's were trained on images normalised by ImageNet's mean and standard deviation, and with
+            weights :meth:`encode` normalises its images likewise.
         frozen: Whether the ResNet stays as it starts, so that only the linear layers of the encoder and the decoder
             are trained. Its weights are then buffers instead of parameters, and its batch normalisation always uses the
             stored means and variances.
 
     Raises:
-        TypeError: If the weights are another network's.
+        RuntimeError: If the weights are another network's.
     """
 
-    def __init__(self, latent_dim: int = 32, weights: ResNet18_Weights | None = None, frozen: bool = False):
+    def __init__(self, latent_dim: int = 32, weights: Mapping[str, Tensor] | None = None, frozen: bool = False):
         super().__init__()
         self.normalises = weights is not None
         self.frozen = frozen
         resnet = resnet18()
         if weights is not None:
-            # resnet18(weights=...) would unpickle whatever the file holds; this reads tensors only.
-            chosen = ResNet18_Weights.verify(weights)
-            resnet.load_state_dict(chosen.get_state_dict(check_hash=True, weights_only=True))
+            resnet.fc = nn.Identity()
+            resnet.load_state_dict({name: value for name, value in weights.items() if not name.startswith("fc.")})
         self.encoder = nn.Sequential(
             OrderedDict(
                 [

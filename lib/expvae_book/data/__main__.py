@@ -23,7 +23,7 @@ from tqdm import tqdm
 import expvae_book.data
 from expvae_book import places
 from expvae_book.data.card import DataCard, sha256, survey
-from expvae_book.data.catalogue import MVTEC_OFFICIAL, SOURCES, Download, Source, mvtec_category
+from expvae_book.data.catalogue import IMAGENET_FILE, MVTEC_OFFICIAL, SOURCES, Download, Source, mvtec_category
 
 REASONS = (
     (requests.exceptions.ChunkedEncodingError, "the connection was cut"),
@@ -108,6 +108,9 @@ def status(root: Path) -> int:
                     at_hand = f"{len(names)} of {len(MVTEC_OFFICIAL)} categories at hand"
                     remarks.append(f"{source.name}: {at_hand}: {', '.join(names) or 'none'}.")
         rows.append((source.name, state, counts, digest, source.licence, str(root / source.folder)))
+    weights = root / IMAGENET_FILE
+    digest = f"SHA-256 {sha256(weights)}" if weights.is_file() else "absent, torchvision's are downloaded at first use"
+    remarks.append(f"ImageNet's weights: {weights} ({digest}).")
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -206,6 +206,8 @@ MOTIFS = {
     "zipper": Motif(True, True, "both tapes are alike, and the chain shows no slider", fills=True),
 }
 
+IMAGENET_FILE = "weights/resnet18_imagenet.safetensors"  # below the data root; no data set, but put beside them
+
 _DSPRITES_FILE = "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"
 _DSPRITES_SHA256 = "857dc001287e8efa226e0025fac6b29e5745c621b380b0d3363e4e33f4e28fa2"
 

@@ -181,7 +181,7 @@ def value(rows, metric, method="", subset=""):
 
 
 def explain(model, x_NCYX, layer, preset, **options):
-    methods = {preset: localisation.method_of(preset)}
+    methods = {preset: explanation.method_of(preset)}
     return explanation.explain(model, f"encoder.{layer}", x_NCYX, methods, shuffled=True, **options)[preset]
 
 

@@ -12,12 +12,17 @@ from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from expvae import Method, attention, reconstruction_loss
+from expvae import PRESETS, Method, attention, reconstruction_loss
 from expvae.metrics import Array, auroc_interval
 from expvae_book import runs, training
 
 Name = TypeVar("Name", bound=Hashable)
 AT_ONCE = 64  # images that are encoded
+
+
+def method_of(preset: str) -> Method:
+    """The method of a preset, or of "normal_difference", the paper's rule for anomalies."""
+    return PRESETS.get(preset, Method(score="normal_difference"))
 
 
 def explain(

@@ -16,7 +16,6 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from expvae import PRESETS, Method
 from expvae.metrics import (
     PixelMetrics,
     active_units,
@@ -172,11 +171,6 @@ def fit(category: mvtec.Category, parameters: Mapping[str, Any], device: torch.d
 # Maps -----------------------------------------------------------------------------------------------------------------
 
 
-def method_of(preset: str) -> Method:
-    """The method of a preset, or of "normal_difference", the paper's rule for anomalies."""
-    return PRESETS.get(preset, Method(score="normal_difference"))
-
-
 def baseline_maps(
     x_NCYX: UInt8[Tensor, "n c y x"],
     reconstruction_NCYX: Float[Tensor, "n c y x"],
@@ -293,7 +287,7 @@ def layer_rows(
             model,
             f"encoder.{layer}",
             category.test_NCYX[chosen],
-            {preset: method_of(preset) for preset in presets},
+            {preset: explanation.method_of(preset) for preset in presets},
             batch=batch,
             seed=seed,
             normal=normal,
@@ -377,7 +371,7 @@ def compute(chapter: str, parameters: Mapping[str, Any], device: torch.device) -
             trained.model,
             f"encoder.{parameters['layer']}",
             x_NCYX,
-            {ATTENTION: method_of(parameters["preset"])},
+            {ATTENTION: explanation.method_of(parameters["preset"])},
             batch=settings.batch_size,
             seed=seed,
             normal=normal,

@@ -197,8 +197,8 @@ FAULTS = r"""
 +        masks.append(torch.zeros(size, size, dtype=torch.bool))
 # data-altered-is-complete lib/expvae_book/data/card.py
 >tests/test_data.py::test_altered_mnist_of_official_counts_is_partial
--if counts == source.official and not altered + encoded else "partial"
-+if counts == source.official else "partial"
+-if counts == official and not altered else "partial"
++if counts == official else "partial"
 # data-split-rounds-down lib/expvae_book/data/ucsd.py
 >tests/test_ucsd_data.py::test_split
 -round(len(clips) / 5)

@@ -556,6 +556,7 @@ def test_ucsd_verdicts(intervals, apart, beats, auroc, baseline, layers):
     ("change", "reason"),
     [
         ({"kind": "partial"}, "partial data"),
+        ({"kind": "re-encoded"}, "re-encoded data"),
         ({"used": 30}, "30 of 100 epochs"),
         ({"recipe": "report1_warmup"}, "no published recipe"),
         ({"preset": "normal_difference"}, "no preset of the paper or its code"),
@@ -652,6 +653,7 @@ def test_share_of_mvtec_maps_that_miss(shares, outcome):
     ("change", "reason"),
     [
         ({"kind": "partial"}, "partial data"),
+        ({"kind": "re-encoded"}, "re-encoded data"),
         ({"used": 30}, "30 of 100 images"),
         ({"recipe": "brongers2021"}, "no published recipe"),
         ({"augmentation": "none"}, "another augmentation"),

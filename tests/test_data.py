@@ -164,7 +164,9 @@ def test_card_survives_json():
     assert DataCard.from_dict(json.loads(json.dumps(CARD.to_dict()))) == CARD
 
 
-@pytest.mark.parametrize(("kind", "mark"), [("complete", ""), ("partial", "partial"), ("sample", "sample")])
+@pytest.mark.parametrize(
+    ("kind", "mark"), [("complete", ""), ("re-encoded", "re-encoded"), ("partial", "partial"), ("sample", "sample")]
+)
 def test_mark(kind, mark):
     assert dataclasses.replace(CARD, kind=kind).mark == mark
 
@@ -176,7 +178,7 @@ def test_mark_of_data_that_were_encoded_again():
 
 
 def test_card_refuses_unknown_kind_and_entries():
-    with pytest.raises(ValueError, match="complete, partial, rendered, sample; got 'whole'"):
+    with pytest.raises(ValueError, match="complete, re-encoded, partial, rendered, sample; got 'whole'"):
         dataclasses.replace(CARD, kind="whole")
     with pytest.raises(ValueError, match="missing or unknown: colour"):
         DataCard.from_dict(CARD.to_dict() | {"colour": "red"})

@@ -136,6 +136,25 @@ def test_complete_only_with_the_official_clips(ped1, monkeypatch):
     assert load(ped1).card.mark == "partial"
 
 
+@pytest.mark.parametrize(
+    ("change", "clips", "mark"),
+    [
+        ({}, {}, "re-encoded"),
+        ({"masks": 2}, {}, "re-encoded"),  # more masks than the release has
+        ({"masks": 4}, {}, "partial, re-encoded"),
+        ({"train": 4}, {}, "partial, re-encoded"),
+        ({}, {"test clips": 3}, "partial, re-encoded"),
+        ({}, {"masked clips": 2}, "partial, re-encoded"),
+    ],
+)
+def test_all_frames_encoded_again_are_neither_complete_nor_partial(change, clips, mark, ped1, monkeypatch):
+    official = {"train": 3, "test": 4, "masks": 3} | change
+    monkeypatch.setattr(catalogue, "UCSD", dataclasses.replace(catalogue.UCSD, official=official))
+    monkeypatch.setattr(ucsd, "OFFICIAL_CLIPS", {"train clips": 2, "test clips": 2, "masked clips": 1} | clips)
+    (ped1.parent / "NOTE.txt").write_text("All clips, re-encoded.\n")
+    assert load(ped1).card.mark == mark
+
+
 @pytest.mark.parametrize("suffix", [".tif", ".TIFF", ".png", ".bmp", ".jpg"])
 def test_formats(suffix, ped1):
     save(ped1 / f"Train/Train009/001{suffix}", np.full(SHAPE, 77, np.uint8))

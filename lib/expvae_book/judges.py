@@ -211,7 +211,7 @@ def _ucsd_reasons(*layers: Run) -> list[str]:
     parameters = layers[0].parameters
     models = {(run.card.digest, str(run.record.get("weights"))) for run in layers}
     return [
-        unless(not any(map(incomplete, layers)), "partial data"),
+        next((f"{run.card.kind} data" for run in layers if incomplete(run)), ""),
         next(filter(None, map(short, layers)), ""),
         unless(len(models) == 1, "layers of different models or data"),
         unless(parameters["recipe"] in REPORTED, "no published recipe"),

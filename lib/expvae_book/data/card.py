@@ -13,7 +13,7 @@ import numpy as np
 from expvae_book.data.catalogue import Source
 
 DATA = ("auto", "real", "sample")
-KINDS = ("complete", "partial", "rendered", "sample")
+KINDS = ("complete", "re-encoded", "partial", "rendered", "sample")
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 NAMED = 6  # files or folders that a message names at most
 
@@ -24,8 +24,9 @@ class DataCard:
 
     Attributes:
         name: Data set, as in the catalogue.
-        kind: "complete" (the official release), "partial" (less than it, or altered), "rendered" (every image of it,
-            drawn anew from its factors), "sample" (embedded, generated).
+        kind: "complete" (the official release), "re-encoded" (every image of it, encoded again), "partial" (less than
+            it, or altered), "rendered" (every image of it, drawn anew from its factors), "sample" (embedded,
+            generated).
         counts: How much there is, by part: images of a split, masks, clips.
         official: The same counts of the official release.
         digest: SHA-256 of the data (hexadecimal).
@@ -83,7 +84,8 @@ class DataCard:
 def survey(source: Source, root: Path) -> DataCard | None:
     """Look at what is there of a data set.
 
-    It is complete where every split has its official count and every file with a published checksum has that checksum.
+    It is complete where every split has its official count and every file with a published checksum has that checksum;
+    see `kind_of`.
     The digest is the one that `sha256sum FILES | sha256sum` prints for the files of all splits, in the order of their
     names, inside the source's folder.
 
@@ -110,17 +112,37 @@ def survey(source: Source, root: Path) -> DataCard | None:
     notes = notes_in(folder)
     if altered and counts == source.official:
         notes.append(f"The counts are official, but these files differ from the release: {', '.join(altered)}.")
-    encoded = _encoded_again(source, counted)
+    notes += _encoded_again(source, counted)
+    note = "\n".join(notes)
     return DataCard(
         name=source.name,
-        kind="complete" if counts == source.official and not altered + encoded else "partial",
+        kind=kind_of(counts, source.official, note, bool(altered)),
         counts=counts,
         official=dict(source.official),
         digest=hashlib.sha256(listing.encode()).hexdigest(),
         licence=source.licence,
         credit=source.credit,
-        note="\n".join(notes + encoded),
+        note=note,
     )
+
+
+def kind_of(counts: dict[str, int], official: dict[str, int], note: str, altered: bool) -> str:
+    """The kind of data that were read from files: "complete", "re-encoded" or "partial".
+
+    Data that are re-encoded, as their note then says, are never complete; they have all images of the release, and at
+    least as many masks, or are partial.
+
+    Args:
+        counts: How much there is, by part.
+        official: The same counts of the official release.
+        note: The note of the card.
+        altered: Whether files are known to differ from the release.
+    """
+    if "re-encoded" in note:
+        images = all(counts[part] == number for part, number in official.items() if "mask" not in part)
+        masks = all(counts[part] >= number for part, number in official.items() if "mask" in part)
+        return "re-encoded" if images and masks else "partial"
+    return "complete" if counts == official and not altered else "partial"
 
 
 def notes_in(folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import expvae_book.data
 from expvae_book.data import catalogue, images, workpieces
-from expvae_book.data.card import DataCard, is_image, notes_in, survey, takes_sample
+from expvae_book.data.card import DataCard, is_image, kind_of, notes_in, survey, takes_sample
 
 OFFICIAL = catalogue.MVTEC_OFFICIAL  # by category and split
 CATEGORIES = tuple(OFFICIAL)
@@ -59,7 +59,7 @@ def load(category: str, data: str = "auto", root: Path | None = None, size: int 
 
     A category may lack masks, normal test images or all test images; the note of its card says what that rules out.
     The card is complete where all counts are official, all images and masks are PNG files as in the release and no
-    NOTE.txt lies in `ROOT/mvtec`.
+    NOTE.txt lies in `ROOT/mvtec`; it is re-encoded where the files alone are others.
 
     Args:
         category: One of `CATEGORIES`.
@@ -177,7 +177,8 @@ def _card(category: str, root: Path, masks: int) -> DataCard:
     defective = card.counts["test"] - good
     beside = notes_in(root / catalogue.MVTEC.folder)
     notes = beside + ([card.note] if card.note else [])
-    complete = card.kind == "complete" and not notes
+    counts = card.counts | {"test defective": defective}
+    kind = kind_of(counts, OFFICIAL[category], "\n".join(notes), altered=bool(notes))
     limits = [
         ("No test images: training only.", not good + defective),
         ("No defective test images: nothing to detect.", not defective),
@@ -190,8 +191,8 @@ def _card(category: str, root: Path, masks: int) -> DataCard:
         notes.append(f"{defective - masks} of {defective} defective images have no mask.")
     return replace(
         card,
-        kind="complete" if complete else "partial",
-        counts=card.counts | {"test defective": defective},
+        kind=kind,
+        counts=counts,
         official=dict(OFFICIAL[category]),
         note="\n".join(notes),
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import expvae_book.data
 from expvae_book.data import catalogue, images, walkway
-from expvae_book.data.card import IMAGES, DataCard, survey, takes_sample, there
+from expvae_book.data.card import IMAGES, DataCard, kind_of, survey, takes_sample, there
 
 MASK_RESIZES = ("nearest", "truncated")
 OFFICIAL_CLIPS = {"train clips": 34, "test clips": 36, "masked clips": 10}  # of 200 frames each
@@ -185,7 +185,7 @@ def _assemble(
         "masked clips": len(masked),
     }
     official = card.official | OFFICIAL_CLIPS
-    kind = "partial" if card.kind == "complete" and counts != official else card.kind
+    kind = card.kind if card.generated else kind_of(counts, official, card.note, altered=False)
     return UCSD(
         train_NYX=train.x_NCYX[:, 0],
         train_clip_N=torch.tensor(train_clips),

@@ -231,6 +231,9 @@ def direct(vae, x_BCYX, method, epsilon_BD, normal):
         "normal_difference": lambda: (normal[0] - mu + (normal[1].exp() + std**2).sqrt() * epsilon_BD).sum(
             1, keepdim=True
         ),
+        "most_deviant": lambda: torch.stack(
+            [m[((m - normal[0]).abs() / (0.5 * normal[1]).exp()).argmax()] for m in mu]
+        )[:, None],
     }[method.score]()
     maps = []
     for score in scores.unbind(1):
@@ -255,7 +258,7 @@ def direct(vae, x_BCYX, method, epsilon_BD, normal):
 CHOICES = [
     Method(*choices, align_corners=choices[2] == "none")
     for choices in itertools.product(
-        ("each_mean", "sum_of_means", "each_sample", "normal_difference"),
+        ("each_mean", "sum_of_means", "each_sample", "normal_difference", "most_deviant"),
         ("before", "after", "mixed"),
         ("none", "image", "batch"),
         ("relu_of_sum", "abs_of_sum", "mean_of_abs", "sum_of_relu"),
@@ -275,7 +278,7 @@ def test_every_combination_of_choices_equals_direct_reading():
         generator = torch.Generator().manual_seed(2)
         return attention(vae.encode, "conv1", x_BCYX, methods, normal=normal, generator=generator)
 
-    assert len(CHOICES) == 4 * 3 * 3 * 4 * 2
+    assert len(CHOICES) == 5 * 3 * 3 * 4 * 2
     results = explained({method: method for method in CHOICES})
     assert set(results) == set(CHOICES)
     for place, (method, result) in enumerate(results.items()):
@@ -356,6 +359,22 @@ def test_chosen_latents_come_in_the_order_asked_for(vae, x_BCYX):
     for same in (torch.tensor([4, 1]), torch.tensor([4, 1], dtype=torch.uint8), (4, 1)):
         again = attention(vae.encode, "encoder.conv1", x_BCYX, latents=same)
         assert torch.equal(again.alpha_BIC, some.alpha_BIC)
+
+
+def test_the_most_deviant_latent_is_one_of_those_chosen(vae, x_BCYX):
+    """By a normal image whose variances make another latent of each choice the furthest."""
+    mu_BI = vae.encode(x_BCYX)[0].detach()
+    normal = (mu_BI.mean(0), torch.tensor([-2.0, 4.0, -2.0, 4.0, 0.0, 1.0]))
+    deviation_BI = (mu_BI - normal[0]).abs() / (0.5 * normal[1]).exp()
+    each = attention(vae.encode, "encoder.conv1", x_BCYX)
+    for latents in (None, [1, 3, 5]):
+        chosen = latents or list(range(6))
+        furthest_B = torch.tensor(chosen)[deviation_BI[:, chosen].argmax(1)]
+        result = attention(
+            vae.encode, "encoder.conv1", x_BCYX, Method(score="most_deviant"), latents=latents, normal=normal
+        )
+        expected = torch.stack([map_IYX[i] for map_IYX, i in zip(each.map_BIYX, furthest_B, strict=True)])
+        torch.testing.assert_close(result.map_BYX, expected, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -778,6 +797,8 @@ def test_errors(vae, x_BCYX):
         attention(vae.encode, "encoder.conv1", x_BCYX, Method(score="each_sample"))
     with pytest.raises(ValueError, match="needs normal="):
         attention(vae.encode, "encoder.conv1", x_BCYX, Method(score="normal_difference"), generator=torch.Generator())
+    with pytest.raises(ValueError, match="score='most_deviant' needs normal="):
+        attention(vae.encode, "encoder.conv1", x_BCYX, Method(score="most_deviant"))
     with pytest.raises(ValueError, match=r"no activation \(Relu, .*\) follows it directly"):
         attention(vae.encode, "encoder.relu1", x_BCYX, Method(tensor="after"))
     with pytest.raises(ValueError, match="route='pooled' needs no normaliser"):

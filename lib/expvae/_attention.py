@@ -60,6 +60,8 @@ class Method:
 
               μ̄ has no part in the gradient. At ε = 0 the map is that of −Σ_i μ_i: the same as "sum_of_means" where
               only its absolute value counts.
+            - "most_deviant": the mean of the one latent of each image that is furthest from its normal value, s = μ_j
+              with j = argmax_i |μ_i − μ̄_i| / σ̄_i. One map; ours, as no publication chooses a latent by a rule.
         tensor: Which tensor is weighted, and which one the gradient is taken with respect to: the layer's output
             "before" the activation that follows it, the one "after" the activation, or "mixed", the gradient before
             and the values after it (what a hook gets that stores a tensor which the activation then overwrites).
@@ -256,8 +258,8 @@ def attention(
         x_BCYX: Images.
         method: A name in PRESETS, or a Method; or several of them, by names of one's own.
         latents: Indices of the latents that make up the scores, in this order; all if None.
-        normal: For the score "normal_difference": mean and logarithm of the variance of the posterior of a normal
-            image, each [D] or [B, D].
+        normal: For the scores "normal_difference" and "most_deviant": mean and logarithm of the variance of the
+            posterior of a normal image, or of normal images together, each [D] or [B, D].
         generator: Source of ε for the scores "each_sample" and "normal_difference"; ε is drawn as [B, D], once
             for all methods.
         graph: What can be differentiated in turn, for a loss on the maps: "none"; with "constant_alpha" the maps depend
@@ -293,7 +295,7 @@ def attention(
         epsilon_BD = noise(encoded, [score for score, _ in alike], generator)
         for (score, after), sharing in alike.items():
             latents_BD = latents_of(encoded, score, normal, epsilon_BD)
-            flow = output.flow(scores_of(latents_BD, score, latents))
+            flow = output.flow(scores_of(latents_BD, score, latents, normal))
             values = {"before": output.values_BCHW}
             if {one.tensor for one in sharing.values()} != {"before"}:
                 values["after"], flow_after = flow.activated(output.values_BCHW, output.named)

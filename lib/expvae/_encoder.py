@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from expvae._gradients import Flow
 
-Score = Literal["each_mean", "sum_of_means", "each_sample", "normal_difference"]
+Score = Literal["each_mean", "sum_of_means", "each_sample", "normal_difference", "most_deviant"]
 SAMPLED = ("each_sample", "normal_difference")
 
 
@@ -142,17 +142,22 @@ def latents_of(
     logvar_BD = encoded[1]
     if score == "each_sample":
         return mu_BD + (0.5 * logvar_BD).exp() * epsilon_BD
-    if normal is None:
-        raise ValueError(f"score={score!r} needs normal=(mu, logvar), the posterior of a normal image")
-    normal_mu, normal_logvar = (value.detach().to(mu_BD) for value in normal)
+    normal_mu, normal_logvar = _posterior(normal, score, mu_BD)
     # √(σ̄² + σ²) by its logarithm: a variance too small for the type would have no gradient.
     return normal_mu - mu_BD + (0.5 * torch.logaddexp(normal_logvar, logvar_BD)).exp() * epsilon_BD
 
 
 def scores_of(
-    latents_BD: Float[Tensor, "b d"], score: Score, latents: Sequence[int] | Tensor | None
+    latents_BD: Float[Tensor, "b d"],
+    score: Score,
+    latents: Sequence[int] | Tensor | None,
+    normal: tuple[Tensor, Tensor] | None,
 ) -> Float[Tensor, "b i"]:
-    """The latents that were chosen, or their sum."""
+    """The latents that were chosen, their sum, or the one of them that is furthest from normal in each image."""
+    deviation_BD = None
+    if score == "most_deviant":
+        normal_mu, normal_logvar = _posterior(normal, score, latents_BD)
+        deviation_BD = (latents_BD - normal_mu).abs() * (-0.5 * normal_logvar).exp()
     if latents is not None:
         chosen_I, d = torch.as_tensor(latents).cpu(), latents_BD.shape[1]
         # A mask of booleans would be read as indices 0 and 1.
@@ -163,7 +168,16 @@ def scores_of(
         if len(set(chosen)) < len(chosen):
             raise ValueError(f"latents={chosen} must name each latent once")
         latents_BD = latents_BD[:, chosen]
+        deviation_BD = None if deviation_BD is None else deviation_BD[:, chosen]
+    if deviation_BD is not None:
+        return latents_BD.gather(1, deviation_BD.argmax(1, keepdim=True))
     return latents_BD if score.startswith("each") else latents_BD.sum(1, keepdim=True)
+
+
+def _posterior(normal: tuple[Tensor, Tensor] | None, score: Score, like: Tensor) -> list[Tensor]:
+    if normal is None:
+        raise ValueError(f"score={score!r} needs normal=(mu, logvar), the posterior of a normal image")
+    return [value.detach().to(like) for value in normal]
 
 
 def _find(encode: Callable, layer: str | nn.Module) -> nn.Module:

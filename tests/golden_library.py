@@ -272,10 +272,11 @@ def measures() -> Numbers:
         "AUROC, difference": measure.auroc_difference(*counts.values(), seed=0),
     }
     intervals |= {f"{name} by clips": one for name, one in counts["worse"].intervals(seed=0, resamples=300).items()}
-    better, worse = (one._resampled(0, None, 300) for one in counts.values())
+    better, worse = (one.replicates(seed=0, resamples=300) for one in counts.values())
+    values = [one.compute() for one in counts.values()]
     for name in ("auroc", "aupro", "best_iou"):
-        drawn_R = better[name] - worse[name]
-        intervals[f"{name}, difference"] = measure.percentile_interval(drawn_R[0], drawn_R[1:], 0.95, 6)
+        change = getattr(values[0], name) - getattr(values[1], name)
+        intervals[f"{name}, difference"] = measure.percentile_interval(change, better[name] - worse[name], 0.95, 6)
     for case, one in measure.iou_intervals(worse_NYX, truth_NYX, validation=1.1, seed=0).items():
         intervals[f"IoU, {', '.join(case)}"] = one
     for name, one in intervals.items():

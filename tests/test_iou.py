@@ -108,6 +108,20 @@ def test_numbers_and_intervals_equal_a_slow_loop():
             assert interval.n == n
 
 
+def test_clips_are_resampled_whole():
+    score_NYX, truth_NYX = anomaly_maps(6, 9, seed=3, levels=4)
+    clip_N = np.array([7, 2, 7, 7, 2, 9])
+    found = iou_intervals(score_NYX, truth_NYX, unit_N=clip_N, validation=0.8, seed=7, resamples=100)
+    rng, values = np.random.default_rng(7), []
+    for clips in ([0, 1, 2], *(rng.integers(3, size=3) for _ in range(100))):
+        sample = [image for clip in clips for image in np.flatnonzero(clip_N == (2, 7, 9)[clip])]
+        if truth_NYX[sample].any():
+            values.append(slow_iou(truth_NYX[sample], score_NYX[sample] >= 0.8))
+    interval = found["pooled", "anomalous", "validation"]
+    expected = [values[0], *np.quantile(values[1:], [0.025, 0.975]), 3]
+    assert [interval.value, interval.low, interval.high, interval.n] == pytest.approx(expected, abs=1e-12)
+
+
 @settings(max_examples=30)
 @given(st.integers(0, 2**16), st.integers(2, 5))
 def test_a_map_that_flags_nothing_has_nearly_half_of_both_classes(seed, n):
@@ -166,6 +180,8 @@ def test_thresholds_have_the_precision_of_the_scores_and_ascend():
         (lambda s, t: ious(confusion(s, t, np.zeros(1)), "per image", "anomalous"), "got 'per image' of 'anomalous'"),
         (lambda s, t: iou_intervals(s, t & False, seed=0), "both classes, got 0 positives and 12 negatives"),
         (lambda s, t: iou_intervals(s[2:], t[2:], seed=0), "at least two images to resample, got 1"),
+        (lambda s, t: iou_intervals(s, t, unit_N=np.zeros(2), seed=0), "one unit for each of 3 images, got shape"),
+        (lambda s, t: iou_intervals(s, t, unit_N=np.zeros(3), seed=0), "or be of at least two units"),
         (lambda s, t: iou_intervals(s, t, seed=0, resamples=10), "^resamples must be at least 100, got 10"),
     ],
 )

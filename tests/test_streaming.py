@@ -531,6 +531,23 @@ def test_resamples_without_an_anomaly_are_left_out():
     assert found["auroc"].high == pytest.approx(np.quantile(expected["auroc"], 0.975), abs=1e-6)
 
 
+def test_replicates_of_the_same_units_are_paired():
+    """One for each resample, in their order, also where one lacks a class, so that a difference is theirs."""
+    score_NYX, truth_NYX = anomaly_maps(6, 9)
+    truth_NYX[2:] = False
+    truth_NYX[:2, :3, :3] = True
+    counts = counted(score_NYX, truth_NYX, unit=range(6), regions=True)
+    found = counts.replicates(seed=3, threshold=0.5, resamples=100)
+    rng = np.random.default_rng(3)
+    lacking = [not (rng.integers(6, size=6) < 2).any() for _ in range(100)]
+    assert 0 < sum(lacking) < 50
+    expected = slow_resamples(score_NYX, truth_NYX, range(6), seed=3, resamples=100, threshold=0.5)
+    assert found.keys() == expected.keys()
+    for name, drawn_R in found.items():
+        assert np.array_equal(np.isnan(drawn_R), lacking)
+        np.testing.assert_allclose(drawn_R[~np.isnan(drawn_R)], expected[name], atol=1e-6, err_msg=name)
+
+
 @pytest.mark.parametrize(
     ("unit", "options", "sentence"),
     [

@@ -175,52 +175,58 @@ def iou_intervals(
     score_NYX: Shaped[Array, "n ..."],
     truth_NYX: Shaped[Array, "n ..."],
     *,
+    unit_N: Shaped[Array, "..."] | None = None,
     validation: float | None = None,
     seed: int,
     resamples: int = 1000,
     level: float = 0.95,
 ) -> dict[tuple[Average, Classes, Choice], Interval]:
-    """IoU by every convention and choice of threshold, with percentile bootstrap intervals over images.
+    """IoU by every convention and choice of threshold, with percentile bootstrap intervals over images or clips.
 
-    Whole images are drawn with replacement, as in `expvae.metrics.auroc_interval`: the same images under the same
-    seed see the same resamples. An oracle chooses its threshold anew in every resample, among the thresholds of the
+    Whole units are drawn with replacement, as in `expvae.metrics.PixelMetrics`: the same units under the same seed see
+    the same resamples. An oracle chooses its threshold anew in every resample, among the thresholds of the
     test set. A resample without both classes is left out.
 
     Args:
         score_NYX: Finite scores, higher for more anomalous; the first axis counts images.
         truth_NYX: Booleans of the same shape, True where anomalous.
+        unit_N: What each image is resampled with, such as its clip; by default itself.
         validation: Threshold chosen on validation images; without one there is no such choice.
         seed: Seed of the resampling.
         resamples: Number of bootstrap resamples, at least 100.
         level: Confidence level, between 0 and 1.
 
     Returns:
-        An interval for each (average, classes, choice), whose n is the number of images that count. The values of
+        An interval for each (average, classes, choice), whose n is the number of units that count. The values of
         "validation" and "grid" are exact; "best" falls short by a little (see `thresholds`).
 
     Raises:
-        ValueError: As for `confusion`, or if the threshold is NaN, a class is missing, or there are fewer than two
-            images, too few resamples or a level outside (0, 1).
+        ValueError: As for `confusion`, or if the threshold is NaN, a class is missing, there is not one unit for
+            each image, or there are fewer than two units, too few resamples or a level outside (0, 1).
     """
     require_resampling(resamples, level)
     score_NYX, truth_NYX = _images(score_NYX, truth_NYX)
     require_both_classes(int((~truth_NYX).sum()), int(truth_NYX.sum()))
-    n = len(score_NYX)
-    if n < 2:
-        raise ValueError("score must hold at least two images to resample, got 1.")
+    unit_N = np.arange(len(score_NYX)) if unit_N is None else as_array(unit_N)
+    if unit_N.shape != (len(score_NYX),):
+        raise ValueError(f"unit_N must hold one unit for each of {len(score_NYX)} images, got shape {unit_N.shape}.")
+    unit_U, unit_N = np.unique(unit_N, return_inverse=True)
+    if len(unit_U) < 2:
+        raise ValueError("score must hold at least two images to resample, got 1, or be of at least two units.")
     chosen = thresholds(score_NYX, validation=validation)
     table = confusion(score_NYX, truth_NYX, chosen["best"])
     columns = {choice: np.searchsorted(table.threshold_T, threshold_T) for choice, threshold_T in chosen.items()}
 
-    weight_RN = resampled_weights(n, resamples, seed).astype(np.int64)
+    weight_RN = resampled_weights(len(unit_U), resamples, seed).astype(np.int64)[:, unit_N]
     weight_RN = weight_RN[(weight_RN @ table.positive_N > 0) & (weight_RN @ table.negative_N > 0)]
     found = {}
     for average, classes in CONVENTIONS:
         iou_RT = ious(table, average, classes, weight_RN)
-        images = int((table.positive_N > 0).sum()) if average == "per defective image" else n
+        counting_N = table.positive_N > 0 if average == "per defective image" else slice(None)
+        n = len(np.unique(unit_N[counting_N]))
         for choice, column_T in columns.items():
             iou_R = iou_RT[:, column_T].max(axis=1)
-            found[average, classes, choice] = percentile_interval(iou_R[0], iou_R[1:], level, images)
+            found[average, classes, choice] = percentile_interval(iou_R[0], iou_R[1:], level, n)
     return found
 
 

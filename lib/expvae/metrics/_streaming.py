@@ -183,10 +183,32 @@ class PixelMetrics:
         """
         require_resampling(resamples, level)
         value, n = asdict(self.compute(threshold)), len(self._unit_index)
-        return {
-            name: percentile_interval(value[name], drawn_R[1:], level, n, value[name] - drawn_R[0])
-            for name, drawn_R in self._resampled(seed, threshold, resamples).items()
-        }
+        drawn = self.replicates(seed=seed, threshold=threshold, resamples=resamples)
+        return {name: percentile_interval(value[name], drawn_R, level, n) for name, drawn_R in drawn.items()}
+
+    def replicates(
+        self, *, seed: int, threshold: float | None = None, resamples: int = 1000
+    ) -> dict[str, Float64[np.ndarray, " r"]]:
+        """What every resample gives for each measure: of the same units under the same seed they are paired.
+
+        So the interval of any difference between two scores of the same units is that of the differences of their
+        replicates. See `intervals` for the arguments and the resamples. NaN where a resample lacks a class.
+
+        Raises:
+            ValueError: As for `intervals`.
+        """
+        require_resampling(resamples, 0.5)
+        score_K, count_CRK, highest_R = self._by_sorted_unit().resampled(
+            len(self._unit_index), seed, resamples, threshold
+        )
+        value = asdict(self.compute(threshold))
+        drawn = {name: np.full(1 + resamples, np.nan) for name, number in value.items() if number is not None}
+        for place, (count_CK, highest) in enumerate(zip(count_CRK.swapaxes(0, 1), highest_R, strict=True)):
+            if count_CK[0].any() and count_CK[1].any():
+                measured = self._measures(score_K, count_CK, float(highest), threshold)
+                for name, drawn_R in drawn.items():
+                    drawn_R[place] = getattr(measured, name)
+        return {name: drawn_R[1:] + (value[name] - drawn_R[0]) for name, drawn_R in drawn.items()}
 
     def auroc_interval(self, *, seed: int, resamples: int = 1000, level: float = 0.95) -> Interval:
         """The AUROC of `intervals` alone, for all resamples at once, which is far quicker and loses even less order.
@@ -245,18 +267,6 @@ class PixelMetrics:
         if len(names) < 2:
             raise ValueError(f"unit must name at least two units to resample, got {len(names)}.")
         return self._count().with_units(np.argsort(np.argsort(names)))
-
-    def _resampled(self, seed: int, threshold: float | None, resamples: int) -> dict[str, Float64[np.ndarray, " r"]]:
-        """Each measure of all units and then of every resample of them that has both classes."""
-        score_K, count_CRK, highest_R = self._by_sorted_unit().resampled(
-            len(self._unit_index), seed, resamples, threshold
-        )
-        measured = []
-        for count_CK, highest in zip(count_CRK.swapaxes(0, 1), highest_R, strict=True):
-            if count_CK[0].any() and count_CK[1].any():
-                measured.append(asdict(self._measures(score_K, count_CK, float(highest), threshold)))
-        names = [name for name, value in measured[0].items() if value is not None]
-        return {name: np.array([one[name] for one in measured]) for name in names}
 
     def _measures(
         self,

@@ -7,8 +7,10 @@ import pandas as pd
 
 from expvae_book import judges, sprite_judges
 from expvae_book.judging import Judge, Verdict
+from expvae_book.matching import each_map
+from expvae_book.names import TEN
 from expvae_book.publications import read
-from expvae_book.runs import Run
+from expvae_book.runs import STORES, Run
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,10 @@ class Claim:
 
 def decide(claim: Claim, runs: Iterable[Run], reported: pd.DataFrame) -> Verdict:
     """The verdict on a claim; "not yet tested" where no run on real data or no judge exists."""
-    real = [run for run in runs if run.chapter == claim.chapter and run.card.kind != "sample"]
+    store = STORES.get(claim.chapter, claim.chapter)
+    real = [run for run in runs if run.chapter == store and run.card.kind != "sample"]
+    if claim.chapter == "mvtec10":
+        real = [run for run in real if run.parameters["category"] in TEN]
     if not real:
         return Verdict("not yet tested", f"No run of the chapter {claim.chapter} on real data is stored.")
     if claim.judge is None:
@@ -45,7 +50,7 @@ def decide(claim: Claim, runs: Iterable[Run], reported: pd.DataFrame) -> Verdict
 
 def verdicts(runs: Iterable[Run], reported: pd.DataFrame | None = None) -> pd.DataFrame:
     """The verdict on every claim: columns id, claim, claimed_by, chapter, criterion, verdict, evidence and runs."""
-    runs = list(runs)
+    runs = each_map(runs)
     reported = read() if reported is None else reported
     table = pd.DataFrame(asdict(claim) | asdict(decide(claim, runs, reported)) for claim in CLAIMS)
     table["runs"] = table["runs"].map(", ".join)

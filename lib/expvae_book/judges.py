@@ -247,9 +247,10 @@ def grade_ucsd_baseline(layers: Sequence[Run], reported: pd.DataFrame) -> int:
 
 def grade_ucsd_layers(layers: Sequence[Run], reported: pd.DataFrame) -> int:
     """Whether the three layers are apart and conv2 is highest, or at least two are apart."""
-    pairs = [f"{one} − {other}" for one, other in combinations(UCSD_LAYERS, 2)]
+    preset = layers[0].parameters["preset"]
+    pairs = [f"{preset}, {one} − {other}" for one, other in combinations(UCSD_LAYERS, 2)]
     # Each of the runs has the differences between all layers.
-    rows = [layers[0].metric(names.DIFFERENCE, pair, f"{CLIPS}, every tenth frame") for pair in pairs]
+    rows = [layers[0].metric(names.DIFFERENCE, pair, CLIPS) for pair in pairs]
     apart = [row["low"] > 0 or row["high"] < 0 for row in rows]
     highest = max(layers, key=_ucsd_value).parameters["layer"]
     return graded(all(apart) and highest == "conv2", any(apart))

@@ -10,43 +10,38 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, Float16, Int64, UInt8
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from expvae.metrics import (
-    PixelMetrics,
-    active_units,
-    auroc_difference,
-    auroc_per_image,
-    fraction_interval,
-    iou_intervals,
-)
+from expvae import kl_divergence
+from expvae.metrics import active_units, auroc_per_image, confusion, fraction_interval
 from expvae.models import BrongersMVTecVAE, MVTecVAE
-from expvae_book import augmentation, baselines, devices, explanation, figures, probes, recipes, runs, training, weights
-from expvae_book.data import catalogue, imagenet, mvtec
-from expvae_book.names import (
-    ATTENTION,
-    BASELINES,
-    COMMON,
-    DIFFERENCE,
-    FIELDS,
-    LAYERS,
-    METHODS,
-    MISSED,
-    RESEMBLES,
-    SHARED,
+from expvae_book import (
+    augmentation,
+    baselines,
+    devices,
+    explanation,
+    figures,
+    measures,
+    probes,
+    recipes,
+    runs,
+    training,
+    weights,
 )
+from expvae_book.data import catalogue, imagenet, mvtec
+from expvae_book.names import BASELINES, COMMON, FIELDS, LAYERS, MISSED, RESEMBLES, SHARED
 
 HELD_OUT = 0.2  # of the training images, as in the first report
 QUANTILE = 0.99  # of the pixels of held-out normal images lie below the threshold that needs no test image
-SOME = 32  # test images, drawn at random, on which layers and presets are compared
-# The paper's preset takes a backward pass for each latent, which before the third stage costs minutes.
-CASES = dict.fromkeys(LAYERS, ("liu2020_code", "brongers2021", "normal_difference"))
-CASES |= dict.fromkeys(LAYERS[3:], (*CASES[LAYERS[0]], "liu2020_paper"))
+# Presets, layers and images: before the second stage a pass back for each latent would take minutes for all images.
+PER_LATENT, SUMMED = measures.PRESETS[:1], measures.PRESETS[1:]
+CASES = ((SUMMED, LAYERS, None), (PER_LATENT, LAYERS[3:], None), (PER_LATENT, LAYERS[:3], 32))
 SHOWN = 4  # defects in a panel
+SHOWN_MAP = ("layer2.1.conv1", "liu2020_code")  # in the panel, and behind the explorer of thresholds
+PICTURED = LAYERS[1:2] + LAYERS[3:]  # whose maps of the defects shown are kept; larger ones would fill the record
 
 Maps = dict[str, Float[Tensor, "_ y x"]]  # those of the test images and of held-out ones meet in one call
 
@@ -188,34 +183,20 @@ def baseline_maps(
 # Measures -------------------------------------------------------------------------------------------------------------
 
 
-def pixel_rows(maps: Maps, held_out: Maps, category: mvtec.Category, seed: int) -> list[dict]:
-    """How well each map finds the anomalous pixels of all test images that have a mask or are normal.
+def truth_of(category: mvtec.Category) -> tuple[Int64[Tensor, " m"], measures.Truth]:
+    """The test images that are normal or have a mask, and their anomalous pixels."""
+    image_M = torch.tensor([i for i, mask_YX in enumerate(category.test_mask) if mask_YX is not None])
+    return image_M, measures.Truth(torch.stack([category.test_mask[i] for i in image_M]), image_M)
 
-    Intervals come from resampling images; differences between attention and the baselines are paired. The threshold
-    "from validation" is exceeded by one in a hundred pixels of held-out normal images.
-    """
-    known_N = torch.tensor([mask_YX is not None for mask_YX in category.test_mask])
-    truth_MYX = torch.stack([mask_YX for mask_YX in category.test_mask if mask_YX is not None])
-    image_M = torch.nonzero(known_N)[:, 0]
-    rows, counts = [], {}
-    for name in tqdm(METHODS, desc="pixel measures", unit="map"):
-        counts[name] = PixelMetrics(regions=True)
-        for part in torch.arange(len(image_M)).split(32):
-            counts[name].update(maps[name][image_M[part]], truth_MYX[part], unit=image_M[part])
-        measured = counts[name].intervals(seed=seed)
-        rows += [runs.row(title, method=name, **vars(measured[field])) for field, title in FIELDS.items()]
-    for name in BASELINES:
-        change = auroc_difference(counts[ATTENTION], counts[name], seed=seed)
-        rows.append(runs.row(DIFFERENCE, method=f"{ATTENTION} − {name}", **vars(change)))
-    defective_M = truth_MYX.flatten(1).any(1)
-    rows.append(runs.row("anomalous pixels", float(truth_MYX.float().mean()), n=len(truth_MYX)))
-    share = float(truth_MYX[defective_M].float().mean())
-    rows.append(runs.row("anomalous pixels", share, subset="defective images", n=int(defective_M.sum())))
-    for name in (ATTENTION, "reconstruction error"):
-        found = iou_intervals(maps[name][known_N], truth_MYX, validation=threshold(held_out[name]), seed=seed)
-        for (average, classes, choice), measured in found.items():
-            rows.append(runs.row(f"IoU, {average}, {classes}", method=name, subset=choice, **vars(measured)))
-    return rows
+
+def anomalous_rows(truth_MYX: Bool[Tensor, "m y x"]) -> list[dict]:
+    """The share of anomalous pixels, of all images that are measured and of those with a defect."""
+    defective_MYX = truth_MYX[truth_MYX.flatten(1).any(1)]
+    subsets = {"": truth_MYX, "defective images": defective_MYX}
+    return [
+        runs.row("anomalous pixels", float(flag_KYX.float().mean()), subset=subset, n=len(flag_KYX))
+        for subset, flag_KYX in subsets.items()
+    ]
 
 
 def threshold(map_NYX: Float[Tensor, "n y x"]) -> float:
@@ -223,81 +204,36 @@ def threshold(map_NYX: Float[Tensor, "n y x"]) -> float:
     return float(np.quantile(map_NYX.numpy(), QUANTILE))
 
 
-def image_rows(maps: Maps, category: mvtec.Category, seed: int) -> list[dict]:
-    """Whole images: defective or not, by the mean and by the maximum of the map."""
-    truth_N = np.array([defect != "good" for defect in category.test_defect])
-    own = {name: maps[name] for name in METHODS if name not in (COMMON, "centre prior")}  # not the same for all images
-    means = {name: map_NYX.mean((1, 2)) for name, map_NYX in own.items()}
-    maxima = {name: map_NYX.amax((1, 2)) for name, map_NYX in own.items()}
-    return [
-        row
-        for how, scores in {"mean": means, "maximum": maxima}.items()
-        for row in explanation.auroc_rows("image AUROC", scores, truth_N, subset=how, seed=seed)
-    ]
-
-
-def map_rows(maps: Maps, category: mvtec.Category) -> list[dict]:
-    """Single defective images: which maps miss the anomaly, by kind of defect, and what the attention resembles."""
-    chosen = [i for i, mask_YX in enumerate(category.test_mask) if mask_YX is not None and mask_YX.any()]
-    truth_MYX = torch.stack([category.test_mask[i] for i in chosen])
-    defects = np.array([category.test_defect[i] for i in chosen])
-    rows = []
-    for name in METHODS:
-        auroc_M = auroc_per_image(maps[name][chosen], truth_MYX)
-        auroc_M = np.where(np.isnan(auroc_M), 0.5, auroc_M)  # an image that is anomalous all over ranks nothing
-        rows.append(runs.row(MISSED, method=name, **vars(fraction_interval(auroc_M < 0.5))))
-        rows += [
-            runs.row("AUROC within images, mean", float(auroc_M[defects == kind].mean()), name, kind, n=int(count))
-            for kind, count in zip(*np.unique(defects, return_counts=True), strict=True)
-        ]
-    attention_NYX = maps[ATTENTION]
-    about_mean = float(((attention_NYX - attention_NYX.mean(0)) ** 2).mean())
-    about_constant = float(((attention_NYX - attention_NYX.mean()) ** 2).mean())
-    if about_constant > 0:  # a map that is the same everywhere shares nothing
-        rows.append(runs.row(SHARED, 1 - about_mean / about_constant))
-    x_NYX = training.to_unit(category.test_NCYX).mean(1)
-    resembled = {name: maps[name] for name in BASELINES} | {
-        "brightness": x_NYX,
-        "edges": baselines.edges(x_NYX),
-    }
-    for name, map_NYX in resembled.items():
-        correlation_N = [
-            float(spearmanr(ours_YX.flatten(), other_YX.flatten()).statistic)
-            for ours_YX, other_YX in zip(attention_NYX[:, ::8, ::8], map_NYX[:, ::8, ::8], strict=True)
-            if ours_YX.std() > 0 and other_YX.std() > 0
-        ]
-        if correlation_N:
-            rows.append(runs.row(RESEMBLES, float(np.mean(correlation_N)), name, n=len(correlation_N)))
+def missed_rows(
+    name: str, map_MYX: Float[Tensor, "m y x"], truth: measures.Truth, defects: Sequence[str] = ()
+) -> list[dict]:
+    """Single defective images: how many a map misses, and how well it does by kind of defect where these are given."""
+    chosen_M = truth.truth_NYX.flatten(1).any(1)
+    auroc_K = auroc_per_image(map_MYX[chosen_M], truth.truth_NYX[chosen_M])
+    auroc_K = np.where(np.isnan(auroc_K), 0.5, auroc_K)  # an image that is anomalous all over ranks nothing
+    rows = [runs.row(MISSED, method=name, **vars(fraction_interval(auroc_K < 0.5)))]
+    kind_K = np.array([defects[i] for i in torch.nonzero(chosen_M)[:, 0]] if len(defects) else [])
+    for kind, count in zip(*np.unique(kind_K, return_counts=True), strict=True):
+        mean = float(auroc_K[kind_K == kind].mean())
+        rows.append(runs.row("AUROC within images, mean", mean, name, str(kind), n=int(count)))
     return rows
 
 
-def layer_rows(
-    model: nn.Module, category: mvtec.Category, normal: tuple[Tensor, Tensor], *, batch: int, seed: int
-) -> list[dict]:
-    """The pixel AUROC by layer and preset, on some test images drawn at random."""
-    known = torch.tensor([i for i, mask_YX in enumerate(category.test_mask) if mask_YX is not None])
-    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))
-    chosen = known[order[:SOME]].sort().values
-    truth_MYX = torch.stack([category.test_mask[i] for i in chosen])
-    if not truth_MYX.any():
-        return []
+def resemblance_rows(name: str, map_NYX: Float[Tensor, "n y x"], others: Maps) -> list[dict]:
+    """How much of a map all images share, and its rank correlation with other maps of the same images."""
     rows = []
-    for layer, presets in CASES.items():
-        maps = explanation.explain(
-            model,
-            f"encoder.{layer}",
-            category.test_NCYX[chosen],
-            {preset: explanation.method_of(preset) for preset in presets},
-            batch=batch,
-            seed=seed,
-            normal=normal,
-            shuffled=True,
-        )
-        for preset, map_MYX in maps.items():
-            counts = PixelMetrics()
-            counts.update(map_MYX, truth_MYX, unit=chosen)
-            measured = counts.auroc_interval(seed=seed)
-            rows.append(runs.row("pixel AUROC, layers and presets", method=layer, subset=preset, **vars(measured)))
+    about_mean = float(((map_NYX - map_NYX.mean(0)) ** 2).mean())
+    about_constant = float(((map_NYX - map_NYX.mean()) ** 2).mean())
+    if about_constant > 0:  # a map that is the same everywhere shares nothing
+        rows.append(runs.row(SHARED, 1 - about_mean / about_constant, name))
+    for other, other_NYX in others.items():
+        correlation_N = [
+            float(spearmanr(ours_YX.flatten(), other_YX.flatten()).statistic)
+            for ours_YX, other_YX in zip(map_NYX[:, ::8, ::8], other_NYX[:, ::8, ::8], strict=True)
+            if ours_YX.std() > 0 and other_YX.std() > 0
+        ]
+        if correlation_N:
+            rows.append(runs.row(RESEMBLES, float(np.mean(correlation_N)), other, name, n=len(correlation_N)))
     return rows
 
 
@@ -306,8 +242,8 @@ def latent_rows(
     category: mvtec.Category,
     mean_CYX: Float[Tensor, "c y x"],
     restored_NCYX: Float[Tensor, "n c y x"],
-) -> list[dict]:
-    """What the latents carry: on held-out normal images and on the test images."""
+) -> tuple[list[dict], Float[np.ndarray, " d"]]:
+    """What the latents carry, on held-out normal images and on the test images; and what each costs on the former."""
     _, held_out_NCYX = split(category)
     rows = explanation.learned_rows(model, held_out_NCYX, {"mean image": mean_CYX})
     rows.append(runs.row("parameters, trained", sum(value.numel() for value in model.parameters())))
@@ -316,43 +252,70 @@ def latent_rows(
         rows.append(runs.row("active units", active_units(mu_NI), n=len(mu_NI)))
         images = {"images": training.to_unit(category.test_NCYX), "reconstructions": restored_NCYX}
         rows += explanation.spread_rows("images", images)
-    return rows
+    return rows, kl_divergence(*explanation.encoded(model, held_out_NCYX)).mean(0).numpy()
 
 
 # Figures and the run --------------------------------------------------------------------------------------------------
 
 
 def panel(
-    category: mvtec.Category, maps: Maps, held_out: Maps, reconstruction_NCYX: Float[Tensor, "_ c y x"], seed: int
+    category: mvtec.Category, map_NYX: Float[Tensor, "n y x"], restored_NCYX: Float[Tensor, "_ c y x"], flagged: float
 ) -> Figure:
-    """Four defects drawn at random: image, mask, reconstruction, map, and the map above the threshold."""
-    masked = [i for i, mask_YX in enumerate(category.test_mask) if mask_YX is not None and mask_YX.any()]
-    order = torch.randperm(len(masked), generator=torch.Generator().manual_seed(seed))
-    shown = [masked[i] for i in order[:SHOWN]]
-    scale = float(np.quantile(maps[ATTENTION].numpy(), 0.99)) or 1.0
-    flagged_NYX = maps[ATTENTION] >= threshold(held_out[ATTENTION])
+    """Some defects: image, mask, reconstruction, map, and the map above a threshold."""
+    chosen = shown(category)
+    scale = float(np.quantile(map_NYX.numpy(), 0.99)) or 1.0
     return figures.image_rows(
         {
-            "image": list(training.to_unit(category.test_NCYX[shown]).permute(0, 2, 3, 1)),
-            "mask": [category.test_mask[i].float() for i in shown],
-            "reconstruction": [reconstruction_NCYX[i].permute(1, 2, 0) for i in shown],
-            "attention": [maps[ATTENTION][i] / scale for i in shown],
-            "thresholded": [flagged_NYX[i].float() for i in shown],
+            "image": list(training.to_unit(category.test_NCYX[chosen]).permute(0, 2, 3, 1)),
+            "mask": [category.test_mask[i].float() for i in chosen],
+            "reconstruction": [restored_NCYX[i].permute(1, 2, 0) for i in chosen],
+            "attention": [map_NYX[i] / scale for i in chosen],
+            "thresholded": [(map_NYX[i] >= flagged).float() for i in chosen],
         },
         maps=["attention"],
-        titles=[category.test_defect[i].replace("_", " ") for i in shown],
+        titles=[category.test_defect[i].replace("_", " ") for i in chosen],
         label="attention / its 99th percentile",
         credit=f"{category.card.credit} {category.card.mark}".strip(),
         grey="gray",
     )
 
 
-def compute(chapter: str, parameters: Mapping[str, Any], device: torch.device) -> runs.Run:
-    """Train and measure one category, and store the run.
+def shown(category: mvtec.Category) -> list[int]:
+    """Four defects drawn at random, the same for every job."""
+    masked = [i for i, mask_YX in enumerate(category.test_mask) if mask_YX is not None and mask_YX.any()]
+    return [masked[i] for i in some_of(len(masked), SHOWN)]
+
+
+def pictured(model: nn.Module, start: nn.Module, category: mvtec.Category) -> dict[str, Float16[np.ndarray, "b h w"]]:
+    """The maps of the defects shown, of the trained network and of the one that it started from."""
+    train_NCYX, _ = split(category)
+    arrays = {}
+    for state, one in {"trained": model, "untrained": start}.items():
+        normal = explanation.normal_posterior(one, train_NCYX)
+        maps = measures.examples(
+            one, PICTURED, measures.PRESETS, category.test_NCYX[shown(category)], normal, measures.SEED
+        )
+        arrays |= {f"{state}/{name}": map_BHW for name, map_BHW in maps.items()}
+    return arrays
+
+
+def flagged_counts(category: mvtec.Category, map_NYX: Float[Tensor, "n y x"]) -> dict[str, np.ndarray]:
+    """Flagged pixels of each class at a hundred thresholds, in each of the defects shown and in all test images."""
+    image_M, truth = truth_of(category)
+    threshold_T = np.linspace(0, float(np.quantile(map_NYX.numpy(), 0.999)), 101)[1:]
+    table = confusion(map_NYX[image_M], truth.truth_NYX, threshold_T)
+    at = [image_M.tolist().index(i) for i in shown(category)]
+    counts = {"true": table.tp_NT, "false": table.fp_NT, "anomalous": table.positive_N, "normal": table.negative_N}
+    return {"thresholds": threshold_T} | {
+        f"flagged/{name}": np.concatenate([of_N[at], of_N.sum(0, keepdims=True)]) for name, of_N in counts.items()
+    }
+
+
+def compute(parameters: Mapping[str, Any], device: torch.device) -> runs.Run:
+    """Train and measure one category, and store the run; the job of both MVTec chapters.
 
     Args:
-        chapter: Whose run it is.
-        parameters: What determines it: category, data, layer and preset beside what `fit` needs.
+        parameters: What determines it: category and data beside what `fit` needs.
         device: Where to compute.
     """
     network(parameters["recipe"], parameters["initial"], parameters["encoder"])  # refused before images are read
@@ -364,57 +327,103 @@ def compute(chapter: str, parameters: Mapping[str, Any], device: torch.device) -
     mean_CYX = training.to_unit(train_NCYX).mean(0)
     normal = explanation.normal_posterior(trained.model, train_NCYX)
     restored_NCYX = explanation.reconstruct(trained.model, torch.cat([category.test_NCYX, held_out_NCYX]))
-    tested = len(category.test_NCYX)
-
-    def all_maps(x_NCYX: UInt8[Tensor, "n c y x"], reconstruction_NCYX: Float[Tensor, "n c y x"]) -> Maps:
-        attended = explanation.explain(
-            trained.model,
-            f"encoder.{parameters['layer']}",
-            x_NCYX,
-            {ATTENTION: explanation.method_of(parameters["preset"])},
-            batch=settings.batch_size,
-            seed=seed,
-            normal=normal,
-            shuffled=True,
-        )
-        return attended | baseline_maps(x_NCYX, reconstruction_NCYX, mean_CYX)
-
-    held_out = all_maps(held_out_NCYX, restored_NCYX[tested:])
-    common_YX = held_out[ATTENTION].mean(0)
-    held_out[COMMON] = common_YX.expand_as(held_out[ATTENTION])
-    rows, drawn = latent_rows(trained.model, category, mean_CYX, restored_NCYX[:tested]), {}
-    kinds = {defect != "good" for defect in category.test_defect}
+    rows, kl_I = latent_rows(trained.model, category, mean_CYX, restored_NCYX[: len(category.test_NCYX)])
+    arrays, drawn, maps, probe = {"kl_per_latent": kl_I}, {}, [], None
     masked = any(mask_YX is not None and bool(mask_YX.any()) for mask_YX in category.test_mask)
-    if tested > 1:  # no interval comes from one image
-        maps = all_maps(category.test_NCYX, restored_NCYX[:tested])
-        maps[COMMON] = common_YX.expand_as(maps[ATTENTION])
-        if kinds == {True, False}:
-            rows += image_rows(maps, category, seed)
-        if masked:
-            rows += pixel_rows(maps, held_out, category, seed)
-            rows += map_rows(maps, category)
-            rows += layer_rows(trained.model, category, normal, batch=settings.batch_size, seed=seed)
-            drawn["defects"] = panel(category, maps, held_out, restored_NCYX, seed)
+    if len(category.test_NCYX) > 1 and masked:  # no interval comes from one image
+        measured, further, kept = evaluate(trained.model, category, restored_NCYX, mean_CYX, normal, settings)
+        maps = [name for name in measured.measured if ", " in name and not name.startswith("mean of ")]
+        rows += measured.rows + further
+        arrays |= measured.replicates([*maps, *(name for name in BASELINES if name != COMMON)])
+        if seed == 0:
+            drawn["defects"] = panel(category, *kept)
+            start = training.build(network(parameters["recipe"], parameters["initial"], parameters["encoder"])[0], seed)
+            arrays |= pictured(trained.model, start.eval().to(device), category)
+            arrays |= flagged_counts(category, kept[0])
     losses = {name: value for name, value in vars(trained.history).items() if isinstance(value, list)}
-    asked = settings.epochs * augmentation.PAPER_COUNT
-    probe = None
-    if tested:
-        layer = f"encoder.{parameters['layer']}"
-        probe = probes.take(trained.model, trained.file, category.test_NCYX, layer, seed)
+    if len(category.test_NCYX):
+        probe = probes.take(trained.model, trained.file, category.test_NCYX, f"encoder.{SHOWN_MAP[0]}", seed)
+    used = (len(trained.history.kl), facts["images"])
     run = runs.save(
-        chapter,
+        "mvtec",
         parameters,
         metrics=rows,
         losses=losses,
-        arrays={},
+        arrays=arrays,
         figures=drawn,
         card=category.card,
         recipe=settings,
-        budget={"unit": "images", "asked": asked, "used": trained.history.images},
+        budget=measures.budget("images", settings, asked=(settings.epochs, augmentation.PAPER_COUNT), used=used),
         seconds={"training": trained.history.seconds, "evaluation": time.monotonic() - started},
         device=devices.describe_device(device),
         resolved={"precision": facts["precision"], "initial": facts["encoder"].partition(",")[0]},
         probe=probe,
-        extra={"training": facts, "weights": {"key": trained.key, "device": trained.device}},
+        extra={
+            "training": facts,
+            "weights": {"key": trained.key, "device": trained.device},
+            "maps": maps,
+            "resamples": {"seed": measures.SEED, "unit": "image", "measures": measures.PAIRED},
+        },
     )
     return probes.verify(run, probe.draw) if probe else run
+
+
+def evaluate(
+    model: nn.Module,
+    category: mvtec.Category,
+    restored_NCYX: Float[Tensor, "_ c y x"],
+    mean_CYX: Float[Tensor, "c y x"],
+    normal: tuple[Tensor, Tensor],
+    settings: recipes.Recipe,
+) -> tuple[measures.Measured, list[dict], tuple[Tensor, Tensor, float]]:
+    """Every map of the test images: its measures, further rows, and what `panel` shows of the map that pages show.
+
+    Args:
+        model: The trained VAE.
+        category: The images.
+        restored_NCYX: Reconstructions of the test images and of the held-out ones after them.
+        mean_CYX: The mean training image.
+        normal: Mean and log-variance of the posterior of normal images.
+        settings: The recipe, for the size of its batches.
+    """
+    held_out_NCYX, tested = split(category)[1], len(category.test_NCYX)
+    image_M, truth = truth_of(category)
+    defects = [category.test_defect[i] for i in image_M]
+    simple = baseline_maps(torch.cat([category.test_NCYX, held_out_NCYX]), restored_NCYX, mean_CYX)
+    grey_NYX = training.to_unit(category.test_NCYX).mean(1)
+    others = {name: map_NYX[:tested] for name, map_NYX in simple.items()}
+    others |= {"brightness": grey_NYX, "edges": baselines.edges(grey_NYX)}
+    measured, further, kept = measures.Measured(), anomalous_rows(truth.truth_NYX), None
+    for name, map_NYX in simple.items():
+        measured.add(name, map_NYX[image_M], truth, threshold(map_NYX[tested:]))
+        further += missed_rows(name, map_NYX[image_M], truth)
+    for presets, layers, few in CASES:
+        some_N, held_out_V = (some_of(count, few) for count in (tested, len(held_out_NCYX)))
+        # Methods that divide by the whole batch would tell defects apart by the folders that they lie in, or normal
+        # images by those beside them: batches are put together at random, of test images or of held-out ones alone.
+        options = {"batch": settings.batch_size, "seed": measures.SEED, "normal": normal, "shuffled": True}
+        of_test, of_held_out = (
+            measures.layers_and_presets(model, layers, presets, x_NCYX, **options)
+            for x_NCYX in (category.test_NCYX[some_N], held_out_NCYX[held_out_V])
+        )
+        known_K = torch.isin(some_N, image_M)
+        place_K = torch.searchsorted(image_M, some_N[known_K])
+        seen = measures.Truth(truth.truth_NYX[place_K], truth.unit_N[place_K])
+        if len(seen.unit_N) < 2 or not seen.truth_NYX.any():
+            continue
+        for (name, map_NYX), (_, normal_NYX) in zip(of_test, of_held_out, strict=True):
+            common, common_NYX = f"mean of {name}", normal_NYX.mean(0).expand_as(map_NYX)
+            measured.add(name, map_NYX[known_K], seen, threshold(normal_NYX))
+            measured.pixels(common, common_NYX[known_K], seen, FIELDS)
+            further += missed_rows(name, map_NYX[known_K], seen, [defects[i] for i in place_K])
+            further += resemblance_rows(name, map_NYX, {n: o[some_N] for n, o in others.items()} | {common: common_NYX})
+            further += measured.differences([name], [common] if few else [*simple, common])
+            if name == measures.map_name(*SHOWN_MAP):
+                kept = (map_NYX, restored_NCYX, threshold(normal_NYX))
+    return measured, further, kept
+
+
+def some_of(count: int, few: int | None) -> Int64[Tensor, " k"]:
+    """So few of a number of images, drawn at random, the same for every job; all of them if that is None."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(measures.SEED))
+    return order[:few].sort().values

@@ -7,9 +7,22 @@ from typing import Any
 import pandas as pd
 
 from expvae_book.publications import RECORD_PREFIX, duration, with_unit
-from expvae_book.runs import Run
+from expvae_book.runs import STORES, Run
 
 NO_RUN = "no run of ours"
+# Layers and presets of which something is in print; of MVTec AD's layers, the one that Brongers et al.'s code names.
+LAYERS = {"ucsd": ("conv1", "conv2", "conv3"), "mvtec": ("layer2.1.conv1",)}
+PRESETS = ("liu2020_paper", "liu2020_code", "brongers2021")
+
+
+def each_map(runs: Iterable[Run]) -> list[Run]:
+    """The runs, a job with many maps once for each of those that something is printed of."""
+    shown = []
+    for run in runs:
+        pairs = [name.split(", ") for name in run.maps]
+        pairs = [(layer, preset) for layer, preset in pairs if layer in LAYERS.get(run.chapter, ())]
+        shown += [run.at(layer, preset) for layer, preset in pairs if preset in PRESETS] or [run]
+    return shown
 
 
 def beside(reported: pd.DataFrame, runs: Iterable[Run]) -> pd.DataFrame:
@@ -27,7 +40,7 @@ def beside(reported: pd.DataFrame, runs: Iterable[Run]) -> pd.DataFrame:
         interval; several with their mean, number and range; then the marks), `configuration` and `runs` (labels). A
         row without a run of ours says so in `ours`.
     """
-    real = [run for run in runs if run.card.kind != "sample"]
+    real = [run for run in each_map(runs) if run.card.kind != "sample"]
     lines = []
     for row in reported.to_dict("records"):
         wanted = dict(pair.split("=", 1) for pair in row["our_parameters"].split(";") if pair)
@@ -63,7 +76,7 @@ def _groups(
     groups = defaultdict(list)
     for run in runs:
         given = {name: str(value) for name, value in run.parameters.items()}
-        if run.chapter != row["chapter"] or not wanted.items() <= given.items():
+        if run.chapter != STORES.get(row["chapter"], row["chapter"]) or not wanted.items() <= given.items():
             continue
         number = measure(run, row["our_metric"], row["our_method"], row["our_subset"])
         if number is not None:

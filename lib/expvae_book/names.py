@@ -26,7 +26,9 @@ RENUMBERED = "pixel AUROC, units renumbered"
 
 # --- localisation on MVTec AD ----------------------------------------------------------------------------------------
 
-LAYERS = ("conv1", "layer1.1.conv2", "layer2.1.conv1", "layer3.1.conv2", "layer4.1.conv2")
+LAYERS = ("conv1", "layer1.0.conv2", "layer1.1.conv2", "layer2.1.conv1", "layer3.1.conv2", "layer4.1.conv2")
+# The categories that the first report re-ran.
+TEN = ("carpet", "leather", "tile", "wood", "cable", "capsule", "hazelnut", "metal_nut", "pill", "transistor")
 COMMON = "mean attention map"  # that of the held-out normal images, the same for every test image
 SSIM = "SSIM"
 BASELINES = (COMMON, ERROR, SSIM, "mean image difference", "centre prior")

@@ -19,8 +19,8 @@ VERSIONS = {
     # Experiments: what a chapter draws, explains, measures and compares, beyond the above.
     "method": 1,
     "mnist": 1,
-    "ucsd": 1,
-    "mvtec": 1,
+    "ucsd": 2,
+    "mvtec": 2,
     "disentanglement": 1,
     "rbm": 1,
     "ablations": 1,

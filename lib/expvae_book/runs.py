@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float64
 from matplotlib.animation import Animation, PillowWriter
 from matplotlib.figure import Figure
 
@@ -33,6 +34,7 @@ from expvae_book import files, places, protocols, provenance
 from expvae_book.data import root as data_root
 from expvae_book.data.card import DataCard, survey
 from expvae_book.data.catalogue import source
+from expvae_book.names import ATTENTION, COMMON
 from expvae_book.recipes import RBMRecipe, Recipe, StepRecipe
 
 if TYPE_CHECKING:
@@ -44,6 +46,8 @@ METRIC_COLUMNS = ["metric", "method", "subset", "value", "low", "high", "n"]
 
 # What "auto" may become and then stands in the record and its folder's name; the first is taken before the second.
 ALTERNATIVES = {"data": ("real", "sample"), "initial": ("imagenet", "random")}
+# Chapters that share a store, so that a model which both show is trained once.
+STORES = {"mvtec10": "mvtec", "mvtec15": "mvtec"}
 # Tell runs apart only where they were given, so that a run that left them to "auto" answers on any machine.
 WHERE_GIVEN = ("precision", "device")
 
@@ -81,6 +85,40 @@ class Run:
             if not all(isinstance(array, np.ndarray) for array in arrays.values()):
                 raise ValueError("not all that it holds are arrays")
         return arrays
+
+    @property
+    def maps(self) -> list[str]:
+        """The maps of a job that holds those of several layers by several presets, such as "conv2, liu2020_code"."""
+        return self.record.get("maps", [])
+
+    def at(self, layer: str, preset: str) -> "Run":
+        """The run as a page shows it that is asked for one layer and preset: the rows of their map are "attention".
+
+        Raises:
+            KeyError: If it has no such map; the message lists those it has.
+        """
+        name = f"{layer}, {preset}"
+        if name not in self.maps:
+            raise KeyError(f"the run {self.label} has no map {name!r}; it has: {'; '.join(self.maps) or 'none'}")
+        titles = {name: ATTENTION, f"mean of {name}": COMMON}
+
+        def titled(row: dict[str, Any]) -> dict[str, Any]:
+            method = " − ".join(titles.get(part, part) for part in row["method"].split(" − "))
+            return row | {"method": method, "subset": "" if row["subset"] == name else row["subset"]}
+
+        parameters = self.parameters | {"layer": layer, "preset": preset}
+        record = self.record | {"metrics": list(map(titled, self.record["metrics"]))}
+        return replace(self, parameters=parameters, record=record)
+
+    def resamples(self, name: str) -> Float64[np.ndarray, "m r"]:
+        """What every resample of the test units gave for the measures of a map that `record["resamples"]` lists.
+
+        Of any two maps of the same units, of one run or two, the resamples are paired.
+
+        Raises:
+            KeyError: If the run has none of this map.
+        """
+        return self.arrays[f"resamples/{name}"].astype(np.float64)
 
     @property
     def card(self) -> DataCard:
@@ -246,7 +284,8 @@ def root() -> Path:
 
 def find(chapter: str | None = None, **parameters: Any) -> list[Run]:
     """All stored runs, of one chapter or of all, that have the parameters given; ordered by their folders."""
-    folders = (path.parent for path in root().glob(f"{chapter or '*'}/*/record.json"))
+    store = STORES.get(chapter, chapter) or "*"
+    folders = (path.parent for path in root().glob(f"{store}/*/record.json"))
     of_runs = {folder.with_name(folder.name.removeprefix(files.ASIDE)) for folder in folders}
     runs = [_read(folder) for folder in sorted(of_runs) if not folder.name.startswith(".")]
     return [run for run in runs if run is not None and parameters.items() <= run.parameters.items()]
@@ -262,7 +301,7 @@ def load(chapter: str, parameters: Mapping[str, Any]) -> Run | None:
     wanted = _determining(parameters)
     values = [ALTERNATIVES.get(name, ("auto",)) if value == "auto" else (value,) for name, value in wanted.items()]
     names = (_folder_name(dict(zip(wanted, choice, strict=True))) for choice in product(*values))
-    runs = (_read(root() / chapter / name) for name in names)
+    runs = (_read(root() / STORES.get(chapter, chapter) / name) for name in names)
     return next((run for run in runs if run is not None), None)
 
 
@@ -306,6 +345,7 @@ def save(
             folder's name or is still "auto".
         OSError: If the run cannot be written.
     """
+    chapter = STORES.get(chapter, chapter)
     became = {"data": "sample" if card.generated else "real", "device": device.partition(":")[0], **(resolved or {})}
     stored = _determining(parameters)
     stored |= {name: became[name] for name in ALTERNATIVES if name in stored and name in became}
@@ -316,7 +356,7 @@ def save(
         "parameters": stored,
         "resolved": became,
         "protocols": protocols.used(chapter, stored),
-        "metrics": metrics,
+        "metrics": [[_rounded(value) for value in row.values()] for row in metrics],
         "losses": dict(losses),
         "budget": dict(budget),
         "recipe": asdict(recipe),
@@ -339,7 +379,7 @@ def save(
                 f"{part} of the run {folder.name} cannot be stored: JSON takes finite numbers, text, lists and dicts "
                 f"of Python ({error})"
             ) from error
-    text = json.dumps(record, indent=1, ensure_ascii=False)
+    text = _text(record)
     for name, array in arrays.items():
         if np.asarray(array).dtype.hasobject:  # NumPy would pickle it
             raise ValueError(f"arrays[{name!r}] of the run {folder.name} holds Python objects; give it a numeric type")
@@ -370,7 +410,7 @@ def amend(run: Run, entries: Mapping[str, Any]) -> Run:
     """Add entries to the record of a stored run, or replace them, and give the run as it is then."""
     with files.lock(run.folder):
         run = replace(run, record=_read(run.folder).record | dict(entries))
-        text = json.dumps(run.record, indent=1, ensure_ascii=False, allow_nan=False)
+        text = _text(run.record | {"metrics": [list(row.values()) for row in run.record["metrics"]]})
         with files.replacing(files.located(run.folder) / "record.json") as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
     return run
@@ -380,9 +420,22 @@ def _read(folder: Path) -> Run | None:
     try:
         with _stored(folder, "record.json") as file:
             record = json.load(file, parse_constant=_finite, parse_float=_finite)
+            record["metrics"] = [dict(zip(METRIC_COLUMNS, row, strict=True)) for row in record["metrics"]]
             return Run(record["chapter"], record["parameters"], record, folder)
     except FileNotFoundError:
         return None
+
+
+def _rounded(value: Any) -> Any:
+    """A number of a metric with nine digits, which is more than any of them has."""
+    return float(f"{value:.9g}") if isinstance(value, float) else value
+
+
+def _text(record: Mapping[str, Any]) -> str:
+    """A record as JSON, a line for each row of its metrics: in hundreds of rows, names would be most of the text."""
+    rows = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in record["metrics"]]
+    text = json.dumps(record | {"metrics": []}, indent=1, ensure_ascii=False, allow_nan=False)
+    return text.replace('"metrics": []', '"metrics": [\n  ' + ",\n  ".join(rows) + "\n ]", 1) if rows else text
 
 
 @contextmanager

@@ -170,7 +170,7 @@ def failures(found: Found) -> pd.DataFrame:
                 "Category": category,
                 "Maps that miss the defect": run.text(names.MISSED, ATTENTION, form=".0%"),
                 "by reconstruction error": run.text(names.MISSED, ERROR, form=".0%"),
-                "Variance of the maps that all images share": run.text(names.SHARED, form=".0%", lacking=""),
+                "Variance of the maps that all images share": run.text(names.SHARED, ATTENTION, form=".0%", lacking=""),
                 "Resembles most": ", ".join(f"{row.method} ({row.value:+.2f})" for row in resembled.itertuples()),
                 "Worst kind of defect": worst,
                 "Best kind of defect": best,
@@ -210,26 +210,30 @@ def dear(found: Found) -> list[str]:
 
 def layers(found: Found) -> pd.DataFrame:
     """The pixel AUROC of every preset at every layer: means over the categories, with the least and the greatest."""
-    metric = "pixel AUROC, layers and presets"
-    rows = [run.metrics[run.metrics["metric"] == metric] for run in found.values() if run is not None]
-    values = pd.concat([pd.DataFrame(columns=runs.METRIC_COLUMNS), *rows]).groupby(["method", "subset"])["value"]
-    if not len(values):
+    lines = [
+        (*name.split(", "), run.at(*name.split(", ")).metric(AUROC, ATTENTION)["value"])
+        for run in found.values()
+        if run is not None
+        for name in run.maps
+    ]
+    if not lines:
         return pd.DataFrame()
+    values = pd.DataFrame(lines, columns=["layer", "preset", "value"]).groupby(["layer", "preset"])["value"]
     text = values.apply(lambda value: f"{value.mean():.3f} ({value.min():.2f}–{value.max():.2f})")
-    table = text.unstack("subset").reindex(names.LAYERS).fillna("")
+    table = text.unstack("preset").reindex(names.LAYERS).fillna("")
     return table.rename_axis(columns=None).rename_axis("Layer").reset_index()
 
 
-def every_run(chapter: str) -> pd.DataFrame:
-    """Every stored run of a chapter: what it was made with, its budget and its pixel AUROC."""
-    told_by = ("category", "recipe", "layer", "preset", "augmentation", "seed", "encoder")
+def every_run(layer: str, preset: str) -> pd.DataFrame:
+    """Every stored run on MVTec AD: what it was made with, its budget and the pixel AUROC of one of its maps."""
+    told_by = ("category", "recipe", "augmentation", "seed", "encoder")
     columns = {
-        AUROC: (AUROC, ATTENTION),
-        names.BEST_IOU: (names.BEST_IOU, ATTENTION),
+        AUROC: (AUROC, f"{layer}, {preset}"),
+        names.BEST_IOU: (names.BEST_IOU, f"{layer}, {preset}"),
         "greatest mean KL of an epoch (nats)": lambda run: f"{max(run.record['losses']['kl'], default=0):,.0f}",
         "held-out cost / that of the mean image": lambda run: f"{_relative_cost(run):.2f}",
     }
-    return stored_runs(chapter, told_by, columns)
+    return stored_runs("mvtec", told_by, columns)
 
 
 def mirroring(categories: Sequence[str]) -> pd.DataFrame:

@@ -1,0 +1,206 @@
+"""What a job keeps of every map: its measures, what the resamples of the test units gave, and the maps of some images.
+
+A job trains one model, and stores all that a page will ask of it before the weights are gone. So every layer that a
+chapter offers is explained by every preset, and each map is measured in the same way. The maps are named "conv2,
+liu2020_paper", and rows of a record have that name as their method; `expvae_book.runs.Run.at` shows one of them.
+
+Resamples are drawn with one seed for all runs: any two maps of the same units, of one run or of two, are paired, and
+the difference of their measures has the interval that the differences of their resamples give.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float16, Int64, UInt8
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from expvae import attention
+from expvae.metrics import Interval, PixelMetrics, iou_intervals, percentile_interval
+from expvae_book import explanation, names, runs, training
+from expvae_book.names import AUROC, BEST_IOU, DIFFERENCE, IMAGE_AUROC
+from expvae_book.recipes import Recipe
+
+PRESETS = ("liu2020_paper", "liu2020_code", "brongers2021", "normal_difference", "most_deviant")
+SEED, RESAMPLES, LEVEL = 0, 500, 0.95
+AT_ONCE = 64  # images whose pixels are counted
+FIELDS = names.FIELDS | {
+    "grid_iou": "IoU, best of 99 thresholds (oracle)",
+    "best_mean_iou": "mean IoU of both classes (oracle)",
+    "iou": "IoU, threshold from validation",
+    "fpr95": "FPR at 95 % TPR",
+}
+# Of these measures a record keeps every resample.
+PAIRED = (AUROC, "average precision", "AUPRO", BEST_IOU, f"{IMAGE_AUROC}, mean", f"{IMAGE_AUROC}, maximum")
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What maps of test images are measured by.
+
+    Attributes:
+        truth_NYX: Their anomalous pixels, or which images are anomalous.
+        unit_N: What each image is resampled with: itself, or its clip.
+        subset: What the rows are of, such as "test clips".
+    """
+
+    truth_NYX: Bool[Tensor, "n ..."]
+    unit_N: Int64[Tensor, " n"]
+    subset: str = ""
+
+    def count(self, map_NYX: Float[Tensor, "n ..."], regions: bool = False) -> PixelMetrics:
+        """The counts of the pixels of a map of each image, or of a score of each."""
+        counts = PixelMetrics(regions=regions)
+        for part in torch.arange(len(map_NYX)).split(AT_ONCE):
+            counts.update(map_NYX[part], self.truth_NYX[part], unit=self.unit_N[part])
+        return counts
+
+
+@dataclass
+class Measured:
+    """Rows of a record, and what the resamples gave, of one map after the other.
+
+    Attributes:
+        rows: The rows.
+        measured: By map, then by measure, its interval and what every resample gave.
+    """
+
+    rows: list[dict] = field(default_factory=list)
+    measured: dict[str, dict[str, tuple[Interval, Float[np.ndarray, " r"]]]] = field(default_factory=dict)
+
+    def add(self, name: str, map_NYX: Float[Tensor, "n y x"], truth: Truth, threshold: float) -> None:
+        """Measure a map: its pixels by every measure and the IoU by every convention, and whole images.
+
+        Args:
+            name: Name of the map.
+            map_NYX: A map of each test image.
+            truth: What it is measured by.
+            threshold: A threshold that was chosen without the test images.
+        """
+        self.pixels(name, map_NYX, truth, FIELDS, threshold)
+        conventions = iou_intervals(
+            map_NYX, truth.truth_NYX, unit_N=truth.unit_N, validation=threshold, seed=SEED, resamples=RESAMPLES
+        )
+        for (average, classes, choice), measured in conventions.items():
+            self.rows.append(runs.row(f"IoU, {average}, {classes}", method=name, subset=choice, **vars(measured)))
+        anomalous_N = truth.truth_NYX.flatten(1).any(1)
+        if not anomalous_N.all():
+            whole = Truth(anomalous_N, truth.unit_N)
+            for how, score_N in {"mean": map_NYX.mean((1, 2)), "maximum": map_NYX.amax((1, 2))}.items():
+                self._keep(name, whole.count(score_N), whole, {"auroc": (IMAGE_AUROC, how)})
+
+    def pixels(
+        self,
+        name: str,
+        map_NYX: Float[Tensor, "n y x"],
+        truth: Truth,
+        fields: Mapping[str, str],
+        threshold: float | None = None,
+    ) -> None:
+        """Measure the pixels of a map by some fields of `expvae.metrics.PixelScores`, which rows give these titles."""
+        titles = {field: (title, truth.subset) for field, title in fields.items()}
+        self._keep(name, truth.count(map_NYX, regions=True), truth, titles, threshold)
+
+    def _keep(
+        self,
+        name: str,
+        counts: PixelMetrics,
+        truth: Truth,
+        titles: Mapping[str, tuple[str, str]],
+        threshold: float | None = None,
+    ) -> None:
+        value = vars(counts.compute(threshold))
+        drawn = counts.replicates(seed=SEED, threshold=threshold, resamples=RESAMPLES)
+        for field_, (metric, subset) in titles.items():
+            interval = percentile_interval(value[field_], drawn[field_], LEVEL, len(truth.unit_N.unique()))
+            self.rows.append(runs.row(metric, method=name, subset=subset, **vars(interval)))
+            key = f"{metric}, {subset}" if metric == IMAGE_AUROC else metric
+            if key in PAIRED:
+                self.measured.setdefault(name, {})[key] = (interval, drawn[field_])
+
+    def differences(self, maps: Sequence[str], others: Sequence[str], subset: str = "") -> list[dict]:
+        """Rows of the paired differences of the pixel AUROC of maps from that of others."""
+        rows = []
+        for one, other in product(maps, others):
+            (ours, ours_R), (theirs, theirs_R) = (self.measured[name][AUROC] for name in (one, other))
+            interval = percentile_interval(ours.value - theirs.value, ours_R - theirs_R, LEVEL, ours.n)
+            rows.append(runs.row(DIFFERENCE, method=f"{one} − {other}", subset=subset, **vars(interval)))
+        return rows
+
+    def replicates(self, maps: Sequence[str]) -> dict[str, Float16[np.ndarray, "m r"]]:
+        """What every resample gave for each of PAIRED, by map; NaN where a map has no such measure."""
+        lacking = (None, np.full(RESAMPLES, np.nan))
+        return {
+            f"resamples/{name}": np.array(
+                [self.measured[name].get(measure, lacking)[1] for measure in PAIRED], dtype=np.float16
+            )
+            for name in maps
+        }
+
+
+def layers_and_presets(
+    model: nn.Module,
+    layers: Sequence[str],
+    presets: Sequence[str],
+    x_NCYX: UInt8[Tensor, "n c y x"],
+    **options: object,
+) -> Iterator[tuple[str, Float[Tensor, "n y x"]]]:
+    """Name and maps of every layer by every preset, one layer after the other, as they would be too many together.
+
+    Args:
+        model: The trained VAE.
+        layers: Layers of its encoder.
+        presets: Presets, or scores, as for `expvae_book.explanation.method_of`.
+        x_NCYX: Images.
+        options: Of `expvae_book.explanation.explain`.
+    """
+    for layer in tqdm(layers, desc="layers", unit="layer"):
+        methods = {map_name(layer, preset): explanation.method_of(preset) for preset in presets}
+        yield from explanation.explain(model, f"encoder.{layer}", x_NCYX, methods, **options).items()
+
+
+def map_name(layer: str, preset: str) -> str:
+    """How rows of a record name a map."""
+    return f"{layer}, {preset}"
+
+
+def examples(
+    model: nn.Module,
+    layers: Sequence[str],
+    presets: Sequence[str],
+    x_BCYX: UInt8[Tensor, "b c y x"],
+    normal: tuple[Tensor, Tensor],
+    seed: int,
+) -> dict[str, Float16[np.ndarray, "b h w"]]:
+    """The maps of a few images at the resolution of each layer, by the name of the map."""
+    x_BCYX = training.to_unit(x_BCYX).to(next(model.parameters()).device)
+    maps = {}
+    for layer in layers:
+        methods = {map_name(layer, preset): explanation.method_of(preset) for preset in presets}
+        chance = torch.Generator().manual_seed(seed)
+        results = attention(model.encode, f"encoder.{layer}", x_BCYX, methods, normal=normal, generator=chance)
+        for name, result in results.items():
+            maps[name] = result.map_BIHW.mean(1).cpu().numpy().astype(np.float16)
+    return maps
+
+
+def budget(unit: str, recipe: Recipe, *, asked: tuple[int, int], used: tuple[int, int]) -> dict[str, Any]:
+    """The budget of a training, asked by its recipe and used, in optimiser steps and in images, as a record has it.
+
+    Args:
+        unit: "epochs" or "images", in which the pages count.
+        recipe: Its recipe, for the size of the batches.
+        asked: Epochs, and images of each, that the recipe asks for.
+        used: Those that there were.
+    """
+    counts = {
+        "epochs": (asked[0], used[0]),
+        "images": (asked[0] * asked[1], used[0] * used[1]),
+        "steps": tuple(epochs * -(-images // recipe.batch_size) for epochs, images in (asked, used)),
+    }
+    shown = {"unit": unit, "asked": counts[unit][0], "used": counts[unit][1]}
+    return shown | {name: {"asked": counts[name][0], "used": counts[name][1]} for name in ("steps", "images")}

@@ -9,7 +9,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from IPython.display import Image
+from IPython.display import Image, Markdown
 from matplotlib.animation import Animation, ArtistAnimation
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,6 +17,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import CenteredNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from expvae_book.runs import Run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,6 +59,14 @@ def show(figure: Figure | Path) -> Image:
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
     return Image(data=buffer.getvalue(), format="png")
+
+
+def kept(run: Run, name: str) -> Image | Markdown:
+    """A figure or animation of a run as an image for the page, or a sentence where the run keeps no pictures."""
+    try:
+        return show(run.figure(name))
+    except FileNotFoundError:
+        return Markdown("*This run keeps no pictures: those with seed 0 do, where there is something to show.*")
 
 
 def _panels(width: float, height: float, rows: int = 1, columns: int = 1, **options: bool) -> tuple[Figure, Any]:

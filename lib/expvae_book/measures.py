@@ -89,9 +89,12 @@ class Measured:
             self.rows.append(runs.row(f"IoU, {average}, {classes}", method=name, subset=choice, **vars(measured)))
         anomalous_N = truth.truth_NYX.flatten(1).any(1)
         if not anomalous_N.all():
-            whole = Truth(anomalous_N, truth.unit_N)
-            for how, score_N in {"mean": map_NYX.mean((1, 2)), "maximum": map_NYX.amax((1, 2))}.items():
-                self._keep(name, whole.count(score_N), whole, {"auroc": (IMAGE_AUROC, how)})
+            self.images(name, map_NYX, Truth(anomalous_N, truth.unit_N))
+
+    def images(self, name: str, map_NYX: Float[Tensor, "n y x"], truth: Truth) -> None:
+        """Measure whole images, anomalous or not, by the mean and by the maximum of the map."""
+        for how, score_N in {"mean": map_NYX.mean((1, 2)), "maximum": map_NYX.amax((1, 2))}.items():
+            self._keep(name, truth.count(score_N), truth, {"auroc": (IMAGE_AUROC, how)})
 
     def pixels(
         self,

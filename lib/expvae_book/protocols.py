@@ -22,7 +22,7 @@ VERSIONS = {
     "ucsd": 2,
     "mvtec": 2,
     "disentanglement": 1,
-    "rbm": 1,
+    "rbm": 2,
     "ablations": 1,
     "reuse": 1,
     # Benchmarks: what is timed, and beside what.

@@ -94,6 +94,8 @@ class Run:
     def at(self, layer: str, preset: str) -> "Run":
         """The run as a page shows it that is asked for one layer and preset: the rows of their map are "attention".
 
+        Rows of the other maps are left out.
+
         Raises:
             KeyError: If it has no such map; the message lists those it has.
         """
@@ -101,14 +103,15 @@ class Run:
         if name not in self.maps:
             raise KeyError(f"the run {self.label} has no map {name!r}; it has: {'; '.join(self.maps) or 'none'}")
         titles = {name: ATTENTION, f"mean of {name}": COMMON}
-
-        def titled(row: dict[str, Any]) -> dict[str, Any]:
-            method = " − ".join(titles.get(part, part) for part in row["method"].split(" − "))
-            return row | {"method": method, "subset": "" if row["subset"] == name else row["subset"]}
-
+        others = {f"{prefix}{other}" for other in self.maps if other != name for prefix in ("", "mean of ")}
+        rows = []
+        for row in self.record["metrics"]:
+            parts = row["method"].split(" − ")
+            if others.isdisjoint([*parts, row["subset"]]):
+                method = " − ".join(titles.get(part, part) for part in parts)
+                rows.append(row | {"method": method, "subset": "" if row["subset"] == name else row["subset"]})
         parameters = self.parameters | {"layer": layer, "preset": preset}
-        record = self.record | {"metrics": list(map(titled, self.record["metrics"]))}
-        return replace(self, parameters=parameters, record=record)
+        return replace(self, parameters=parameters, record=self.record | {"metrics": rows})
 
     def resamples(self, name: str) -> Float64[np.ndarray, "m r"]:
         """What every resample of the test units gave for the measures of a map that `record["resamples"]` lists.

@@ -119,7 +119,7 @@ def graded(fully: bool, partly: bool) -> int:
 
 
 def pixel_scores(run: Run, subset: str = "") -> dict[str, Interval]:
-    """Interval of the pixel AUROC of every method of a run, without the maps that it holds of other layers or presets."""
+    """Interval of the pixel AUROC of every method of a run, but for the maps of its other layers and presets."""
     rows = [row for row in run.record["metrics"] if (row["metric"], row["subset"]) == (AUROC, subset)]
     rows = [row for row in rows if row["method"] not in run.maps and row["value"] is not None]
     return {row["method"]: (row["low"], row["high"]) for row in rows}

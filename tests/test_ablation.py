@@ -11,7 +11,6 @@ from sklearn.metrics import jaccard_score, roc_auc_score
 from torch import nn
 
 from expvae import PRESETS, attention, models
-from expvae.metrics import PixelMetrics, auroc_difference
 from expvae.models import MNISTVAE, UCSDVAE
 from expvae_book import ablation, chapters, explanation, judges, localisation, recipes, runs, training, weights
 from expvae_book.ablation import AUROC, IOU, REFERENCES
@@ -154,15 +153,17 @@ UNITS = {"images": np.arange(6), "clips": np.array([7, 7, 2, 2, 2, 5])}
 def test_differences_are_those_of_a_slow_loop(kind, levels, error):
     unit_M = UNITS[kind]
     (first_MYX, truth_MYX), (second_MYX, _) = scores(0, levels=levels), scores(1, levels=levels)
-    weight_RM = ablation.resampled_weights(unit_M, 20, seed=5)
-    found = [ablation.resampled(score_MYX, truth_MYX, weight_RM) for score_MYX in (first_MYX, second_MYX)]
+    found = [
+        ablation.resampled(score_MYX, truth_MYX, torch.from_numpy(unit_M), 100, seed=5)
+        for score_MYX in (first_MYX, second_MYX)
+    ]
 
     rng, units = np.random.default_rng(5), np.unique(unit_M)
     samples = [np.arange(len(unit_M))]
-    for _ in range(20):
+    for _ in range(100):
         drawn = units[rng.integers(len(units), size=len(units))]
         samples.append(np.concatenate([np.flatnonzero(unit_M == unit) for unit in drawn]))
-    assert len(weight_RM) == len(samples)
+    assert len(found[0][AUROC]) == len(samples)
     expected = []
     for sample in samples:
         truth_P = truth_MYX[sample].flatten().numpy()
@@ -175,29 +176,12 @@ def test_differences_are_those_of_a_slow_loop(kind, levels, error):
                 assert measured[IOU][r] == pytest.approx(best, abs=error)
     auroc_R2 = np.array(expected)
     np.testing.assert_allclose(np.stack([measured[AUROC] for measured in found], 1), auroc_R2, atol=error)
-    difference_R = auroc_R2[:, 0] - auroc_R2[:, 1]
-    ours = ablation.interval(found[0][AUROC] - found[1][AUROC], len(units))
-    ends = np.nanpercentile(difference_R[1:], [2.5, 97.5])
-    assert (ours.value, ours.low, ours.high) == pytest.approx((difference_R[0], *ends), abs=error)
-
-
-def test_resamples_are_those_of_the_streaming_measures():
-    (first_MYX, truth_MYX), (second_MYX, _) = scores(0, images=12), scores(1, images=12)
-    unit_M = np.arange(12) // 2
-    counts = [PixelMetrics(), PixelMetrics()]
-    for count, score_MYX in zip(counts, (first_MYX, second_MYX), strict=True):
-        count.update(score_MYX, truth_MYX, unit=unit_M)
-    expected = auroc_difference(*counts, seed=9, resamples=200)
-    weight_RM = ablation.resampled_weights(unit_M, 200, seed=9)
-    first, second = (ablation.resampled(score_MYX, truth_MYX, weight_RM) for score_MYX in (first_MYX, second_MYX))
-    found = ablation.interval(first[AUROC] - second[AUROC], 6)
-    assert vars(found) == pytest.approx(vars(expected), abs=3e-4)
-    assert found.low < found.value < found.high
 
 
 def test_one_unit_cannot_be_resampled():
-    with pytest.raises(ValueError, match=r"^unit_M must name at least two units to resample, got 1\.$"):
-        ablation.resampled_weights(np.array([4, 4, 4]), 100, seed=0)
+    score_MYX, truth_MYX = scores(0)
+    with pytest.raises(ValueError, match=r"^unit must name at least two units to resample, got 1\.$"):
+        ablation.resampled(score_MYX, truth_MYX, torch.full((6,), 4), 100, seed=0)
 
 
 # Models and their test images

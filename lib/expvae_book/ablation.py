@@ -8,27 +8,27 @@ by each other preset. A change is judged by what it does to the pixel AUROC and 
 with percentile bootstrap intervals. Whole units (images; of a video its clips) are drawn with replacement, the
 reference and every change see the same resamples, and the difference is taken within each resample.
 
-Suffixes as in expvae.attention, and N test images, M those of them that are measured, U units, R resamples, the
-first of which is the sample itself, T thresholds.
+Suffixes as in expvae.attention, and N test images, M those of them that are measured, R resamples, the first of which
+is the sample itself.
 """
 
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64, Shaped, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from expvae import PRESETS, Channels, Method, Normaliser, TensorChoice
-from expvae.metrics import Array, Interval, as_array, confusion, ious, percentile_interval, thresholds
-from expvae.metrics import resampled_weights as weights_of_units
+from expvae.metrics import PixelMetrics, percentile_interval
 from expvae.models import MNISTVAE, UCSDVAE
-from expvae_book import devices, explanation, localisation, recipes, runs, training, truth, weights
+from expvae_book import devices, explanation, localisation, names, recipes, runs, training, truth, weights
 from expvae_book.augmentation import PAPER_COUNT
 from expvae_book.data import mnist, mvtec, ucsd
 from expvae_book.data.card import DataCard
@@ -43,8 +43,8 @@ CHOICES = {
     "tensor": get_args(TensorChoice),
     "align_corners": (False, True),
 }
-AUROC, IOU = "pixel AUROC", "best IoU (oracle)"
-MEASURES = (AUROC, IOU)
+AUROC, IOU = names.AUROC, names.BEST_IOU
+MEASURES = {AUROC: "auroc", IOU: "best_iou"}  # the fields of expvae.metrics.PixelScores
 
 MODELS = {"mnist": ("1", "3"), "ucsd": ("report1",), "mvtec": mvtec.CATEGORIES}  # digits, a recipe, categories
 # As the chapters train by default, so that their weights are found, and for the samples as `make reproduce` does.
@@ -85,7 +85,6 @@ class Subject:
         truth_MYX: The anomalous pixels of those.
         unit_M: What each of those is resampled with: itself, or its clip.
         there: Number of test images that there are; x_NCYX may be a part of them.
-        batch: Images at a time.
         normal: Mean and log-variance of the posterior of normal images.
         card: What the images are.
         recipe: How the model was trained.
@@ -98,7 +97,6 @@ class Subject:
     truth_MYX: Bool[Tensor, "m y x"]
     unit_M: Int64[Tensor, " m"]
     there: int
-    batch: int
     normal: tuple[Tensor, Tensor]
     card: DataCard
     recipe: Recipe
@@ -126,47 +124,28 @@ def changes(reference: str, activation: bool = True) -> dict[str, Method]:
 # Measures -------------------------------------------------------------------------------------------------------------
 
 
-def resampled_weights(unit_M: Shaped[Array, " m"], resamples: int, seed: int) -> Float[np.ndarray, "r m"]:
-    """How often each image is in each resample of the units; the first line is the sample itself.
-
-    The resamples are those of `expvae.metrics.PixelMetrics.intervals` under the same seed.
-
-    Raises:
-        ValueError: If there are fewer than two units.
-    """
-    unit_U, unit_M = np.unique(np.asarray(unit_M), return_inverse=True)
-    if len(unit_U) < 2:
-        raise ValueError(f"unit_M must name at least two units to resample, got {len(unit_U)}.")
-    return weights_of_units(len(unit_U), resamples, seed).astype(np.float64)[:, unit_M]
-
-
 def resampled(
-    map_MYX: Float[Tensor, "m y x"], truth_MYX: Bool[Tensor, "m y x"], weight_RM: Float[np.ndarray, "r m"]
+    map_MYX: Float[Tensor, "m y x"],
+    truth_MYX: Bool[Tensor, "m y x"],
+    unit_M: Int64[Tensor, " m"],
+    resamples: int,
+    seed: int,
 ) -> dict[str, Float[np.ndarray, " r"]]:
-    """Pixel AUROC and best IoU of every resample of the images, from the flagged pixels of each at many thresholds.
+    """Pixel AUROC and best IoU of the images, which come first, and of every resample of their units.
 
-    With TPR_t and FPR_t the shares of flagged pixels at threshold t,
+    With TPR_t and FPR_t the shares of flagged pixels at threshold t, over all scores,
 
         AUROC = Σ_t (FPR_t − FPR_t+1) (TPR_t + TPR_t+1) / 2    best IoU = max_t TP_t / (P + FP_t)
 
-    The thresholds are those of `expvae.metrics.thresholds`, each with the next higher score, so that scores that many
-    pixels share, such as the zeros that a ReLU leaves, stand alone. NaN where a resample lacks a class.
+    Maps of the same units under the same seed see the same resamples. NaN where a resample lacks a class.
+
+    Raises:
+        ValueError: If there are fewer than two units, or resamples.
     """
-    threshold_T, score_G = thresholds(map_MYX)["best"], np.unique(as_array(map_MYX))
-    next_T = np.searchsorted(score_G, threshold_T, side="right")
-    threshold_T = np.append(threshold_T, score_G[next_T[next_T < len(score_G)]])
-    table = confusion(map_MYX, truth_MYX, np.unique(threshold_T))
-    # The lowest threshold flags all pixels, the highest none.
-    tp_RT, fp_RT = weight_RM @ table.tp_NT, weight_RM @ table.fp_NT
-    area_R = ((fp_RT[:, :-1] - fp_RT[:, 1:]) * (tp_RT[:, :-1] + tp_RT[:, 1:])).sum(1) / 2
-    with np.errstate(invalid="ignore"):
-        auroc_R = area_R / (tp_RT[:, 0] * fp_RT[:, 0])
-    return {AUROC: auroc_R, IOU: ious(table, "pooled", "anomalous", weight_RM).max(1)}
-
-
-def interval(value_R: Float[np.ndarray, " r"], n: int) -> Interval:
-    """The 95 % percentile interval of what the resamples gave, around the value of the sample, which comes first."""
-    return percentile_interval(value_R[0], value_R[1:], 0.95, n)
+    counts = PixelMetrics()
+    counts.update(map_MYX, truth_MYX, unit=unit_M)
+    whole, drawn = counts.compute(), counts.replicates(seed=seed, resamples=resamples)
+    return {name: np.append(getattr(whole, field), drawn[field]) for name, field in MEASURES.items()}
 
 
 # Models and their test images -----------------------------------------------------------------------------------------
@@ -176,12 +155,8 @@ def at_hand(dataset: str, data: str) -> tuple[str, ...]:
     """The models of a data set that can be looked for; of drawn workpieces one category is enough."""
     if dataset != "mvtec":
         return MODELS[dataset]
-    return SAMPLE_CATEGORIES if mvtec_is_sample(data) else tuple(mvtec.available())
-
-
-def mvtec_is_sample(data: str) -> bool:
-    """Whether MVTec AD stands for its generated sample."""
-    return data == "sample" or (data == "auto" and not mvtec.available())
+    there = tuple(mvtec.available())
+    return SAMPLE_CATEGORIES if data == "sample" or (data == "auto" and not there) else there
 
 
 def subject(parameters: Mapping[str, Any], device: torch.device) -> Subject:
@@ -199,24 +174,25 @@ def subject(parameters: Mapping[str, Any], device: torch.device) -> Subject:
         expvae_book.weights.NotCachedError: If no chapter has trained the model yet.
         FileNotFoundError: If data="real" and there are none, or no test image has an anomalous pixel.
     """
-    return {"mnist": _mnist, "ucsd": _ucsd, "mvtec": _mvtec}[parameters["dataset"]](parameters, device)
+    load, study = {
+        "mnist": (mnist.load, _mnist),
+        "ucsd": (ucsd.load, _ucsd),
+        "mvtec": (partial(mvtec.load, parameters["model"]), _mvtec),
+    }[parameters["dataset"]]
+    images = load(parameters["data"])
+    with nullcontext() if images.card.generated else weights.cached_only():
+        return study(images, _training(parameters, images.card), parameters, device)
 
 
-def _mnist(parameters: Mapping[str, Any], device: torch.device) -> Subject:
-    digit, limit, seed = int(parameters["model"]), parameters["images"], parameters["seed"]
-    images = mnist.load(parameters["data"])
-    chosen = _training(parameters, images.card)
+def _mnist(images: mnist.MNIST, chosen: dict[str, Any], parameters: Mapping[str, Any], device: torch.device) -> Subject:
+    digit = int(parameters["model"])
     inlier_NCYX = images.train_NYX[images.train_label_N == digit][:, None]
     train_NCYX, held_out_NCYX = (inlier_NCYX[part] for part in training.hold_out(len(inlier_NCYX)))
-    trained, recipe, budget = _trained(
-        MNISTVAE, recipes.MNIST, train_NCYX, held_out_NCYX, chosen, images.card, seed, device
-    )
     outliers = mnist.OUTLIERS[digit]
     test = torch.nonzero(torch.isin(images.test_label_N, torch.tensor([digit, *outliers])))[:, 0]
-    some = _drawn(test, limit, seed).sort().values  # in the order of the files, which mixes the digits
+    some = _drawn(test, parameters).sort().values  # in the order of the files, which mixes the digits
     x_NCYX, measured_N = images.test_NYX[some][:, None], images.test_label_N[some] != digit
     return Subject(
-        trained=trained,
         x_NCYX=x_NCYX,
         measured_N=measured_N,
         truth_MYX=truth.ink_truth(
@@ -224,54 +200,40 @@ def _mnist(parameters: Mapping[str, Any], device: torch.device) -> Subject:
         ),
         unit_M=some[measured_N],
         there=len(test),
-        batch=recipe.batch_size,
-        normal=explanation.normal_posterior(trained.model, train_NCYX),
         card=images.card,
-        recipe=recipe,
-        budget=budget,
+        **_trained(MNISTVAE, recipes.MNIST, train_NCYX, held_out_NCYX, chosen, device),
     )
 
 
-def _ucsd(parameters: Mapping[str, Any], device: torch.device) -> Subject:
-    limit, seed = parameters["images"], parameters["seed"]
-    clips = ucsd.load(parameters["data"])
-    chosen = _training(parameters, clips.card) | {"recipe": parameters["model"]}
+def _ucsd(clips: ucsd.UCSD, chosen: dict[str, Any], parameters: Mapping[str, Any], device: torch.device) -> Subject:
     numbers = clips.train_clip_N.unique()
     train_NCYX, held_out_NCYX = (
         clips.train_NYX[torch.isin(clips.train_clip_N, numbers[part])][:, None]
         for part in training.hold_out(len(numbers))
     )
-    trained, recipe, budget = _trained(
-        UCSDVAE, recipes.UCSD, train_NCYX, held_out_NCYX, chosen, clips.card, seed, device
-    )
     there = len(clips.test_NYX)
-    some = torch.arange(0, there, -(-there // (limit or there)))  # neighbouring frames are nearly the same image
+    # Neighbouring frames are nearly the same image.
+    some = torch.arange(0, there, -(-there // (parameters["images"] or there)))
     mask_N = [clips.test_mask[i] for i in some]
     measured_N = torch.tensor([mask_YX is not None for mask_YX in mask_N])
     return Subject(
-        trained=trained,
         x_NCYX=clips.test_NYX[some][:, None],
         measured_N=measured_N,
         truth_MYX=_stacked([mask_YX for mask_YX in mask_N if mask_YX is not None], "UCSD Ped1"),
         unit_M=clips.test_clip_N[some][measured_N],
         there=there,
-        batch=recipe.batch_size,
-        normal=explanation.normal_posterior(trained.model, train_NCYX),
         card=clips.card,
-        recipe=recipe,
-        budget=budget,
+        **_trained(UCSDVAE, recipes.UCSD, train_NCYX, held_out_NCYX, chosen | {"recipe": parameters["model"]}, device),
     )
 
 
-def _mvtec(parameters: Mapping[str, Any], device: torch.device) -> Subject:
-    data = "sample" if mvtec_is_sample(parameters["data"]) else "real"
-    category = mvtec.load(parameters["model"], data)
-    chosen = _training(parameters, category.card) | {"seed": parameters["seed"]}
+def _mvtec(
+    category: mvtec.Category, chosen: dict[str, Any], parameters: Mapping[str, Any], device: torch.device
+) -> Subject:
     recipe = recipes.MVTEC[chosen["recipe"]]
-    with nullcontext() if category.card.generated else weights.cached_only():
-        trained, _ = localisation.fit(category, chosen, device)
+    trained, _ = localisation.fit(category, chosen, device)
     known = torch.tensor([i for i, mask_YX in enumerate(category.test_mask) if mask_YX is not None])
-    some = _drawn(known, parameters["images"], parameters["seed"])  # at random also within the batches
+    some = _drawn(known, parameters)  # at random also within the batches
     return Subject(
         trained=trained,
         x_NCYX=category.test_NCYX[some],
@@ -279,7 +241,6 @@ def _mvtec(parameters: Mapping[str, Any], device: torch.device) -> Subject:
         truth_MYX=_stacked([category.test_mask[i] for i in some], f"MVTec AD {category.name}"),
         unit_M=some,
         there=len(known),
-        batch=recipe.batch_size,
         normal=explanation.normal_posterior(trained.model, localisation.split(category)[0]),
         card=category.card,
         recipe=recipe,
@@ -288,9 +249,10 @@ def _mvtec(parameters: Mapping[str, Any], device: torch.device) -> Subject:
 
 
 def _training(parameters: Mapping[str, Any], card: DataCard) -> dict[str, Any]:
+    dataset = parameters["dataset"]
     changed = FULL_TRAINING if parameters["trained"] == "fully" else {}
     changed = SAMPLE_TRAINING if card.generated else changed
-    return TRAINING[parameters["dataset"]] | changed.get(parameters["dataset"], {})
+    return TRAINING[dataset] | changed.get(dataset, {}) | {"seed": parameters["seed"]}
 
 
 def _trained(
@@ -299,22 +261,25 @@ def _trained(
     train_NCYX: UInt8[Tensor, "t c y x"],
     held_out_NCYX: UInt8[Tensor, "v c y x"],
     chosen: Mapping[str, Any],
-    card: DataCard,
-    seed: int,
     device: torch.device,
-) -> tuple[weights.Trained, Recipe, dict[str, Any]]:
-    recipe = table[chosen["recipe"]]
-    with nullcontext() if card.generated else weights.cached_only():
-        trained = weights.trained(
-            lambda: network(recipe.latent_dim),
-            train_NCYX,
-            held_out_NCYX,
-            recipe,
-            epochs=chosen["epochs"],
-            seed=seed,
-            device=device,
-        )
-    return trained, recipe, {"unit": "epochs", "asked": recipe.epochs, "used": chosen["epochs"]}
+) -> dict[str, Any]:
+    """What a `Subject` holds of the model and its training."""
+    recipe, epochs = table[chosen["recipe"]], chosen["epochs"]
+    trained = weights.trained(
+        lambda: network(recipe.latent_dim),
+        train_NCYX,
+        held_out_NCYX,
+        recipe,
+        epochs=epochs,
+        seed=chosen["seed"],
+        device=device,
+    )
+    return {
+        "trained": trained,
+        "normal": explanation.normal_posterior(trained.model, train_NCYX),
+        "recipe": recipe,
+        "budget": {"unit": "epochs", "asked": recipe.epochs, "used": epochs},
+    }
 
 
 def _stacked(masks: list[Bool[Tensor, "y x"]], name: str) -> Bool[Tensor, "m y x"]:
@@ -323,10 +288,10 @@ def _stacked(masks: list[Bool[Tensor, "y x"]], name: str) -> Bool[Tensor, "m y x
     return torch.stack(masks)
 
 
-def _drawn(images: Int64[Tensor, " n"], limit: int, seed: int) -> Int64[Tensor, " k"]:
+def _drawn(images: Int64[Tensor, " n"], parameters: Mapping[str, Any]) -> Int64[Tensor, " k"]:
     """At most so many of the images, all if the limit is 0, in random order."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    return images[order[: limit or None]]
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(parameters["seed"]))
+    return images[order[: parameters["images"] or None]]
 
 
 # The run --------------------------------------------------------------------------------------------------------------
@@ -354,30 +319,33 @@ def compute(chapter: str, parameters: Mapping[str, Any], device: torch.device) -
         LAYERS[dataset],
         studied.x_NCYX,
         {method: method for method in methods},
-        batch=studied.batch,
+        batch=studied.recipe.batch_size,
         seed=seed,
         normal=studied.normal,
     )
     mapped = time.monotonic()
-    weight_RM = resampled_weights(studied.unit_M, parameters["resamples"], seed)
-    n = len(studied.unit_M.unique())
     drawn = {
-        method: resampled(map_NYX[studied.measured_N], studied.truth_MYX, weight_RM)
+        method: resampled(map_NYX[studied.measured_N], studied.truth_MYX, studied.unit_M, parameters["resamples"], seed)
         for method, map_NYX in tqdm(maps.items(), desc="measures", unit="method")
     }
+    n = len(studied.unit_M.unique())
+
+    def row(measure: str, value_R: Float[np.ndarray, " r"], method: str, subset: str = "") -> dict[str, Any]:
+        interval = percentile_interval(value_R[0], value_R[1:], 0.95, n)
+        return runs.row(measure, method=method, subset=subset, **vars(interval))
+
     rows = [
-        runs.row(measure, method=name, **vars(interval(drawn[method][measure], n)))
+        row(measure, drawn[method][measure], name)
         for name, method in PRESETS.items()
         if method in drawn
         for measure in MEASURES
     ]
-    for reference, found in changed.items():
-        for name, method in found.items():
-            for measure in MEASURES:
-                difference_R = drawn[method][measure] - drawn[PRESETS[reference]][measure]
-                rows.append(
-                    runs.row(f"{measure}, change", method=name, subset=reference, **vars(interval(difference_R, n)))
-                )
+    rows += [
+        row(f"{measure}, change", drawn[method][measure] - drawn[PRESETS[reference]][measure], name, reference)
+        for reference, found in changed.items()
+        for name, method in found.items()
+        for measure in MEASURES
+    ]
     rows.append(runs.row("anomalous pixels", float(studied.truth_MYX.float().mean()), n=len(studied.truth_MYX)))
     return runs.save(
         chapter,
@@ -400,7 +368,7 @@ def compute(chapter: str, parameters: Mapping[str, Any], device: torch.device) -
                 "measured": len(studied.truth_MYX),
                 "unit": "clips" if dataset == "ucsd" else "images",
                 "layer": LAYERS[dataset].removeprefix("encoder."),
-                "batch": studied.batch,
+                "batch": studied.recipe.batch_size,
             },
         },
     )

@@ -11,7 +11,9 @@ from matplotlib.path import Path as Outline
 import expvae_book.data.dsprites as dsprites
 from expvae_book.data import catalogue
 from expvae_book.data.card import survey
-from expvae_book.data.dsprites import COUNT, FACTORS, SHAPES, SIZES, VALUES, Sprites
+from expvae_book.data.dsprites import COUNT, FACTORS, SIZES, VALUES, Sprites
+from expvae_book.data.generated import sprites
+from expvae_book.data.generated.sprites import SHAPES
 
 FILE = catalogue.DSPRITES.patterns["all"]
 
@@ -77,12 +79,12 @@ def outline(shape, number=2000):
     t = np.linspace(0, 2 * np.pi, number)
     if shape == "square":
         corners = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1), (-1, -1)])
-        return corners * dsprites.SQUARE / 2
+        return corners * sprites.SQUARE / 2
     if shape == "ellipse":
-        return np.stack([np.cos(t), np.sin(t) / 2], 1) * dsprites.ELLIPSE / 2
+        return np.stack([np.cos(t), np.sin(t) / 2], 1) * sprites.ELLIPSE / 2
     x = 16 * np.sin(t) ** 3
     y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    return np.stack([x, (y.max() + y.min()) / 2 - y], 1) * dsprites.HEART / 32
+    return np.stack([x, (y.max() + y.min()) / 2 - y], 1) * sprites.HEART / 32
 
 
 def area(points):
@@ -111,9 +113,9 @@ def test_images_equal_a_slow_loop(drawn):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_areas(shape):
     expected = area(outline(shape))
-    assert shape != "square" or expected == pytest.approx(dsprites.SQUARE**2)
+    assert shape != "square" or expected == pytest.approx(sprites.SQUARE**2)
     for scale in VALUES["scale"]:
-        drawings = [dsprites.draw(shape, scale, angle).sum() for angle in VALUES["orientation"]]
+        drawings = [sprites.draw(shape, scale, angle).sum() for angle in VALUES["orientation"]]
         assert np.mean(drawings) == pytest.approx(expected * scale**2, rel=0.02)
         border = 4 * np.sqrt(expected) * scale
         assert max(abs(np.array(drawings) - expected * scale**2)) < border
@@ -135,7 +137,7 @@ def test_symmetries(scale):
     for angle in ANGLES:
         for shape in SHAPES:
             for turn in (90, 180):
-                drawings = [dsprites.draw(shape, scale, angle + np.deg2rad(more)) for more in (0, turn)]
+                drawings = [sprites.draw(shape, scale, angle + np.deg2rad(more)) for more in (0, turn)]
                 same[shape][turn] += np.array_equal(*drawings)
     assert same == {
         "square": {90: 50, 180: 50},
@@ -146,16 +148,16 @@ def test_symmetries(scale):
 
 @pytest.mark.parametrize("scale", [0.5, 1.0])
 def test_heart_has_one_axis(scale):
-    upright_YX = dsprites.draw("heart", scale, 0.0)
+    upright_YX = sprites.draw("heart", scale, 0.0)
     np.testing.assert_array_equal(upright_YX, upright_YX[:, ::-1])
     # Mirrored at any other axis through its centre it is another picture: the mirror image of the upright heart,
     # turned by an angle, is the upright heart turned by it.
-    turned = [dsprites.draw("heart", scale, angle) for angle in np.deg2rad(range(15, 360, 15))]
+    turned = [sprites.draw("heart", scale, angle) for angle in np.deg2rad(range(15, 360, 15))]
     assert not any(np.array_equal(upright_YX, turned_YX) for turned_YX in turned)
     # It stands on its tip, and turns clockwise.
     rows = np.flatnonzero(upright_YX.any(1))
     assert upright_YX[rows[-1]].sum() < 4 < upright_YX[rows[0] + 2].sum()
-    np.testing.assert_array_equal(dsprites.draw("heart", scale, np.pi / 2), np.rot90(upright_YX, -1))
+    np.testing.assert_array_equal(sprites.draw("heart", scale, np.pi / 2), np.rot90(upright_YX, -1))
 
 
 def test_only_the_ends_of_orientation_are_the_same(drawn):
@@ -187,13 +189,13 @@ def test_nothing_is_cut(drawn):
     # The patch in which a sprite is drawn does not cut it either.
     for shape in SHAPES:
         for angle in ANGLES:
-            inside_YX = dsprites.draw(shape, 1.0, angle, dsprites.CENTRE)
+            inside_YX = sprites.draw(shape, 1.0, angle, sprites.CENTRE)
             assert not inside_YX[[0, -1]].any() and not inside_YX[:, [0, -1]].any()
 
 
 def test_shape_must_be_known():
     with pytest.raises(ValueError, match="square, ellipse, heart; got 'star'"):
-        dsprites.draw("star", 1.0, 0.0)
+        sprites.draw("star", 1.0, 0.0)
 
 
 def test_card_of_the_drawings(drawn):

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from expvae_book.data import catalogue, mvtec, workpieces
+from expvae_book.data import catalogue, mvtec
 from expvae_book.data.card import survey
+from expvae_book.data.generated import workpieces
 
 COUNTS = {"train": 3, "test": 5, "masks": 3, "test good": 2, "test defective": 3}
 TESTS = {"broken": ("000", "004"), "good": ("000", "001"), "stained": ("000",)}

@@ -8,8 +8,9 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torch.nn.functional import interpolate
 
-from expvae_book.data import catalogue, ucsd, walkway
+from expvae_book.data import catalogue, ucsd
 from expvae_book.data.card import survey
+from expvae_book.data.generated import walkway
 
 SHAPE = (158, 238)
 

@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from expvae_book.data import walkway
+from expvae_book.data.generated import walkway
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from expvae_book.data import workpieces
+from expvae_book.data.generated import workpieces
 
 CATEGORIES = [
     "bottle",

@@ -1,7 +1,6 @@
 """Data sets: where they lie, what is there of them, and their loaders.
 
-One module per data set; `walkway` draws the frames that stand in for UCSD Ped1 where it is absent, `workpieces` the
-images that stand in for MVTec AD.
+One module per data set; the package `generated` draws what stands in for them where they are absent.
 """
 
 from pathlib import Path

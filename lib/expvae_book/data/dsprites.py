@@ -2,16 +2,8 @@
 
 Known of the release, and true of the drawn sprites as well: the factors, their values and their order; every pixel is
 0 or 1; the orientations are ``linspace(0, 2π, 40)`` with both ends, so that the first and the last are the same
-picture (39 different ones, a step of 2π/39; not 40 in [0, 2π)); steps were chosen to change the picture. Its author
-drew a rectangle, an ellipse and a mesh with LÖVE (issue 2 of the release's repository); public code that says to copy
-the heart from there has x = 16 sin³t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t. The package disent measured the
-mean of all pixels, 0.042494, and the mean over images of their standard deviation, 0.195166; the drawn sprites are
-within a thousandth of either.
-
-Chosen, because nothing at hand tells it: the sizes at scale 1 below. The two means leave a family of them; the member
-taken has an ellipse twice as long as wide and shapes that fill much the same circle. Neighbouring positions are one
-pixel apart, from pixel 16 to pixel 47. At orientation 0 the ellipse lies and the heart stands on its tip; orientation
-turns them clockwise about the middle of their extent.
+picture (39 different ones, a step of 2π/39; not 40 in [0, 2π)); steps were chosen to change the picture. How sprites
+are drawn, see `expvae_book.data.generated.sprites`.
 
 Not known: how far all this is from the release, pixel by pixel. `closeness` measures it where the file is.
 """
@@ -24,17 +16,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float64, Int64, UInt8
+from jaxtyping import Float64, Int64, UInt8
 from torch import Tensor
 
 import expvae_book.data
 from expvae_book.data import catalogue
 from expvae_book.data.card import DataCard, survey, takes_sample
+from expvae_book.data.generated import sprites
+from expvae_book.data.generated.sprites import SHAPES
 
 FACTORS = ("colour", "shape", "scale", "orientation", "x", "y")
 SIZES = (1, 3, 6, 40, 32, 32)
 COUNT = 737_280
-SHAPES = ("square", "ellipse", "heart")
 SIDE = 64
 VALUES = {
     "colour": (1.0,),
@@ -50,16 +43,7 @@ SAMPLE_NOTE = (
     "the step between positions, one pixel, are guesses."
 )
 
-# Of the drawn sprites at scale 1, in pixels.
-SQUARE = 18.1  # side
-ELLIPSE = 23.4  # long axis, twice the short one
-HEART = 24.8  # width
-CENTRE = (0.4, 0.2)  # in its pixel, right and down of the middle: so no two orientations are the same picture
-
-REACH = 16  # pixels from a sprite's centre to where it certainly ends, and from the border to the first centre
 STEPS = 31  # pixels between the first and the last position
-CANVAS = SIDE + STEPS
-HEART_MIDDLE = -2.54  # of the heart's height, in units of its curve
 CHUNK = 8192  # images unpacked at a time: 32 MiB
 
 
@@ -174,11 +158,7 @@ def load(data: str = "auto", root: Path | None = None) -> Sprites:
 
 def sample() -> Sprites:
     """Draw every shape, scale and orientation once; positions are windows. Their digest is that of the drawings."""
-    margin = (CANVAS - 2 * REACH - 1) // 2
-    canvas_SYX = np.zeros((720, CANVAS, CANVAS), np.uint8)
-    patch_SYX = canvas_SYX[:, margin:-margin, margin:-margin]
-    for i, (_, shape, scale, orientation) in enumerate(np.ndindex(SIZES[:4])):
-        patch_SYX[i] = draw(SHAPES[shape], VALUES["scale"][scale], VALUES["orientation"][orientation], CENTRE)
+    canvas_SYX = sprites.canvases(VALUES["scale"], VALUES["orientation"], SIDE + STEPS)
     card = DataCard(
         name=catalogue.DSPRITES.name,
         kind="rendered",
@@ -190,37 +170,6 @@ def sample() -> Sprites:
         note=SAMPLE_NOTE,
     )
     return Sprites(torch.from_numpy(canvas_SYX), card)
-
-
-def draw(shape: str, scale: float, angle: float, centre: tuple[float, float] = (0.0, 0.0)) -> Bool[np.ndarray, "33 33"]:
-    """One sprite near the middle of 33x33 pixels: the pixels whose centre it covers.
-
-    The heart is the region between the two halves of its curve. With s = sin t = (|x| / 16)^(1/3) and c = cos t these
-    are y(c) = 4 + 19 c - 2 c² - 8 c³ - 8 c⁴ above and y(-c) below.
-
-    Args:
-        shape: One of `SHAPES`.
-        scale: Of all lengths.
-        angle: In radians, clockwise.
-        centre: Of the sprite, in pixels right and down of the centre of the middle pixel.
-
-    Raises:
-        ValueError: If there is no such shape.
-    """
-    if shape not in SHAPES:
-        raise ValueError(f"shape must be one of {', '.join(SHAPES)}; got {shape!r}")
-    y_YX, x_YX = np.indices((2 * REACH + 1, 2 * REACH + 1)) - float(REACH)
-    x_YX, y_YX = x_YX - centre[0], y_YX - centre[1]
-    along_YX = (np.cos(angle) * x_YX + np.sin(angle) * y_YX) / scale
-    down_YX = (np.cos(angle) * y_YX - np.sin(angle) * x_YX) / scale
-    if shape == "square":
-        return np.maximum(abs(along_YX), abs(down_YX)) <= SQUARE / 2
-    if shape == "ellipse":
-        return along_YX * along_YX + 4 * down_YX * down_YX <= ELLIPSE * ELLIPSE / 4
-    sine_YX = np.cbrt(abs(along_YX) * 2 / HEART)
-    cosine_YX = np.sqrt(np.maximum(1 - sine_YX * sine_YX, 0))
-    height_YX = HEART_MIDDLE - down_YX * 32 / HEART
-    return (sine_YX <= 1) & (height_YX <= _curve(cosine_YX)) & (height_YX >= _curve(-cosine_YX))
 
 
 def closeness(official: Sprites, drawn: Sprites, index_B: Int64[Tensor, " b"]) -> Float64[Tensor, "3"]:
@@ -235,10 +184,6 @@ def closeness(official: Sprites, drawn: Sprites, index_B: Int64[Tensor, " b"]) -
     a_BCYX, b_BCYX = official.images(index_B).cpu(), drawn.images(index_B).cpu()
     iou_B = (a_BCYX & b_BCYX).sum((1, 2, 3)).double() / (a_BCYX | b_BCYX).sum((1, 2, 3))
     return torch.stack([iou_B[shape_B == shape].mean() for shape in range(len(SHAPES))])
-
-
-def _curve(c_YX: Float64[np.ndarray, "33 33"]) -> Float64[np.ndarray, "33 33"]:
-    return 4 + c_YX * (19 - c_YX * (2 + c_YX * (8 + c_YX * 8)))
 
 
 def _pack(file: Path) -> UInt8[np.ndarray, "n 512"]:

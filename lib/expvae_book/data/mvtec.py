@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 import expvae_book.data
-from expvae_book.data import catalogue, images, workpieces
+from expvae_book.data import catalogue, images
 from expvae_book.data.card import DataCard, is_image, kind_of, notes_in, survey, takes_sample
+from expvae_book.data.generated import workpieces
 
 OFFICIAL = catalogue.MVTEC_OFFICIAL  # by category and split
 CATEGORIES = tuple(OFFICIAL)

@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 import expvae_book.data
-from expvae_book.data import catalogue, images, walkway
+from expvae_book.data import catalogue, images
 from expvae_book.data.card import IMAGES, DataCard, kind_of, survey, takes_sample, there
+from expvae_book.data.generated import walkway
 
 MASK_RESIZES = ("nearest", "truncated")
 OFFICIAL_CLIPS = {"train clips": 34, "test clips": 36, "masked clips": 10}  # of 200 frames each

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -217,7 +218,7 @@ def store_run(store: Path, version: int) -> None:
     """Store a run of mnist for digit 4 that holds no result, made by this version of its protocol."""
     card = DataCard("mnist", "sample", {"train": 1}, {"train": 1}, "digest", "licence", "credit")
     record = {"chapter": "mnist", "parameters": {"digit": 4}, "protocols": {"mnist": version}, "metrics": []}
-    record |= {"data": card.to_dict(), "git": {"commit": None, "dirty": None}}
+    record |= {"data": asdict(card), "git": {"commit": None, "dirty": None}}
     path = store / "mnist" / "digit=4" / "record.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record))

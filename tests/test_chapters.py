@@ -535,7 +535,7 @@ def stored(folder, monkeypatch):
     monkeypatch.setenv("EXPVAE_RUNS", str(folder / "runs"))
     monkeypatch.setattr(chapters, "BOOK", folder / "book")
     card = DataCard("mnist", "sample", {"train": 1}, {"train": 1}, "digest", "licence", "credit")
-    record = {"chapter": "small", "parameters": {"digit": 2}, "protocols": {}, "data": card.to_dict()}
+    record = {"chapter": "small", "parameters": {"digit": 2}, "protocols": {}, "data": asdict(card)}
     record["recipe"] = asdict(MNIST["liu2020"])
     path = folder / "runs" / "small" / "digit=2" / "record.json"
     path.parent.mkdir(parents=True)
@@ -573,7 +573,7 @@ def test_an_outdated_run_is_shown_with_the_command(stored, monkeypatch, capsys):
 )
 def test_only_what_an_outdated_run_lacks_stops_the_page(tmp_path, monkeypatch, line, stops):
     card = DataCard("mnist", "sample", {"train": 1}, {"train": 1}, "digest", "licence", "credit")
-    record = {"chapter": "mnist", "parameters": {"digit": 2}, "metrics": [], "data": card.to_dict()}
+    record = {"chapter": "mnist", "parameters": {"digit": 2}, "metrics": [], "data": asdict(card)}
     record |= {"protocols": {"PIXEL": 0}, "recipe": asdict(MNIST["liu2020"])}
     record |= {"git": {"commit": None, "dirty": None}}
     path = tmp_path / "runs" / "mnist" / "digit=2"

@@ -38,7 +38,7 @@ def make_run(
         "seconds": {"training": 3725.0},
         "device": "cpu: 8 threads",
         "weights": {"key": "abc", "device": "cpu: 2 threads"},
-        "data": DataCard("mnist", kind, COUNTS, COUNTS, "digest", "licence", "credit").to_dict(),
+        "data": asdict(DataCard("mnist", kind, COUNTS, COUNTS, "digest", "licence", "credit")),
         "git": {"commit": "0123456789abcdef", "dirty": False},
         "protocols": {"PIXEL": 0} if outdated else {},
     }

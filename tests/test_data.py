@@ -161,7 +161,7 @@ CARD = DataCard("mnist", "partial", {"train": 1}, {"train": 2}, "0" * 64, "CC0",
 
 
 def test_card_survives_json():
-    assert DataCard.from_dict(json.loads(json.dumps(CARD.to_dict()))) == CARD
+    assert DataCard(**json.loads(json.dumps(dataclasses.asdict(CARD)))) == CARD
 
 
 @pytest.mark.parametrize(
@@ -175,13 +175,6 @@ def test_mark_of_data_that_were_encoded_again():
     note = "UCSD Ped1, partial and re-encoded; not the official protocol."
     marks = {kind: dataclasses.replace(CARD, kind=kind, note=note).mark for kind in ("complete", "partial", "sample")}
     assert marks == {"complete": "", "partial": "partial, re-encoded", "sample": "sample"}
-
-
-def test_card_refuses_unknown_kind_and_entries():
-    with pytest.raises(ValueError, match="complete, re-encoded, partial, rendered, sample; got 'whole'"):
-        dataclasses.replace(CARD, kind="whole")
-    with pytest.raises(ValueError, match="missing or unknown: colour"):
-        DataCard.from_dict(CARD.to_dict() | {"colour": "red"})
 
 
 def test_survey_of_images_counts_images_only(tmp_path):

@@ -97,7 +97,7 @@ def test_the_record_says_where_the_run_comes_from():
     assert record["device"] == "cpu: 2 threads, AVX2"
     assert record["versions"] == provenance.versions()
     assert record["git"] == provenance.commit()
-    assert record["data"] == card().to_dict()
+    assert record["data"] == dataclasses.asdict(card())
     assert record["weights"] == {"key": "abc"}
     assert record["protocols"] == protocols.versions("TRAINING", "ATTENTION", "reuse")
     assert save(PARAMETERS, "ucsd").record["protocols"] == protocols.versions("TRAINING", "ATTENTION", "PIXEL", "ucsd")

@@ -1,5 +1,6 @@
 """The tables of the MVTec chapters, from runs made up here."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ def make_run(category, *, masks=True):
         "metrics": metrics,
         "budget": {"unit": "images", "asked": 3_000_000, "used": 4000},
         "training": {"encoder": "random, fine-tuned", "precision": "bfloat16", "originals": 160},
-        "data": DataCard("mvtec/bottle", "partial", {}, {}, "digest", "licence", "credit").to_dict(),
+        "data": asdict(DataCard("mvtec/bottle", "partial", {}, {}, "digest", "licence", "credit")),
     }
     return Run("mvtec15", {"category": category}, record, Path("nowhere"))
 

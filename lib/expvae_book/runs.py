@@ -126,7 +126,7 @@ class Run:
     @property
     def card(self) -> DataCard:
         """The card of the data that the run used."""
-        return DataCard.from_dict(self.record["data"])
+        return DataCard(**self.record["data"])
 
     @property
     def label(self) -> str:
@@ -367,7 +367,7 @@ def save(
         "device": device,
         "versions": provenance.versions(),
         "git": provenance.commit(),
-        "data": card.to_dict(),
+        "data": asdict(card),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **({"probe": probe.facts} if probe else {}),
         **(extra or {}),

@@ -5,15 +5,18 @@ import math
 import shlex
 import sys
 import zipfile
-from dataclasses import asdict, dataclass, fields
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from expvae_book.data.catalogue import Source
 
 DATA = ("auto", "real", "sample")
-KINDS = ("complete", "re-encoded", "partial", "rendered", "sample")
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 NAMED = 6  # files or folders that a message names at most
 
@@ -44,10 +47,6 @@ class DataCard:
     credit: str
     note: str = ""
 
-    def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"kind of a data card must be one of {', '.join(KINDS)}; got {self.kind!r}")
-
     @property
     def mark(self) -> str:
         """What tables set beside a number: nothing for complete data, otherwise the kind.
@@ -62,23 +61,6 @@ class DataCard:
     def generated(self) -> bool:
         """Whether the data were made by this book instead of read from files of the data set."""
         return self.kind in ("rendered", "sample")
-
-    def to_dict(self) -> dict[str, str | dict[str, int]]:
-        """The card as plain values, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, str | dict[str, int]]) -> "DataCard":
-        """The card that `to_dict` wrote.
-
-        Raises:
-            ValueError: If an entry is missing or unknown.
-        """
-        names = {field.name for field in fields(cls)}
-        if values.keys() != names:
-            wrong = ", ".join(sorted(values.keys() ^ names))
-            raise ValueError(f"a data card holds {', '.join(sorted(names))}; missing or unknown: {wrong}")
-        return cls(**values)
 
 
 def survey(source: Source, root: Path) -> DataCard | None:
@@ -138,11 +120,11 @@ def kind_of(counts: dict[str, int], official: dict[str, int], note: str, altered
         note: The note of the card.
         altered: Whether files are known to differ from the release.
     """
-    if "re-encoded" in note:
-        images = all(counts[part] == number for part, number in official.items() if "mask" not in part)
-        masks = all(counts[part] >= number for part, number in official.items() if "mask" in part)
-        return "re-encoded" if images and masks else "partial"
-    return "complete" if counts == official and not altered else "partial"
+    if "re-encoded" not in note:
+        return "complete" if counts == official and not altered else "partial"
+    more = [counts[part] - number for part, number in official.items() if "mask" in part]
+    images = all(counts[part] == number for part, number in official.items() if "mask" not in part)
+    return "re-encoded" if images and min(more, default=0) >= 0 else "partial"
 
 
 def notes_in(folder: Path) -> list[str]:
@@ -154,7 +136,7 @@ def notes_in(folder: Path) -> list[str]:
 def takes_sample(
     data: str, source: Source, root: Path, folder: Path, present: bool, missing: str, stand_in: str, remedy: str = ""
 ) -> bool:
-    """Whether a sample is taken instead of a data set, which is said on the error stream.
+    """Whether a sample is taken instead of a data set; that it stands in for one is said on the error stream.
 
     Args:
         data: "real" (the files), "sample" (the sample) or "auto" (the files where there are any).
@@ -172,8 +154,7 @@ def takes_sample(
     """
     if data not in DATA:
         raise ValueError(f"data must be one of {', '.join(DATA)}; got {data!r}")
-    name, _, category = source.name.partition("/")
-    name += f" --categories {category}" if category else ""
+    name = source.name.replace("/", " --categories ")
     command = f"`python -m expvae_book.data fetch {name} --root {shlex.quote(str(root))}` fetches {source.title}"
     if data == "auto" and not present:
         # To the error stream: notebooks show it on a coloured ground, between code and results.
@@ -182,10 +163,9 @@ def takes_sample(
             f"{command}.",
             file=sys.stderr,
         )
-        return True
-    if missing:
+    elif data != "sample" and missing:
         raise FileNotFoundError(f"{folder} {missing}{there(folder, root)}; {remedy}{command}")
-    return False
+    return data == "sample" or (data == "auto" and not present)
 
 
 def idx_shape(path: Path) -> tuple[int, ...]:
@@ -195,18 +175,36 @@ def idx_shape(path: Path) -> tuple[int, ...]:
         ValueError: If the file is truncated or is no such file.
     """
     with path.open("rb") as file:
-        magic = file.read(4)
-        # The third byte is the type (8 is unsigned bytes), the fourth the number of dimensions.
-        dims = magic[3] if len(magic) == 4 and magic.startswith(b"\0\0\x08") else 0
-        header = file.read(4 * dims)
-    shape = tuple(int.from_bytes(header[i : i + 4], "big") for i in range(0, len(header), 4))
+        header = file.read(16)
+    # The third byte is the type (8 is unsigned bytes), the fourth the number of dimensions.
+    dims = header[3] if len(header) > 3 and header.startswith(b"\0\0\x08") else 0
+    shape = tuple(int.from_bytes(header[4 * i : 4 * i + 4], "big") for i in range(1, dims + 1))
     size = path.stat().st_size
-    if dims == 0 or len(header) != 4 * dims or size != 4 + len(header) + math.prod(shape):
+    if dims == 0 or size != 4 + 4 * dims + math.prod(shape):
         raise ValueError(
             f"{path} is truncated or damaged (its {size} bytes do not fit its header); "
             "`python -m expvae_book.data fetch mnist` replaces it"
         )
     return shape
+
+
+@contextmanager
+def npz_images(path: Path) -> Iterator[tuple[BinaryIO, tuple[int, ...], bool, np.dtype]]:
+    """The array `imgs` of an npz file, open behind its header; its shape, whether in Fortran order, and its type.
+
+    All of dSprites would take three gigabytes, and `metadata` beside it is a pickle, so that neither is loaded.
+
+    Raises:
+        ValueError: If the file is damaged, or whoever reads it says so; the message names it.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("imgs.npy") as member:
+            np.lib.format.read_magic(member)
+            yield member, *np.lib.format.read_array_header_1_0(member)
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, ValueError) as error:
+        raise ValueError(
+            f"{path} is truncated or damaged ({error}); `python -m expvae_book.data fetch dsprites` replaces it"
+        ) from error
 
 
 def sha256(path: Path) -> str:
@@ -224,10 +222,7 @@ def there(folder: Path, root: Path) -> str:
     """
     while not folder.is_dir() and folder != root:
         folder = folder.parent
-    if not folder.is_dir():
-        return ""
-    names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
-    names = [name for name in names if not name.startswith(".")]
+    names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.glob("[!.]*"))
     return f" ({folder} holds {listed(names)})" if names else ""
 
 
@@ -264,17 +259,6 @@ def _images_in(path: Path) -> int:
     if path.name.endswith("-ubyte"):
         return idx_shape(path)[0]
     if path.suffix == ".npz":
-        return _npz_length(path)
+        with npz_images(path) as (_, shape, *_):
+            return shape[0]
     return int(is_image(path))
-
-
-def _npz_length(path: Path) -> int:
-    # Only the header is read: the images of dSprites would take three gigabytes.
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open("imgs.npy") as file:
-            np.lib.format.read_magic(file)
-            return np.lib.format.read_array_header_1_0(file)[0][0]
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path} is truncated or damaged ({error}); `python -m expvae_book.data fetch dsprites` replaces it"
-        ) from error

@@ -5,29 +5,27 @@ Known of the release, and true of the drawn sprites as well: the factors, their 
 picture (39 different ones, a step of 2π/39; not 40 in [0, 2π)); steps were chosen to change the picture. How sprites
 are drawn, see `expvae_book.data.generated.sprites`.
 
-Not known: how far all this is from the release, pixel by pixel. `closeness` measures it where the file is.
+Not known: how far all this is from the release, pixel by pixel.
 """
 
 import hashlib
-import zipfile
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64, UInt8
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 import expvae_book.data
 from expvae_book.data import catalogue
-from expvae_book.data.card import DataCard, survey, takes_sample
+from expvae_book.data.card import DataCard, npz_images, survey, takes_sample
 from expvae_book.data.generated import sprites
-from expvae_book.data.generated.sprites import SHAPES
 
 FACTORS = ("colour", "shape", "scale", "orientation", "x", "y")
 SIZES = (1, 3, 6, 40, 32, 32)
 COUNT = 737_280
+STRIDES = (COUNT, 245_760, 40_960, 1024, 32, 1)  # images from one value of each factor to its next
 SIDE = 64
 VALUES = {
     "colour": (1.0,),
@@ -84,38 +82,12 @@ class Sprites:
         return replace(self, pixels=self.pixels.to(device))
 
 
-def factors_of(index_B: Int64[Tensor, " b"]) -> Int64[Tensor, "b 6"]:
-    """The factors of images, each counted from 0, in the order of `FACTORS`.
+def index_of(factors_B6: Int64[Tensor, "b 6"]) -> Int64[Tensor, " b"]:
+    """The numbers of the images with these factors, each counted from 0, in the order of `FACTORS`.
 
     index = ((((colour · 3 + shape) · 6 + scale) · 40 + orientation) · 32 + x) · 32 + y
-
-    Raises:
-        IndexError: If there is no such image.
     """
-    wrong_B = index_B[(index_B < 0) | (index_B >= COUNT)]
-    if len(wrong_B):
-        raise IndexError(f"index must be from 0 to {COUNT - 1}; got {int(wrong_B[0])}")
-    # Not torch.unravel_index, whose first call imports sympy and takes seconds.
-    factors = []
-    for size in reversed(SIZES):
-        factors.insert(0, index_B % size)
-        index_B = index_B // size
-    return torch.stack(factors, dim=1)
-
-
-def index_of(factors_B6: Int64[Tensor, "b 6"]) -> Int64[Tensor, " b"]:
-    """The numbers of the images with these factors; the inverse of `factors_of`.
-
-    Raises:
-        ValueError: If a factor is outside of its range; the message names it.
-    """
-    index_B = torch.zeros_like(factors_B6[:, 0])
-    for name, size, factor_B in zip(FACTORS, SIZES, factors_B6.unbind(1), strict=True):
-        wrong_B = factor_B[(factor_B < 0) | (factor_B >= size)]
-        if len(wrong_B):
-            raise ValueError(f"{name} must be from 0 to {size - 1}; got {int(wrong_B[0])}")
-        index_B = index_B * size + factor_B
-    return index_B
+    return (factors_B6 * factors_B6.new_tensor(STRIDES)).sum(1)
 
 
 def load(data: str = "auto", root: Path | None = None) -> Sprites:
@@ -132,28 +104,19 @@ def load(data: str = "auto", root: Path | None = None) -> Sprites:
         FileNotFoundError: If the file is missing.
         ValueError: If `data` is none of these, or the file is damaged or holds other images; the message names it.
     """
-    if data == "sample":
-        return sample()
     root = Path(root or expvae_book.data.root())
-    file = root / catalogue.DSPRITES.folder / catalogue.DSPRITES.patterns["all"]
+    file = root / catalogue.DSPRITES.patterns["all"]
     if takes_sample(
         data,
         catalogue.DSPRITES,
         root,
-        file.parent,
+        root,
         present=file.is_file(),
         missing="" if file.is_file() else f"lacks {file.name}",
         stand_in="drawing a SAMPLE, every sprite from its factors,",
     ):
         return sample()
-    packed_NP = _pack(file)
-    # With fewer images it would not be told which factors are missing.
-    if len(packed_NP) != COUNT:
-        raise ValueError(
-            f"{file} holds {len(packed_NP)} images, not {COUNT}; "
-            "`python -m expvae_book.data fetch dsprites` replaces it"
-        )
-    return Sprites(torch.from_numpy(packed_NP), survey(catalogue.DSPRITES, root))
+    return Sprites(torch.from_numpy(_pack(file)), survey(catalogue.DSPRITES, root))
 
 
 def sample() -> Sprites:
@@ -172,50 +135,26 @@ def sample() -> Sprites:
     return Sprites(torch.from_numpy(canvas_SYX), card)
 
 
-def closeness(official: Sprites, drawn: Sprites, index_B: Int64[Tensor, " b"]) -> Float64[Tensor, "3"]:
-    """Mean intersection over union of the same images in two sets of sprites, for each of `SHAPES`.
-
-    Raises:
-        ValueError: If a shape is not among the images.
-    """
-    shape_B = factors_of(index_B)[:, 1].cpu()
-    if len(shape_B.unique()) != len(SHAPES):
-        raise ValueError(f"index_B must hold images of every shape: {', '.join(SHAPES)}")
-    a_BCYX, b_BCYX = official.images(index_B).cpu(), drawn.images(index_B).cpu()
-    iou_B = (a_BCYX & b_BCYX).sum((1, 2, 3)).double() / (a_BCYX | b_BCYX).sum((1, 2, 3))
-    return torch.stack([iou_B[shape_B == shape].mean() for shape in range(len(SHAPES))])
-
-
 def _pack(file: Path) -> UInt8[np.ndarray, "n 512"]:
     """The images of an npz file, eight pixels to a byte, read in pieces because they would take three gigabytes.
 
-    Only `imgs` is opened: `metadata` is a pickle.
-
     Raises:
-        ValueError: If the file is damaged or `imgs` is no array of binary images; the message names the file.
+        ValueError: If the file is damaged or `imgs` is no array of all binary images; the message names the file.
     """
-    try:
-        with zipfile.ZipFile(file) as archive, archive.open("imgs.npy") as member:
-            np.lib.format.read_magic(member)
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
-            if len(shape) != 3 or shape[1:] != (SIDE, SIDE) or dtype != np.uint8 or fortran:
-                order = " in Fortran order" if fortran else ""
-                raise ValueError(f"imgs is {dtype} of shape {shape}{order}, not uint8 of ({COUNT}, {SIDE}, {SIDE})")
-            packed_NP = np.empty((shape[0], SIDE * SIDE // 8), np.uint8)
-            for start in range(0, shape[0], CHUNK):
-                rows_NP = packed_NP[start : start + CHUNK]
-                content = member.read(len(rows_NP) * SIDE * SIDE)
-                if len(content) != rows_NP.size * 8:
-                    raise ValueError("imgs is shorter than its header says")
-                x_NP = np.frombuffer(content, np.uint8).reshape(len(rows_NP), SIDE * SIDE)
-                if x_NP.max() > 1:
-                    raise ValueError(f"a pixel is {x_NP.max()}, not 0 or 1")
-                rows_NP[:] = np.packbits(x_NP, axis=1)
-            # Reading on to the end is what makes zipfile compare the checksum.
-            if member.read(1):
-                raise ValueError("imgs is longer than its header says")
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, ValueError) as error:
-        raise ValueError(
-            f"{file} is truncated or damaged ({error}); `python -m expvae_book.data fetch dsprites` replaces it"
-        ) from error
+    with npz_images(file) as (member, shape, fortran, dtype):
+        # With fewer images it would not be told which factors are missing.
+        if shape != (COUNT, SIDE, SIDE) or dtype != np.uint8 or fortran:
+            order = " in Fortran order" if fortran else ""
+            raise ValueError(f"imgs is {dtype} of shape {shape}{order}, not uint8 of ({COUNT}, {SIDE}, {SIDE})")
+        packed_NP = np.empty((COUNT, SIDE * SIDE // 8), np.uint8)
+        for start in range(0, COUNT, CHUNK):
+            rows_NP = packed_NP[start : start + CHUNK]
+            content = member.read(8 * rows_NP.size)
+            x_NP = np.frombuffer(content, np.uint8).reshape(len(rows_NP), SIDE * SIDE)
+            if x_NP.max() > 1:
+                raise ValueError(f"a pixel is {x_NP.max()}, not 0 or 1")
+            rows_NP[:] = np.packbits(x_NP, axis=1)
+        # Reading on to the end is what makes zipfile compare the checksum.
+        if member.read(1):
+            raise ValueError("imgs is longer than its header says")
     return packed_NP

@@ -16,7 +16,7 @@ DISENTANGLEMENT ?= -p gammas 40 -p steps 60 -p stride 8
 # The data sets of which files are there. The library says so, which needs nothing but Python for that: before .venv is
 # made too, and for a path that make would take apart.
 AT_HAND = $(eval AT_HAND := $(shell EXPVAE_DATA=$(call quoted,EXPVAE_DATA) PYTHONPATH=lib \
-  $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m expvae_book.data.at_hand))$(AT_HAND)
+  $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m expvae_book.data.catalogue))$(AT_HAND)
 quoted = '$(subst ','\'',$(value $(1)))'
 # Where MVTec AD is absent, one drawn category for each chapter and a few steps, for the same reason.
 MVTEC15 ?= $(if $(filter mvtec,$(AT_HAND)),,-p categories bottle -p augmented 32 -p epochs 1)

@@ -204,7 +204,7 @@ def test_make_reproduce_finds_real_data_wherever_they_lie(name, given, tmp_path)
 def test_data_at_hand_are_told_before_anything_is_installed(tmp_path):
     (tmp_path / "file").touch()
     environment = {"PYTHONPATH": str(REPOSITORY / "lib"), "EXPVAE_DATA": str(tmp_path / "file")}
-    command = [sys.executable, "-S", "-B", "-m", "expvae_book.data.at_hand"]
+    command = [sys.executable, "-S", "-B", "-m", "expvae_book.data.catalogue"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"EXPVAE_DATA must name a folder, and {tmp_path}/file is a file.\n"

@@ -1,5 +1,4 @@
 import dataclasses
-import errno
 import gzip
 import hashlib
 import io
@@ -96,7 +95,7 @@ def release(monkeypatch, server, files):
         official={"train": 12, "test": 6},
         checksums={f"raw/{name}": digest(content) for name, content in files.items()},
         downloads=tuple(
-            catalogue.Download((f"{server.url}/{name}.gz",), digest(content), len(content), f"raw/{name}")
+            catalogue.Download((f"{server.url}/{name}.gz",), digest(content), f"raw/{name}")
             for name, content in packed.items()
         ),
     )
@@ -126,7 +125,7 @@ def fetch(name, root):
 def sentence(capsys):
     """What a failed command said, without the progress bars."""
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "B/s" not in line]
-    lines = [line for line in lines if " files" not in line]
+    lines = [line for line in lines if " files" not in line and "Downloading data from" not in line]
     assert len(lines) == 1, lines
     assert "Traceback" not in lines[0]
     assert lines[0].endswith(".")
@@ -243,8 +242,6 @@ def test_source_by_name():
     for name in ("cifar", "mvtec/cap", "pill", "ucsd/pill", ""):
         with pytest.raises(ValueError, match=r"mnist, ucsd, .* mvtec/ and one of bottle, .*; got "):
             catalogue.source(name)
-    with pytest.raises(ValueError, match=r"category must be one of bottle, .*, zipper; got 'cap'"):
-        catalogue.mvtec_category("cap")
 
 
 # Fetching
@@ -257,7 +254,7 @@ def test_fetch(release, server, files, tmp_path, capsys):
     assert everything(root) == sorted(f"MNIST/raw/{name}" for name in NAMES)
     out, err = capsys.readouterr()
     assert "MNIST (complete: 12 train, 6 test)" in out
-    assert all(f"{name}.gz: 100%" in err for name in NAMES)
+    assert err.count("100%") == len(NAMES)
 
 
 def test_fetch_of_what_is_there_does_nothing(release, server, files, tmp_path, capsys):
@@ -277,7 +274,7 @@ def test_fetch_replaces_only_what_is_wrong(release, server, files, tmp_path, cap
 
 def not_found(server):
     server.files.popitem()
-    return "not found (404)"
+    return "404 Client Error: Not Found"
 
 
 def damaged(server):
@@ -384,7 +381,7 @@ def test_command_line_against_the_catalogues_own_address(server, tmp_path):
     assert done.returncode == 1
     assert server.asked == list(catalogue.UCSD.downloads[0].urls)
     assert "Traceback" not in done.stderr
-    assert f"{catalogue.UCSD.downloads[0].urls[0]}: not found (404)" in done.stderr
+    assert f"{catalogue.UCSD.downloads[0].urls[0]}: 404 Client Error: Not Found" in done.stderr
     assert everything(tmp_path) == []
 
 
@@ -638,26 +635,9 @@ def test_status_lists_categories(mvtec, tmp_path, capsys):
 # Other disks
 
 
-def renaming(monkeypatch, other):
-    """Let a rename between a folder and the rest fail, as between two disks."""
-    replace = os.replace
-
-    def refuse(source, target):
-        if Path(source).resolve().is_relative_to(other) != Path(target).resolve().is_relative_to(other):
-            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source), None, str(target))
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", refuse)
-
-
-@pytest.fixture(params=["simulated", "real"])
-def disk(request, tmp_path, monkeypatch):
+@pytest.fixture
+def disk(tmp_path):
     """A folder on another disk than `tmp_path`."""
-    if request.param == "simulated":
-        (tmp_path / "disk").mkdir()
-        renaming(monkeypatch, tmp_path / "disk")
-        yield tmp_path / "disk"
-        return
     memory = Path("/dev/shm")
     if not (os.access(memory, os.W_OK) and memory.stat().st_dev != tmp_path.stat().st_dev):
         pytest.skip("there is no second file system")
@@ -723,10 +703,9 @@ def test_a_link_on_the_same_disk_is_followed_too(serve_archive, tmp_path, capsys
 def test_what_could_not_be_moved_into_place_is_not_downloaded(mvtec, server, disk, tmp_path, capsys):
     root = tmp_path / "root"
     linked(root, "mvtec/pill", disk)
-    assert fetch_categories(root, "bottle", "pill") == 1  # on two disks
+    assert fetch_categories(root, "bottle", "pill") == 1
     said = sentence(capsys)
-    assert said.startswith("nothing was downloaded, because there is no folder from which MVTec AD could be moved to ")
-    assert f"{root / 'mvtec'} and {disk} (" in said
+    assert said == f"{root} and {disk} lie on two disks: fetch what belongs on each of them by itself."
     assert server.asked == []
     assert [path.name for path in root.rglob("*")] == ["mvtec", "pill"]
     assert list(disk.iterdir()) == []
@@ -790,7 +769,7 @@ def test_status(release, files, tmp_path, capsys):
     ]
     assert [row[:2] for row in table[3:]] == [["mvtec", "absent"], ["dsprites", "absent"]]
     assert rows["mnist:"] == "mnist: As released."
-    assert "python -m expvae_book.data fetch mvtec" in rows["mvtec:"]
+    assert "mvtec: `python -m expvae_book.data fetch mvtec` fetches it." in out.splitlines()
 
 
 def test_status_names_a_damaged_file(release, files, tmp_path, capsys):

@@ -5,14 +5,14 @@
 
 import argparse
 import gzip
-import logging
 import lzma
+import re
 import shutil
 import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import pooch
@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 import expvae_book.data
 from expvae_book import places
-from expvae_book.data.card import DataCard, sha256, survey
-from expvae_book.data.catalogue import IMAGENET_FILE, MVTEC_OFFICIAL, SOURCES, Download, Source, mvtec_category
+from expvae_book.data.card import DataCard, available, sha256, survey
+from expvae_book.data.catalogue import IMAGENET_FILE, MVTEC_OFFICIAL, SOURCES, Download, Source, source
 
 REASONS = (
     (requests.exceptions.ChunkedEncodingError, "the connection was cut"),
@@ -55,59 +55,36 @@ def fetch(name: str, categories: list[str] | None, root: Path) -> None:
         FetchError: If a category is unknown, no mirror has the right file, an archive cannot be unpacked safely, or the
             place is taken.
     """
+    sources = _sources(name, categories)
     missing = []
-    for source in _sources(name, categories):
-        lacking = [(source, download) for download in source.downloads if not _in_place(download, source, root)]
+    for one in sources:
+        lacking = [(one, download) for download in one.downloads if not _in_place(download, one, root)]
         missing += lacking
         if not lacking:
-            print(f"{source.title} is complete in {root / source.folder}: nothing to do.")
+            print(f"{one.title} is complete in {root / one.folder}: nothing to do.")
     if not missing:
         return
-    for source, download in missing:
-        _refuse_taken(root / source.folder / download.target, source, download)
-    ends = [_end(root / source.folder / download.target, bool(download.target)) for source, download in missing]
+    ends = [_end(download, one, root) for one, download in missing]
     with _workshop(root, SOURCES[name], ends) as work:
-        unpacked, ready = {}, []
-        for _, download in missing:
-            if download.urls not in unpacked:
-                archive = _download(download, SOURCES[name], work)
-                unpacked[download.urls] = _unpack(archive, {download.inner for _, download in missing}, work)
-            ready.append(unpacked[download.urls] / download.inner)
-            if download.inner and not ready[-1].is_dir():
-                raise FetchError(f"{archive.name} holds no folder {download.inner}")
-        for made, end in zip(ready, ends, strict=True):
-            _place(made, end)
-    for source in _sources(name, categories):
-        card = survey(source, root)
-        if card is not None:
-            print(f"{source.title} ({card.kind}: {_counts(card)}) is in {root / source.folder}.")
+        inners = {download.inner for _, download in missing}
+        files = {download.urls: download for _, download in missing}
+        unpacked = {urls: _unpack(_download(file, SOURCES[name], work), inners, work) for urls, file in files.items()}
+        for (_, download), end in zip(missing, ends, strict=True):
+            _place(unpacked[download.urls] / download.inner, end)
+    for one in sources:
+        (kind, counts, _), _ = _look(one, root)
+        print(f"{one.title} ({kind}: {counts}) is in {root / one.folder}.")
 
 
 def status(root: Path) -> int:
     """Print what is there of every data set; returns 1 where something is damaged, otherwise 0."""
-    rows = [("data set", "state", "images", "digest", "licence", "folder")]
-    remarks = []
-    for source in SOURCES.values():
-        state, counts, digest = "absent", "", ""
-        try:
-            card = survey(source, root)
-        except ValueError as error:
-            state = "damaged"
-            remarks.append(f"{source.name}: {error}.")
-        else:
-            if card is None:
-                remarks.append(f"{source.name}: `python -m expvae_book.data fetch {source.name}` fetches it.")
-            else:
-                state, counts, digest = card.kind, _counts(card), card.digest[:12]
-                remarks.extend(f"{source.name}: {line}" for line in card.note.splitlines())
-                if source.name == "mvtec":
-                    # Only here, because it imports PyTorch, which takes seconds.
-                    from expvae_book.data.mvtec import available
-
-                    names = available(root)
-                    at_hand = f"{len(names)} of {len(MVTEC_OFFICIAL)} categories at hand"
-                    remarks.append(f"{source.name}: {at_hand}: {', '.join(names) or 'none'}.")
-        rows.append((source.name, state, counts, digest, source.licence, str(root / source.folder)))
+    rows, remarks = [("data set", "state", "images", "digest", "licence", "folder")], []
+    for one in SOURCES.values():
+        looks, notes = _look(one, root)
+        rows.append((one.name, *looks, one.licence, str(root / one.folder)))
+        remarks += [f"{one.name}: {note}" for note in notes]
+    names = available(root)
+    remarks.append(f"mvtec: {len(names)} of {len(MVTEC_OFFICIAL)} categories at hand: {', '.join(names) or 'none'}.")
     weights = root / IMAGENET_FILE
     digest = f"SHA-256 {sha256(weights)}" if weights.is_file() else "absent, torchvision's are downloaded at first use"
     remarks.append(f"ImageNet's weights: {weights} ({digest}).")
@@ -127,14 +104,9 @@ def main(arguments: list[str] | None = None) -> int:
     fetching.add_argument(
         "--categories", nargs="+", help="of mvtec only: names, with commas or spaces between them (default: all)"
     )
-    showing = commands.add_parser("status", help="print what is there")
-    for command in (fetching, showing):
-        command.add_argument(
-            "--root",
-            help="data root (default: EXPVAE_DATA, or data/ in the repository)",
-        )
+    for command in (fetching, commands.add_parser("status", help="print what is there")):
+        command.add_argument("--root", help="data root (default: EXPVAE_DATA, or data/ in the repository)")
     options = parser.parse_args(arguments)
-    problem, code = "", 1
     try:
         root = expvae_book.data.root()
         if options.root is not None:
@@ -148,9 +120,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         problem = f"The data root cannot be used: {error}."
     except KeyboardInterrupt:
-        problem, code = "Stopped; nothing half-written is left behind.", 130
+        problem = "Stopped; nothing half-written is left behind."
     print(problem, file=sys.stderr)
-    return code
+    return 1
 
 
 def _sources(name: str, categories: list[str] | None) -> list[Source]:
@@ -160,12 +132,12 @@ def _sources(name: str, categories: list[str] | None) -> list[Source]:
             raise FetchError(f"--categories goes with the data set mvtec; {name} has none")
         return [SOURCES[name]]
     words = ",".join(MVTEC_OFFICIAL if categories is None else categories).split(",")
-    names = [word.strip() for word in dict.fromkeys(words) if word.strip()]
+    names = [word.strip() for word in words if word.strip()]
     unknown = [name for name in names if name not in MVTEC_OFFICIAL]
     if unknown or not names:
         got = ", ".join(map(repr, unknown)) or "nothing"
         raise FetchError(f"--categories must be some of {', '.join(MVTEC_OFFICIAL)}; got {got}")
-    return [mvtec_category(name) for name in dict.fromkeys(names)]
+    return [source(f"mvtec/{name}") for name in dict.fromkeys(names)]
 
 
 def _in_place(download: Download, source: Source, root: Path) -> bool:
@@ -177,8 +149,9 @@ def _in_place(download: Download, source: Source, root: Path) -> bool:
     return target.is_file() and sha256(target) == source.checksums[download.target]
 
 
-def _refuse_taken(target: Path, source: Source, download: Download) -> None:
-    """Refuse to replace anything but a file by a file, and an empty folder by a folder."""
+def _end(download: Download, source: Source, root: Path) -> Path:
+    """Where a download is to lie, behind all links; only a file of its name, or an empty folder, is replaced."""
+    target = root / source.folder / download.target
     if download.target and target.is_file():
         print(f"{target} is not the file of the release: replacing it.")
     elif target.exists() and (download.target or not target.is_dir() or any(target.iterdir())):
@@ -186,50 +159,32 @@ def _refuse_taken(target: Path, source: Source, download: Download) -> None:
             f"{target} already holds something else than the complete {source.title}; "
             "move it away, or name another folder with --root"
         )
-
-
-def _end(target: Path, is_file: bool) -> Path:
-    """Where a target really lies, which is elsewhere where a link is on the way to it.
-
-    A folder cannot be renamed over a link to a folder; a file takes the place of a link.
-    """
-    return target.parent.resolve() / target.name if is_file else target.resolve()
+    # A folder cannot be renamed over a link to a folder; a file takes the place of a link.
+    return target.parent.resolve() / target.name if download.target else target.resolve()
 
 
 @contextmanager
 def _workshop(root: Path, source: Source, ends: list[Path]) -> Iterator[Path]:
-    """A temporary folder from which what is made in it can be renamed to its ends, for one fetch at a time.
-
-    It lies below the root, or where the ends are on another disk, there; that it serves is tried before anything is
-    downloaded. What a killed fetch left in it is removed.
-    """
-    nearest = list(dict.fromkeys(next(part for part in (end, *end.parents) if part.is_dir()) for end in ends))
-    problem = None
-    with ExitStack() as stack:
-        for place in (root, *nearest):
-            folder = place / f".fetch-{source.name}"
-            work = folder / "work"
+    """A temporary folder on the disk of the ends, for one fetch at a time; what a killed one left in it is removed."""
+    root.mkdir(parents=True, exist_ok=True)
+    nearest = [next(part for part in (end, *end.parents) if part.is_dir()) for end in ends]
+    disks = {place.stat().st_dev: place for place in (*nearest, root)}
+    place = disks[nearest[0].stat().st_dev]
+    others = [near for near in nearest if near.stat().st_dev != place.stat().st_dev]
+    if others:
+        raise FetchError(f"{place} and {others[0]} lie on two disks: fetch what belongs on each of them by itself")
+    folder = place / f".fetch-{source.name}"
+    folder.mkdir(exist_ok=True)
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            shutil.rmtree(folder / "work", ignore_errors=True)
+            (folder / "work").mkdir()
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(FileLock(folder / "lock", timeout=0))
-                stack.callback(shutil.rmtree, folder, ignore_errors=True)
-                shutil.rmtree(work, ignore_errors=True)
-                for near in nearest:
-                    work.mkdir()
-                    work.replace(near / f".trial-{source.name}").rmdir()
-                work.mkdir()
-                break
-            except Timeout:
-                raise FetchError(f"another fetch of {source.title} into {place} is running") from None
-            except OSError as error:
-                problem = error
-                stack.close()
-        else:
-            raise FetchError(
-                f"nothing was downloaded, because there is no folder from which {source.title} could be moved to "
-                f"{' and '.join(map(str, nearest))} ({problem})"
-            )
-        yield work
+                yield folder / "work"
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    except Timeout:
+        raise FetchError(f"another fetch of {source.title} into {place} is running") from None
 
 
 def _place(made: Path, end: Path) -> None:
@@ -244,25 +199,18 @@ def _place(made: Path, end: Path) -> None:
 
 def _download(download: Download, source: Source, folder: Path) -> Path:
     """Download a file from the first mirror that has it and check it."""
-    pooch.get_logger().setLevel(logging.WARNING)
     name = download.urls[0].rsplit("/", 1)[-1]
+    # identity: some servers offer a .gz as an encoding of the file inside, and requests would decode it.
+    headers = {"Accept-Encoding": "identity"}
+    downloader = pooch.HTTPDownloader(progressbar=True, chunk_size=1 << 16, headers=headers)
     problems = []
     for url in download.urls:
-        # pooch asks whether the bar is true, which tqdm answers by its total; the server's length replaces it.
-        with tqdm(total=download.size or 1, desc=name, unit="B", unit_scale=True) as bar:
-            # identity: some servers offer a .gz as an encoding of the file inside, and requests would decode it.
-            downloader = pooch.HTTPDownloader(
-                progressbar=bar, chunk_size=1 << 16, headers={"Accept-Encoding": "identity"}
-            )
-            try:
-                return Path(pooch.retrieve(url, f"sha256:{download.sha256}", name, folder, downloader=downloader))
-            except requests.HTTPError as error:
-                problems.append(f"{url}: {error.response.reason.lower()} ({error.response.status_code})")
-            except (requests.RequestException, ValueError) as error:
-                # pooch's own message about a checksum goes on to say that it deleted the file.
-                own = str(error).partition(". ")[0]
-                reason = next((reason for kind, reason in REASONS if isinstance(error, kind)), own)
-                problems.append(f"{url}: {reason}")
+        try:
+            return Path(pooch.retrieve(url, f"sha256:{download.sha256}", name, folder, downloader=downloader))
+        except (requests.RequestException, ValueError) as error:
+            # After the reason requests repeats the address, and pooch says that it deleted a file of another checksum.
+            own = re.split(r"\. | for url", str(error))[0]
+            problems.append(f"{url}: {next((reason for kind, reason in REASONS if isinstance(error, kind)), own)}")
     raise FetchError(
         f"{source.title} could not be fetched, nothing was kept; {'; '.join(problems)} (see {source.home})"
     )
@@ -287,12 +235,24 @@ def _unpack(archive: Path, inners: set[str], folder: Path) -> Path:
             opener = gzip.open if archive.suffix == ".gz" else Path.open
             with opener(archive, "rb") as packed, unpacked.open("wb") as file:
                 shutil.copyfileobj(packed, file)
-    except tarfile.FilterError as error:
-        raise FetchError(f"{archive.name} is refused, because a member of it is unsafe: {error}") from error
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = str(error).partition("\n")[0].rstrip(":")
-        raise FetchError(f"{archive.name} cannot be unpacked: {reason}") from error
+        raise FetchError(f"{archive.name} is damaged or unsafe and cannot be unpacked: {reason}") from error
+    lacking = [inner for inner in sorted(inners) if not (unpacked / inner).exists()]
+    if lacking:
+        raise FetchError(f"{archive.name} holds no folder {lacking[0]}")
     return unpacked
+
+
+def _look(source: Source, root: Path) -> tuple[tuple[str, str, str], list[str]]:
+    """State, counts and digest of what is there of a data set, and what there is to say about it."""
+    try:
+        card = survey(source, root)
+    except ValueError as error:
+        return ("damaged", "", ""), [f"{error}."]
+    if card is None:
+        return ("absent", "", ""), [f"`python -m expvae_book.data fetch {source.name}` fetches it."]
+    return (card.kind, _counts(card), card.digest[:12]), card.note.splitlines()
 
 
 def _counts(card: DataCard) -> str:

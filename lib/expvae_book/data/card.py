@@ -14,7 +14,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from expvae_book.data.catalogue import Source
+import expvae_book.data
+from expvae_book.data.catalogue import MVTEC_OFFICIAL, SOURCES, Source
 
 DATA = ("auto", "real", "sample")
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
@@ -234,6 +235,16 @@ def listed(names: list[str]) -> str:
 def is_image(path: Path) -> bool:
     """Whether a file is an image by its name; copies made on other systems hold AppleDouble files (._000.png)."""
     return path.suffix.lower() in IMAGES and not path.name.startswith(".") and path.is_file()
+
+
+def available(root: Path | None = None) -> list[str]:
+    """The categories of MVTec AD of which there are training images, in alphabetical order.
+
+    Args:
+        root: Data root; by default `expvae_book.data.root()`.
+    """
+    folder = Path(root or expvae_book.data.root()) / SOURCES["mvtec"].folder
+    return [name for name in MVTEC_OFFICIAL if any(map(is_image, (folder / name / "train/good").glob("*")))]
 
 
 def _encoded_again(source: Source, counted: dict[str, dict[Path, int]]) -> list[str]:

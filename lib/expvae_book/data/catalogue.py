@@ -3,9 +3,16 @@
 All checksums are SHA-256. They were published by, and compared between: MNIST, TensorFlow Datasets (archives) and a
 copy whose MD5 sums are the published ones (files); UCSD and MVTec AD, anomalib; dSprites, two unrelated projects that
 pin the file.
+
+`python -m expvae_book.data.catalogue` prints which of them have files below the data root. It is for the Makefile,
+before anything is installed: nothing is imported here that has to be.
 """
 
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
+
+from expvae_book import data, places
 
 
 @dataclass(frozen=True)
@@ -15,14 +22,12 @@ class Download:
     Attributes:
         urls: Mirrors, tried in turn.
         sha256: Checksum of the file as downloaded.
-        size: Bytes, where published.
         target: The file that it becomes, relative to the source's folder; empty where it becomes the folder itself.
         inner: The folder inside a tar archive that becomes the target; empty for the whole archive.
     """
 
     urls: tuple[str, ...]
     sha256: str
-    size: int | None = None
     target: str = ""
     inner: str = ""
 
@@ -58,13 +63,13 @@ class Source:
     suffix: str = ""
 
 
-def _mnist(file: str, sha256: str, size: int) -> Download:
+def _mnist(file: str, sha256: str) -> Download:
     mirrors = (
         "https://ossci-datasets.s3.amazonaws.com/mnist/",
         "https://storage.googleapis.com/cvdf-datasets/mnist/",
         "http://yann.lecun.com/exdb/mnist/",
     )
-    return Download(tuple(f"{mirror}{file}.gz" for mirror in mirrors), sha256, size, target=f"raw/{file}")
+    return Download(tuple(f"{mirror}{file}.gz" for mirror in mirrors), sha256, target=f"raw/{file}")
 
 
 MNIST = Source(
@@ -83,12 +88,10 @@ MNIST = Source(
         "raw/t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
     },
     downloads=(
-        _mnist(
-            "train-images-idx3-ubyte", "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609", 9_912_422
-        ),
-        _mnist("train-labels-idx1-ubyte", "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c", 28_881),
-        _mnist("t10k-images-idx3-ubyte", "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6", 1_648_877),
-        _mnist("t10k-labels-idx1-ubyte", "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6", 4_542),
+        _mnist("train-images-idx3-ubyte", "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
+        _mnist("train-labels-idx1-ubyte", "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"),
+        _mnist("t10k-images-idx3-ubyte", "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"),
+        _mnist("t10k-labels-idx1-ubyte", "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"),
     ),
 )
 
@@ -110,7 +113,6 @@ UCSD = Source(
         Download(
             ("http://www.svcl.ucsd.edu/projects/anomaly/UCSD_Anomaly_Dataset.tar.gz",),
             "2329af326951f5097fdd114c50e853957d3e569493a49d22fc082a9fd791915b",
-            740_306_953,
             inner="UCSD_Anomaly_Dataset.v1p2",
         ),
     ),
@@ -138,7 +140,6 @@ MVTEC = Source(
                 "420938113-1629952094/mvtec_anomaly_detection.tar.xz",
             ),
             "cf4313b13603bec67abb49ca959488f7eedce2a9f7795ec54446c649ac98cd3d",
-            5_264_982_680,
         ),
     ),
     suffix=".png",
@@ -236,17 +237,18 @@ DSPRITES = Source(
 SOURCES = {source.name: source for source in (MNIST, UCSD, MVTEC, DSPRITES)}
 
 
-def mvtec_category(category: str) -> Source:
-    """One category of MVTec AD as a source of its own, named `mvtec/<category>`.
-
-    Args:
-        category: One of `MVTEC_OFFICIAL`.
+def source(name: str) -> Source:
+    """The source of this name: one of `SOURCES`, or a category of MVTec AD, `mvtec/<category>`, as a source of its own.
 
     Raises:
-        ValueError: If there is no such category.
+        ValueError: If there is none.
     """
-    if category not in MVTEC_OFFICIAL:
-        raise ValueError(f"category must be one of {', '.join(MVTEC_OFFICIAL)}; got {category!r}")
+    if name in SOURCES:
+        return SOURCES[name]
+    prefix, _, category = name.partition("/")
+    if prefix != "mvtec" or category not in MVTEC_OFFICIAL:
+        known = f"{', '.join(SOURCES)}, or mvtec/ and one of {', '.join(MVTEC_OFFICIAL)}"
+        raise ValueError(f"name must be one of {known}; got {name!r}")
     # No pattern tells every folder but good/: the defective images are the rest of the test images.
     patterns = {
         "train": "train/good/*",
@@ -257,7 +259,7 @@ def mvtec_category(category: str) -> Source:
     whole = SOURCES["mvtec"]
     return replace(
         whole,
-        name=f"{whole.name}/{category}",
+        name=name,
         title=f"{whole.title} {category}",
         folder=f"{whole.folder}/{category}",
         patterns=patterns,
@@ -266,17 +268,17 @@ def mvtec_category(category: str) -> Source:
     )
 
 
-def source(name: str) -> Source:
-    """The source of this name: one of `SOURCES`, or `mvtec/<category>`, as in the name of a data card.
+def at_hand(root: Path) -> list[str]:
+    """Names of the data sets of which there is a file below the root; none is opened."""
+    return [
+        name
+        for name, source in SOURCES.items()
+        if any(path.is_file() for pattern in source.patterns.values() for path in (root / source.folder).glob(pattern))
+    ]
 
-    Raises:
-        ValueError: If there is none.
-    """
-    if name in SOURCES:
-        return SOURCES[name]
-    prefix = f"{MVTEC.name}/"
-    if name.removeprefix(prefix) in MVTEC_OFFICIAL and name.startswith(prefix):
-        return mvtec_category(name.removeprefix(prefix))
-    raise ValueError(
-        f"name must be one of {', '.join(SOURCES)}, or {prefix} and one of {', '.join(MVTEC_OFFICIAL)}; got {name!r}"
-    )
+
+if __name__ == "__main__":
+    try:
+        print(*at_hand(data.root()))
+    except places.SettingError as error:
+        sys.exit(f"{error}.")

@@ -11,7 +11,8 @@ from torch import Tensor
 
 import expvae_book.data
 from expvae_book.data import catalogue, images
-from expvae_book.data.card import DataCard, is_image, kind_of, notes_in, survey, takes_sample
+from expvae_book.data.card import DataCard, kind_of, notes_in, survey, takes_sample
+from expvae_book.data.card import available as available
 from expvae_book.data.generated import workpieces
 
 OFFICIAL = catalogue.MVTEC_OFFICIAL  # by category and split
@@ -77,7 +78,7 @@ def load(category: str, data: str = "auto", root: Path | None = None, size: int 
     if data == "sample":
         return sample(category, size=size)
     root = Path(root or expvae_book.data.root())
-    source = catalogue.mvtec_category(category)
+    source = catalogue.source(f"mvtec/{category}")
     folder = root / source.folder
     train = images.files(folder / "train/good")
     if takes_sample(
@@ -131,7 +132,7 @@ def sample(category: str, seed: int = 0, size: int = 256) -> Category:
     good = sum(defect == "good" for defect in drawn.test_defect)
     defective = len(drawn.test_defect) - good
     card = DataCard(
-        name=catalogue.mvtec_category(category).name,
+        name=f"mvtec/{category}",
         kind="sample",
         counts={"train": len(drawn.train_NYXC), "test": good + defective, "masks": defective}
         | {"test good": good, "test defective": defective},
@@ -145,16 +146,6 @@ def sample(category: str, seed: int = 0, size: int = 256) -> Category:
     test = zip(map(Image.fromarray, drawn.test_NYXC), drawn.test_mask_NYX, strict=True)
     batches = (images.batch(pairs, "RGB", size) for pairs in (train, test))
     return _assemble(category, *batches, drawn.test_defect, card)
-
-
-def available(root: Path | None = None) -> list[str]:
-    """The categories of which there are training images, in alphabetical order.
-
-    Args:
-        root: Data root; by default `expvae_book.data.root()`.
-    """
-    folder = Path(root or expvae_book.data.root()) / catalogue.MVTEC.folder
-    return [name for name in CATEGORIES if any(map(is_image, (folder / name / "train/good").glob("*")))]
 
 
 def _assemble(category: str, train: images.Batch, test: images.Batch, defects: list[str], card: DataCard) -> Category:
@@ -173,7 +164,7 @@ def _assemble(category: str, train: images.Batch, test: images.Batch, defects: l
 
 def _card(category: str, root: Path, masks: int) -> DataCard:
     """What is at hand of a category, this many masks of defects among it, and what that rules out."""
-    card = survey(catalogue.mvtec_category(category), root)
+    card = survey(catalogue.source(f"mvtec/{category}"), root)
     good = card.counts["test good"]
     defective = card.counts["test"] - good
     beside = notes_in(root / catalogue.MVTEC.folder)

@@ -44,9 +44,8 @@ class Task:
 def load(data: str) -> tuple[Task, DataCard]:
     """The digit of the benchmark."""
     images = mnist.load(data)
-    inlier_NCYX = images.train_NYX[images.train_label_N == DIGIT][:, None]
-    train_NCYX, held_out_NCYX = (inlier_NCYX[part] for part in training.hold_out(len(inlier_NCYX)))
-    outlier_NCYX = images.test_NYX[torch.isin(images.test_label_N, torch.tensor(mnist.OUTLIERS[DIGIT]))][:, None]
+    train_NCYX, held_out_NCYX = images.training(DIGIT)
+    outlier_NCYX = images.test_NYX[images.testing(mnist.outliers(DIGIT))][:, None]
     foreign_NYX = truth.ink_truth(training.to_unit(outlier_NCYX)[:, 0], training.to_unit(train_NCYX)[:, 0], 1)
     return Task(train_NCYX, held_out_NCYX, outlier_NCYX, foreign_NYX), images.card
 

@@ -186,10 +186,8 @@ def subject(parameters: Mapping[str, Any], device: torch.device) -> Subject:
 
 def _mnist(images: mnist.MNIST, chosen: dict[str, Any], parameters: Mapping[str, Any], device: torch.device) -> Subject:
     digit = int(parameters["model"])
-    inlier_NCYX = images.train_NYX[images.train_label_N == digit][:, None]
-    train_NCYX, held_out_NCYX = (inlier_NCYX[part] for part in training.hold_out(len(inlier_NCYX)))
-    outliers = mnist.OUTLIERS[digit]
-    test = torch.nonzero(torch.isin(images.test_label_N, torch.tensor([digit, *outliers])))[:, 0]
+    train_NCYX, held_out_NCYX = images.training(digit)
+    test = images.testing([digit, *mnist.outliers(digit)])
     some = _drawn(test, parameters).sort().values  # in the order of the files, which mixes the digits
     x_NCYX, measured_N = images.test_NYX[some][:, None], images.test_label_N[some] != digit
     return Subject(

@@ -310,7 +310,7 @@ def test_damaged_file_is_named(place, damage, bottle):
 @pytest.mark.parametrize("place", ["train/good/001", "test/broken/004", "ground_truth/broken/000_mask"])
 def test_sixteen_bits_are_refused(place, bottle):
     file = save(bottle / f"{place}.png", noise(1, channels=1)[:, :, 0].astype(np.uint16) * 200)
-    fails(bottle, ValueError, f"{file} must be grey or RGB with 8 bits per channel; its mode is I;16")
+    fails(bottle, ValueError, file, "must be grey or RGB with 8 bits per channel; its mode is I;16")
 
 
 @pytest.mark.parametrize("place", ["broken/001_mask", "broken/000", "other/000_mask", "good/002_mask"])
@@ -356,7 +356,7 @@ def test_image_in_two_formats(place, bottle):
 @pytest.mark.parametrize("category", ["", "Bottle", "metal nut", "../MNIST", "mvtec/bottle"])
 @pytest.mark.parametrize("call", [mvtec.load, mvtec.sample])
 def test_unknown_category(call, category, bottle):
-    with pytest.raises(ValueError, match=f"category must be one of bottle, cable, .*, zipper; got '{category}'$"):
+    with pytest.raises(ValueError, match=f"must be .*one of bottle, cable, .*, zipper; got '(mvtec/)?{category}'$"):
         call(category)
 
 

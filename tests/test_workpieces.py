@@ -53,7 +53,7 @@ def clean(category):
 
 def test_names():
     assert list(workpieces.CATEGORIES) == CATEGORIES
-    with pytest.raises(ValueError, match=r"^category must be one of bottle, .*, zipper, not 'bottles'$"):
+    with pytest.raises(ValueError, match=r"^category must be one of bottle, .*, zipper; got 'bottles'$"):
         workpieces.draw("bottles")
 
 

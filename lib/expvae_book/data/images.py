@@ -25,6 +25,8 @@ GREY = ("1", "L", "LA")
 COLOUR = ("P", "PA", "RGB", "RGBA", "RGBX")
 LOSSLESS = ("PNG", "BMP", "DIB", "TIFF")
 LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
+MASK_RESIZES = {"nearest": Image.Resampling.NEAREST, "truncated": Image.Resampling.BILINEAR}
+LEAST_SIZE = 32  # pixels along a side
 
 
 @dataclass(frozen=True)
@@ -113,32 +115,28 @@ def batch(
     Args:
         pairs: Images in this mode, each with its anomalous pixels or None.
         mode: "L" or "RGB".
-        size: Pixels along either side.
+        size: Pixels along either side, 32 or more.
         mask_resize: "nearest" takes the pixel nearest to each centre. "truncated" is what published code comes to:
             bilinear as for images, in [0, 1], then cut to a whole number, so that a pixel stays anomalous only where
             all that it was computed from is, and every region loses its border.
+
+    Raises:
+        ValueError: If size is no whole number, or too small, or mask_resize unknown.
     """
-    resampling = {"nearest": Image.Resampling.NEAREST, "truncated": Image.Resampling.BILINEAR}[mask_resize]
+    if not isinstance(size, int) or size < LEAST_SIZE:
+        raise ValueError(f"size must be a whole number of pixels, {LEAST_SIZE} or more; got {size!r}")
+    if mask_resize not in MASK_RESIZES:
+        raise ValueError(f"mask_resize must be one of {', '.join(MASK_RESIZES)}; got {mask_resize!r}")
     images, masks, marked = [], [], []
     for image, mask_YX in pairs:
         images.append(np.array(image.resize((size, size), Image.Resampling.BILINEAR)))
         marked.append(None if mask_YX is None else bool(mask_YX.any()))
         masks.append(None)
         if mask_YX is not None:
-            mask = Image.fromarray(np.where(mask_YX, 255, 0).astype(np.uint8)).resize((size, size), resampling)
+            mask = Image.fromarray(mask_YX.astype(np.uint8) * 255).resize((size, size), MASK_RESIZES[mask_resize])
             masks[-1] = torch.from_numpy(np.array(mask) == 255)
     x_NYXC = np.array(images, np.uint8).reshape(len(images), size, size, CHANNELS[mode])
     return Batch(torch.from_numpy(x_NYXC).permute(0, 3, 1, 2).contiguous(), masks, marked)
-
-
-def check_size(size: int, least: int) -> None:
-    """Refuse what is no number of pixels along the side of an image.
-
-    Raises:
-        ValueError: If it is no whole number, or fewer than so many.
-    """
-    if not isinstance(size, int) or size < least:
-        raise ValueError(f"size must be a whole number of pixels, {least} or more; got {size!r}")
 
 
 def read(file: Path, mode: str) -> Image.Image:
@@ -173,38 +171,24 @@ def read_mask(file: Path) -> Bool[np.ndarray, "y x"]:
 
 def _open(file: Path) -> tuple[Image.Image, bool]:
     """A file in mode L or RGB, and whether its encoding is lossy."""
-    refused = ""
     try:
         # Of a file by its name Pillow maps an uncompressed TIFF with width and height already exchanged: garbage.
         with file.open("rb") as content, Image.open(content) as image:
             lossy = image.format not in LOSSLESS or image.info.get("compression") in LOSSY_TIFF
-            stored, frames = _stored(image), getattr(image, "n_frames", 1)
+            # Pillow's own mode hides that it cuts 16-bit colours off; BMP's BGR;16 are 16 bits for all three channels.
+            deep = re.search(r"\w+;16[BLN]", str(image.tile))
+            stored = deep[0] if deep else image.mode
             if stored not in GREY + COLOUR:
-                refused = f"must be grey or RGB with 8 bits per channel; its mode is {stored}"
+                raise ValueError(f"it must be grey or RGB with 8 bits per channel; its mode is {stored}")
             # The first of an MPO, as telephones write JPEG, is the photograph; the others are previews or depths.
-            elif frames > 1 and image.format != "MPO":
-                refused = f"must hold one image; it holds {frames}"
-            else:
-                upright = ImageOps.exif_transpose(image)
-                if "A" in stored or "transparency" in image.info:
-                    upright = upright.convert("RGBA")
-                    if upright.getextrema()[3][0] < 255:
-                        refused = "must be opaque; some of its pixels are transparent"
-                plain = upright.convert("L" if stored in GREY else "RGB")
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            if frames > 1:
+                raise ValueError(f"it must hold one image; it holds {frames}")
+            upright = ImageOps.exif_transpose(image)
+            if image.has_transparency_data and upright.convert("RGBA").getextrema()[3][0] < 255:
+                raise ValueError("it must be opaque; some of its pixels are transparent")
+            return upright.convert("L" if stored in GREY else "RGB"), lossy
     # Pillow's decoders answer damage with OSError, SyntaxError, ValueError, struct.error, KeyError and others.
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{file} is damaged or no image ({reason})") from error
-    if refused:
-        raise ValueError(f"{file} {refused}")
-    return plain, lossy
-
-
-def _stored(image: Image.Image) -> str:
-    """The mode of a file before it is decoded; Pillow's own mode hides that it cuts 16-bit colours off."""
-    for *_, arguments in image.tile:
-        raw = arguments if isinstance(arguments, str) or not arguments else arguments[0]
-        # BMP's BGR;16 are 16 bits for all three channels together.
-        if re.search(";16[BLN]", str(raw)):
-            return raw
-    return image.mode
+        raise ValueError(f"{file} is damaged or no image that can be taken ({reason})") from error

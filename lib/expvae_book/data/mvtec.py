@@ -74,13 +74,10 @@ def load(category: str, data: str = "auto", root: Path | None = None, size: int 
         ValueError: If an argument is none of these, an image is damaged or refused, or a mask does not fit its image
             or has none; the message names the file.
     """
-    _check(category, size)
-    if data == "sample":
-        return sample(category, size=size)
     root = Path(root or expvae_book.data.root())
     source = catalogue.source(f"mvtec/{category}")
     folder = root / source.folder
-    train = images.files(folder / "train/good")
+    train = images.files(folder / "train/good") if data != "sample" else []
     if takes_sample(
         data,
         source,
@@ -101,12 +98,16 @@ def load(category: str, data: str = "auto", root: Path | None = None, size: int 
             raise ValueError(f"{masks[file]} marks anomalous pixels in {file}, which is a normal image")
         if not normal and marked is False:
             raise ValueError(f"{masks[file]} marks no pixel of the defect in {file}, which could not be measured so")
-    return _assemble(
-        category,
-        images.load(train, {}, "RGB", size),
-        test,
-        [file.parent.name for file in tests],
-        _card(category, root, sum(file.parent.name != "good" for file in masks)),
+    defects = [file.parent.name for file in tests]
+    empty_YX = torch.zeros(size, size, dtype=torch.bool)
+    masks_of = zip(test.mask, defects, strict=True)
+    return Category(
+        name=category,
+        train_NCYX=images.load(train, {}, "RGB", size).x_NCYX,
+        test_NCYX=test.x_NCYX,
+        test_defect=defects,
+        test_mask=[empty_YX.clone() if mask_YX is None and kind == "good" else mask_YX for mask_YX, kind in masks_of],
+        card=_card(source, root, sum(file.parent.name != "good" for file in masks)),
     )
 
 
@@ -124,11 +125,8 @@ def sample(category: str, seed: int = 0, size: int = 256) -> Category:
     Raises:
         ValueError: If category is unknown or size too small.
     """
-    _check(category, size)
     drawn = workpieces.draw(category, seed)
-    digest = hashlib.sha256()
-    for array in (drawn.train_NYXC, drawn.test_NYXC, drawn.test_mask_NYX):
-        digest.update(array.tobytes())
+    arrays = (drawn.train_NYXC, drawn.test_NYXC, drawn.test_mask_NYX)
     good = sum(defect == "good" for defect in drawn.test_defect)
     defective = len(drawn.test_defect) - good
     card = DataCard(
@@ -137,40 +135,26 @@ def sample(category: str, seed: int = 0, size: int = 256) -> Category:
         counts={"train": len(drawn.train_NYXC), "test": good + defective, "masks": defective}
         | {"test good": good, "test defective": defective},
         official=dict(OFFICIAL[category]),
-        digest=digest.hexdigest(),
+        digest=hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest(),
         licence="MIT",
         credit="Generated workpieces, not MVTec AD (this book, MIT)",
         note=SAMPLE_NOTE,
     )
     train = ((Image.fromarray(x_YXC), None) for x_YXC in drawn.train_NYXC)
     test = zip(map(Image.fromarray, drawn.test_NYXC), drawn.test_mask_NYX, strict=True)
-    batches = (images.batch(pairs, "RGB", size) for pairs in (train, test))
-    return _assemble(category, *batches, drawn.test_defect, card)
+    train, test = (images.batch(pairs, "RGB", size) for pairs in (train, test))
+    return Category(category, train.x_NCYX, test.x_NCYX, drawn.test_defect, test.mask, card)
 
 
-def _assemble(category: str, train: images.Batch, test: images.Batch, defects: list[str], card: DataCard) -> Category:
-    """Images with the names of their defects, and an empty mask for every normal one."""
-    empty_YX = torch.zeros(test.x_NCYX.shape[2:], dtype=torch.bool)
-    masks = zip(test.mask, defects, strict=True)
-    return Category(
-        name=category,
-        train_NCYX=train.x_NCYX,
-        test_NCYX=test.x_NCYX,
-        test_defect=defects,
-        test_mask=[empty_YX.clone() if mask_YX is None and kind == "good" else mask_YX for mask_YX, kind in masks],
-        card=card,
-    )
-
-
-def _card(category: str, root: Path, masks: int) -> DataCard:
+def _card(source: catalogue.Source, root: Path, masks: int) -> DataCard:
     """What is at hand of a category, this many masks of defects among it, and what that rules out."""
-    card = survey(catalogue.source(f"mvtec/{category}"), root)
+    card = survey(source, root)
+    official = OFFICIAL[source.name.removeprefix("mvtec/")]
     good = card.counts["test good"]
     defective = card.counts["test"] - good
-    beside = notes_in(root / catalogue.MVTEC.folder)
-    notes = beside + ([card.note] if card.note else [])
     counts = card.counts | {"test defective": defective}
-    kind = kind_of(counts, OFFICIAL[category], "\n".join(notes), altered=bool(notes))
+    notes = notes_in(root / catalogue.MVTEC.folder) + ([card.note] if card.note else [])
+    kind = kind_of(counts, official, "\n".join(notes), altered=bool(notes))
     limits = [
         ("No test images: training only.", not good + defective),
         ("No defective test images: nothing to detect.", not defective),
@@ -181,13 +165,7 @@ def _card(category: str, root: Path, masks: int) -> DataCard:
     notes += [limit for limit, holds in limits if holds][:1]
     if 0 < masks < defective:
         notes.append(f"{defective - masks} of {defective} defective images have no mask.")
-    return replace(
-        card,
-        kind=kind,
-        counts=counts,
-        official=dict(OFFICIAL[category]),
-        note="\n".join(notes),
-    )
+    return replace(card, kind=kind, counts=counts, official=dict(official), note="\n".join(notes))
 
 
 def _masks(folder: Path, tests: dict[str, list[Path]]) -> dict[Path, Path]:
@@ -204,9 +182,3 @@ def _masks(folder: Path, tests: dict[str, list[Path]]) -> dict[Path, Path]:
 
 def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("[!.]*") if path.is_dir())
-
-
-def _check(category: str, size: int) -> None:
-    if category not in CATEGORIES:
-        raise ValueError(f"category must be one of {', '.join(CATEGORIES)}; got {category!r}")
-    images.check_size(size, 32)

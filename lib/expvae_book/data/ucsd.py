@@ -15,7 +15,6 @@ from expvae_book.data import catalogue, images
 from expvae_book.data.card import IMAGES, DataCard, kind_of, survey, takes_sample, there
 from expvae_book.data.generated import walkway
 
-MASK_RESIZES = ("nearest", "truncated")
 OFFICIAL_CLIPS = {"train clips": 34, "test clips": 36, "masked clips": 10}  # of 200 frames each
 RELEASED_MASKS = (3, 4, 14, 18, 19, 21, 22, 23, 24, 32)  # the test clips with pixel masks in the release
 SAMPLE_MASKED = 4  # of the generated test clips, because the release has masks for a part of its clips only
@@ -64,7 +63,7 @@ def load(data: str = "auto", root: Path | None = None, mask_resize: str = "neare
         mask_resize: How a mask, whose anomalous pixels are those of `images.read_mask`, is resized: "nearest" or
             "truncated", see `images.batch`. A frame whose mask is left without anomalous pixels counts as normal, which
             is said on the error stream.
-        size: Pixels along either side of a frame and of its mask, 8 or more. The network of the first report takes
+        size: Pixels along either side of a frame and of its mask, 32 or more. The network of the first report takes
             100, that of Brongers et al. 96.
 
     Raises:
@@ -72,9 +71,6 @@ def load(data: str = "auto", root: Path | None = None, mask_resize: str = "neare
         ValueError: If an argument is none of these, an image is damaged or refused, a clip has no frames or
             its masks do not fit its frames; the message names the file or folder.
     """
-    _check(mask_resize, size)
-    if data == "sample":
-        return sample(mask_resize=mask_resize, size=size)
     root = Path(root or expvae_book.data.root())
     folder = root / catalogue.UCSD.folder / "UCSDped1"
     missing = [f"{name}/" for name in ("Train", "Test") if not (folder / name).is_dir()]
@@ -113,15 +109,13 @@ def sample(seed: int = 0, mask_resize: str = "nearest", size: int = 100) -> UCSD
     Raises:
         ValueError: If mask_resize is unknown or size too small.
     """
-    _check(mask_resize, size)
     digest = hashlib.sha256()
     pairs, numbers = {"train": [], "test": []}, {"train": [], "test": []}
     for name, clip, frame_YX, vehicle_YX in walkway.scenes(seed):
         mask_YX = vehicle_YX if name == "test" and clip <= SAMPLE_MASKED else None
         pairs[name].append((Image.fromarray(frame_YX), mask_YX))
         numbers[name].append(clip)
-        digest.update(frame_YX.tobytes())
-        digest.update(b"" if mask_YX is None else mask_YX.tobytes())
+        digest.update(frame_YX.tobytes() + (b"" if mask_YX is None else mask_YX.tobytes()))
     card = DataCard(
         name="ucsd",
         kind="sample",
@@ -225,9 +219,3 @@ def _masks(folder: Path, clips: dict[int, list[Path]]) -> dict[Path, Path]:
                 )
         mask_of |= zip(frames, masks, strict=True)
     return mask_of
-
-
-def _check(mask_resize: str, size: int) -> None:
-    if mask_resize not in MASK_RESIZES:
-        raise ValueError(f"mask_resize must be one of {', '.join(MASK_RESIZES)}; got {mask_resize!r}")
-    images.check_size(size, 8)

@@ -77,7 +77,7 @@ def draw(category: str, seed: int = 0) -> Drawn:
         ValueError: If there is no such category.
     """
     if category not in CATEGORIES:
-        raise ValueError(f"category must be one of {', '.join(CATEGORIES)}, not {category!r}")
+        raise ValueError(f"category must be one of {', '.join(CATEGORIES)}; got {category!r}")
     defects = ["good"] * GOOD + [defect for defect in DEFECTS for _ in range(EACH)]
     key = (seed, CATEGORIES.index(category))
     drawn = [_draw(category, kind, (*key, i)) for i, kind in enumerate(["good"] * TRAINING + defects)]

@@ -12,8 +12,8 @@ from torch import nn
 
 from expvae import PRESETS, attention, models
 from expvae.models import MNISTVAE, UCSDVAE
-from expvae_book import ablation, chapters, explanation, judges, localisation, recipes, runs, training, weights
-from expvae_book.ablation import AUROC, IOU, REFERENCES
+from expvae_book import ablation, chapters, choices, explanation, judges, localisation, recipes, runs, training, weights
+from expvae_book.choices import AUROC, IOU, REFERENCES
 from expvae_book.data import mnist, mvtec, ucsd
 from expvae_book.data.card import DataCard
 
@@ -67,7 +67,7 @@ def maps(model, x_NCYX):
 
 
 def all_methods():
-    return {method: name for start in REFERENCES for name, method in ablation.changes(start).items()} | {
+    return {method: name for start in REFERENCES for name, method in choices.changes(start).items()} | {
         PRESETS[name]: name for name in REFERENCES
     }
 
@@ -77,28 +77,28 @@ def all_methods():
 
 @pytest.mark.parametrize("reference", REFERENCES)
 def test_changes_are_one_choice_away_or_presets(reference):
-    start, found = vars(PRESETS[reference]), ablation.changes(reference)
+    start, found = vars(PRESETS[reference]), choices.changes(reference)
     singles = {name: vars(method) for name, method in found.items() if not name.startswith("preset=")}
     for name, method in singles.items():
         choice, _, value = name.partition("=")
         assert [key for key in start if start[key] != method[key]] == [choice]
         assert str(method[choice]) == value
-    assert {name.partition("=")[0] for name in singles} == set(ablation.CHOICES)
+    assert {name.partition("=")[0] for name in singles} == set(choices.CHOICES)
     assert len(singles) == 3 + 2 + 3 + 2 + 1  # all other values of each choice
     assert {f"preset={name}" for name in PRESETS} - {f"preset={reference}"} == found.keys() - singles.keys()
     assert all(PRESETS[name.partition("=")[2]] == found[name] for name in found.keys() - singles.keys())
 
 
 def test_without_an_activation_nothing_weighs_what_comes_after_it():
-    found = ablation.changes("liu2020_paper", activation=False)
+    found = choices.changes("liu2020_paper", activation=False)
     left_out = {"tensor=after", "tensor=mixed", "preset=brongers2021_disentanglement"}
-    assert ablation.changes("liu2020_paper").keys() - found.keys() == left_out
+    assert choices.changes("liu2020_paper").keys() - found.keys() == left_out
 
 
 def test_what_the_verdict_reads_is_measured():
     for switches in judges.ABLATION_STEPS.values():
         for name, reference in switches:
-            assert name in ablation.changes(reference, activation=False)
+            assert name in choices.changes(reference, activation=False)
     assert set(judges.ABLATION_DATA_SETS) == set(ablation.MODELS)
 
 
@@ -154,7 +154,7 @@ def test_differences_are_those_of_a_slow_loop(kind, levels, error):
     unit_M = UNITS[kind]
     (first_MYX, truth_MYX), (second_MYX, _) = scores(0, levels=levels), scores(1, levels=levels)
     found = [
-        ablation.resampled(score_MYX, truth_MYX, torch.from_numpy(unit_M), 100, seed=5)
+        choices.resampled(score_MYX, truth_MYX, torch.from_numpy(unit_M), 100, seed=5)
         for score_MYX in (first_MYX, second_MYX)
     ]
 
@@ -181,7 +181,7 @@ def test_differences_are_those_of_a_slow_loop(kind, levels, error):
 def test_one_unit_cannot_be_resampled():
     score_MYX, truth_MYX = scores(0)
     with pytest.raises(ValueError, match=r"^unit must name at least two units to resample, got 1\.$"):
-        ablation.resampled(score_MYX, truth_MYX, torch.full((6,), 4), 100, seed=0)
+        choices.resampled(score_MYX, truth_MYX, torch.full((6,), 4), 100, seed=0)
 
 
 # Models and their test images
@@ -213,7 +213,7 @@ def test_the_chapter_names_every_change():
     trees = [ast.parse(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
     statements = [statement for tree in trees for statement in tree.body if isinstance(statement, ast.Assign)]
     (labels,) = (each.value for each in statements if ast.unparse(each.targets[0]) == "LABELS")
-    names = {name for reference in REFERENCES for name in ablation.changes(reference)}
+    names = {name for reference in REFERENCES for name in choices.changes(reference)}
     assert set(ast.literal_eval(labels)) == names
 
 
@@ -373,7 +373,7 @@ def test_a_run_holds_every_change_with_its_interval(workpieces):
     studied = ablation.subject(run.parameters, CPU)
     truth_P = studied.truth_MYX.flatten().numpy()
     for reference in REFERENCES:
-        found = ablation.changes(reference, activation=False)
+        found = choices.changes(reference, activation=False)
         methods = {"": PRESETS[reference]} | found
         maps = explanation.explain(
             studied.trained.model,

@@ -1,50 +1,25 @@
-"""What each choice in making an attention map is worth: one choice changed at a time, the trained model kept as it is.
+"""The ablation chapter's models, their test images, and its runs; what is measured of them is in expvae_book.choices.
 
-From a reference method every choice of `expvae.Method` is changed alone, and the method is replaced as a whole
-by each other preset. A change is judged by what it does to the pixel AUROC and to the best IoU of the same test images:
-
-    Δ = measure(changed) − measure(reference)
-
-with percentile bootstrap intervals. Whole units (images; of a video its clips) are drawn with replacement, the
-reference and every change see the same resamples, and the difference is taken within each resample.
-
-Suffixes as in expvae.attention, and N test images, M those of them that are measured, R resamples, the first of which
-is the sample itself.
+Suffixes as in expvae.attention, and N test images, M those of them that are measured.
 """
 
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from expvae import PRESETS, Channels, Method, Normaliser, TensorChoice
-from expvae.metrics import PixelMetrics, percentile_interval
 from expvae.models import MNISTVAE, UCSDVAE
-from expvae_book import devices, explanation, localisation, names, recipes, runs, training, truth, weights
+from expvae_book import choices, devices, explanation, localisation, recipes, runs, training, truth, weights
 from expvae_book.augmentation import PAPER_COUNT
 from expvae_book.data import mnist, mvtec, ucsd
 from expvae_book.data.card import DataCard
 from expvae_book.recipes import Recipe
-
-REFERENCES = ("liu2020_paper", "liu2020_code")  # what the second report compares
-# Not `aggregate`: a sum is a multiple of the mean, which no measure here can tell from it.
-CHOICES = {
-    "channels": get_args(Channels),
-    "normaliser": get_args(Normaliser),
-    "score": ("each_mean", "sum_of_means", "each_sample", "normal_difference"),  # the published ones
-    "tensor": get_args(TensorChoice),
-    "align_corners": (False, True),
-}
-AUROC, IOU = names.AUROC, names.BEST_IOU
-MEASURES = {AUROC: "auroc", IOU: "best_iou"}  # the fields of expvae.metrics.PixelScores
 
 MODELS = {"mnist": ("1", "3"), "ucsd": ("report1",), "mvtec": mvtec.CATEGORIES}  # digits, a recipe, categories
 # As the chapters train by default, so that their weights are found, and for the samples as `make reproduce` does.
@@ -101,51 +76,6 @@ class Subject:
     card: DataCard
     recipe: Recipe
     budget: dict[str, Any]
-
-
-def changes(reference: str, activation: bool = True) -> dict[str, Method]:
-    """The methods one choice away from a preset, by names such as "normaliser=batch", and the other presets.
-
-    Args:
-        reference: A name in `expvae.PRESETS`.
-        activation: Whether an activation follows the layer, which methods need that weigh what comes after it.
-    """
-    start = PRESETS[reference]
-    found = {
-        f"{choice}={value}": replace(start, **{choice: value})
-        for choice, values in CHOICES.items()
-        for value in values
-        if value != getattr(start, choice)
-    }
-    found |= {f"preset={name}": method for name, method in PRESETS.items() if name != reference}
-    return {name: method for name, method in found.items() if activation or method.tensor == "before"}
-
-
-# Measures -------------------------------------------------------------------------------------------------------------
-
-
-def resampled(
-    map_MYX: Float[Tensor, "m y x"],
-    truth_MYX: Bool[Tensor, "m y x"],
-    unit_M: Int64[Tensor, " m"],
-    resamples: int,
-    seed: int,
-) -> dict[str, Float[np.ndarray, " r"]]:
-    """Pixel AUROC and best IoU of the images, which come first, and of every resample of their units.
-
-    With TPR_t and FPR_t the shares of flagged pixels at threshold t, over all scores,
-
-        AUROC = Σ_t (FPR_t − FPR_t+1) (TPR_t + TPR_t+1) / 2    best IoU = max_t TP_t / (P + FP_t)
-
-    Maps of the same units under the same seed see the same resamples. NaN where a resample lacks a class.
-
-    Raises:
-        ValueError: If there are fewer than two units, or resamples.
-    """
-    counts = PixelMetrics()
-    counts.update(map_MYX, truth_MYX, unit=unit_M)
-    whole, drawn = counts.compute(), counts.replicates(seed=seed, resamples=resamples)
-    return {name: np.append(getattr(whole, field), drawn[field]) for name, field in MEASURES.items()}
 
 
 # Models and their test images -----------------------------------------------------------------------------------------
@@ -310,40 +240,19 @@ def compute(chapter: str, parameters: Mapping[str, Any], device: torch.device) -
     dataset, seed = parameters["dataset"], parameters["seed"]
     studied = subject(parameters, device)
     started = time.monotonic()
-    changed = {name: changes(name, activation=dataset in BEFORE_ACTIVATION) for name in REFERENCES}
-    methods = [PRESETS[name] for name in REFERENCES] + [method for each in changed.values() for method in each.values()]
-    maps = explanation.explain(
+    rows = choices.rows(
         studied.trained.model,
         LAYERS[dataset],
         studied.x_NCYX,
-        {method: method for method in methods},
-        batch=studied.recipe.batch_size,
-        seed=seed,
+        studied.truth_MYX,
+        studied.unit_M,
+        measured_N=studied.measured_N,
         normal=studied.normal,
+        batch=studied.recipe.batch_size,
+        activation=dataset in BEFORE_ACTIVATION,
+        resamples=parameters["resamples"],
+        seed=seed,
     )
-    mapped = time.monotonic()
-    drawn = {
-        method: resampled(map_NYX[studied.measured_N], studied.truth_MYX, studied.unit_M, parameters["resamples"], seed)
-        for method, map_NYX in tqdm(maps.items(), desc="measures", unit="method")
-    }
-    n = len(studied.unit_M.unique())
-
-    def row(measure: str, value_R: Float[np.ndarray, " r"], method: str, subset: str = "") -> dict[str, Any]:
-        interval = percentile_interval(value_R[0], value_R[1:], 0.95, n)
-        return runs.row(measure, method=method, subset=subset, **vars(interval))
-
-    rows = [
-        row(measure, drawn[method][measure], name)
-        for name, method in PRESETS.items()
-        if method in drawn
-        for measure in MEASURES
-    ]
-    rows += [
-        row(f"{measure}, change", drawn[method][measure] - drawn[PRESETS[reference]][measure], name, reference)
-        for reference, found in changed.items()
-        for name, method in found.items()
-        for measure in MEASURES
-    ]
     rows.append(runs.row("anomalous pixels", float(studied.truth_MYX.float().mean()), n=len(studied.truth_MYX)))
     return runs.save(
         chapter,
@@ -355,7 +264,7 @@ def compute(chapter: str, parameters: Mapping[str, Any], device: torch.device) -
         card=studied.card,
         recipe=studied.recipe,
         budget=studied.budget,
-        seconds={"maps": mapped - started, "measures": time.monotonic() - mapped},
+        seconds={"maps and measures": time.monotonic() - started},
         device=devices.describe_device(device),
         resolved={"precision": studied.trained.precision},
         extra={

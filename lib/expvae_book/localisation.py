@@ -21,6 +21,7 @@ from expvae.models import BrongersMVTecVAE, MVTecVAE
 from expvae_book import (
     augmentation,
     baselines,
+    choices,
     devices,
     explanation,
     figures,
@@ -37,8 +38,9 @@ from expvae_book.names import BASELINES, COMMON, FIELDS, LAYERS, MISSED, RESEMBL
 HELD_OUT = 0.2  # of the training images, as in the first report
 QUANTILE = 0.99  # of the pixels of held-out normal images lie below the threshold that needs no test image
 # Presets, layers and images: before the second stage a pass back for each latent would take minutes for all images.
+FEW = 32
 PER_LATENT, SUMMED = measures.PRESETS[:1], measures.PRESETS[1:]
-CASES = ((SUMMED, LAYERS, None), (PER_LATENT, LAYERS[3:], None), (PER_LATENT, LAYERS[:3], 32))
+CASES = ((SUMMED, LAYERS, None), (PER_LATENT, LAYERS[3:], None), (PER_LATENT, LAYERS[:3], FEW))
 SHOWN = 4  # defects in a panel
 SHOWN_MAP = ("layer2.1.conv1", "liu2020_code")  # in the panel, and behind the explorer of thresholds
 PICTURED = LAYERS[1:2] + LAYERS[3:]  # whose maps of the defects shown are kept; larger ones would fill the record
@@ -334,6 +336,7 @@ def compute(parameters: Mapping[str, Any], device: torch.device) -> runs.Run:
         measured, further, kept = evaluate(trained.model, category, restored_NCYX, mean_CYX, normal, settings)
         maps = [name for name in measured.measured if ", " in name and not name.startswith("mean of ")]
         rows += measured.rows + further
+        rows += change_rows(trained.model, category, normal, settings.batch_size)
         arrays |= measured.replicates([*maps, *(name for name in BASELINES if name != COMMON)])
         if seed == 0:
             drawn["defects"] = panel(category, *kept)
@@ -421,6 +424,27 @@ def evaluate(
             if name == measures.map_name(*SHOWN_MAP):
                 kept = (map_NYX, restored_NCYX, threshold(normal_NYX))
     return measured, further, kept
+
+
+def change_rows(model: nn.Module, category: mvtec.Category, normal: tuple[Tensor, Tensor], batch: int) -> list[dict]:
+    """What one choice of a rule changes in the map that pages show, on some images; see expvae_book.choices."""
+    image_M, truth = truth_of(category)
+    some = some_of(len(image_M), FEW)
+    if not truth.truth_NYX[some].any():
+        return []
+    return choices.change_rows(
+        model,
+        f"encoder.{SHOWN_MAP[0]}",
+        category.test_NCYX[image_M[some]],
+        truth.truth_NYX[some],
+        truth.unit_N[some],
+        measured_N=torch.ones(len(some), dtype=torch.bool),
+        normal=normal,
+        batch=batch,
+        activation=False,  # a batch normalisation follows the convolution
+        resamples=measures.RESAMPLES,
+        seed=measures.SEED,
+    )
 
 
 def some_of(count: int, few: int | None) -> Int64[Tensor, " k"]:

@@ -159,7 +159,8 @@ def _mvtec(
     category: mvtec.Category, chosen: dict[str, Any], parameters: Mapping[str, Any], device: torch.device
 ) -> Subject:
     recipe = recipes.MVTEC[chosen["recipe"]]
-    trained, _ = localisation.fit(category, chosen, device)
+    train, _ = localisation.trainer(category, chosen, device)
+    trained = train(chosen["epochs"])
     known = torch.tensor([i for i, mask_YX in enumerate(category.test_mask) if mask_YX is not None])
     some = _drawn(known, parameters)  # at random also within the batches
     return Subject(

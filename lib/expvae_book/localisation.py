@@ -6,6 +6,7 @@ maps and its numbers; the trained weights are kept, so that nothing is trained t
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ QUANTILE = 0.99  # of the pixels of held-out normal images lie below the thresho
 FEW = 32
 PER_LATENT, SUMMED = measures.PRESETS[:1], measures.PRESETS[1:]
 CASES = ((SUMMED, LAYERS, None), (PER_LATENT, LAYERS[3:], None), (PER_LATENT, LAYERS[:3], FEW))
+# While a model is trained, on so few images: the layer that pages show, and the last one.
+FOLLOWED = ((SUMMED, (LAYERS[3], LAYERS[5])), (PER_LATENT, LAYERS[5:]))
 SHOWN = 4  # defects in a panel
 SHOWN_MAP = ("layer2.1.conv1", "liu2020_code")  # in the panel, and behind the explorer of thresholds
 PICTURED = LAYERS[1:2] + LAYERS[3:]  # whose maps of the defects shown are kept; larger ones would fill the record
@@ -124,45 +127,64 @@ def network(recipe: str, initial: str, encoder: str) -> tuple[Callable[[], nn.Mo
     )
 
 
-def fit(category: mvtec.Category, parameters: Mapping[str, Any], device: torch.device) -> tuple[weights.Trained, dict]:
-    """Train the VAE of a category, or read its weights where that was done before.
+def trainer(
+    category: mvtec.Category, parameters: Mapping[str, Any], device: torch.device
+) -> tuple[Callable[[int], weights.Trained], dict[str, Any]]:
+    """How to train the VAE of a category for so many epochs, or to read its weights where that was done before.
 
     Args:
         category: Its images.
-        parameters: recipe, initial, encoder, augmentation, augmented, epochs, precision and seed, as the chapters
-            declare them.
+        parameters: recipe, initial, encoder, augmentation, augmented, precision and seed, as the chapters declare them.
         device: Where to train.
 
     Returns:
-        The trained model, and what of it the record keeps: what the encoder started from, the precision, and how many
-        images, before and after augmentation, it was trained on.
+        The training, and what of it the record keeps: what the encoder starts from, and how many images, before and
+        after augmentation, it is trained on.
     """
     make, start, digest = network(parameters["recipe"], parameters["initial"], parameters["encoder"])
     train_NCYX, held_out_NCYX = split(category)
     augmented_NCYX = augmentation.augment(
         train_NCYX, category.name, parameters["augmentation"], parameters["augmented"], parameters["seed"]
     )
-    trained = weights.trained(
-        make,
-        augmented_NCYX,
-        held_out_NCYX,
-        recipes.MVTEC[parameters["recipe"]],
-        epochs=parameters["epochs"],
-        seed=parameters["seed"],
-        device=device,
-        variant=", ".join(filter(None, (start, digest))),
-        precision=parameters["precision"],
-    )
-    facts = {
-        "encoder": start,
-        "precision": trained.precision,
-        "originals": len(train_NCYX),
-        "images": len(augmented_NCYX),
-        "images_per_second": trained.history.images / trained.history.seconds,
-    }
-    if digest:
-        facts["initial weights"] = digest
-    return trained, facts
+
+    def train(epochs: int) -> weights.Trained:
+        return weights.trained(
+            make,
+            augmented_NCYX,
+            held_out_NCYX,
+            recipes.MVTEC[parameters["recipe"]],
+            epochs=epochs,
+            seed=parameters["seed"],
+            device=device,
+            variant=", ".join(filter(None, (start, digest))),
+            precision=parameters["precision"],
+        )
+
+    facts = {"encoder": start, "originals": len(train_NCYX), "images": len(augmented_NCYX)}
+    return train, facts | ({"initial weights": digest} if digest else {})
+
+
+def follow(
+    category: mvtec.Category, parameters: Mapping[str, Any], device: torch.device
+) -> tuple[weights.Trained, measures.Course, dict[str, Any]]:
+    """Train, and measure maps on some test images at its stages; see `trainer` for the arguments and the last value."""
+    train, facts = trainer(category, parameters, device)
+    image_M, truth = truth_of(category)
+    some = some_of(len(image_M), FEW)
+    seen = measures.Truth(truth.truth_NYX[some], truth.unit_N[some])
+    course, batch = measures.Course(), recipes.MVTEC[parameters["recipe"]].batch_size
+    for done, trained in measures.stages(train, parameters["epochs"], parameters.get("minutes", 0)):
+        if len(some) < 2 or not seen.truth_NYX.any():
+            continue
+        normal = explanation.normal_posterior(trained.model, split(category)[0])
+        x_NCYX, options = category.test_NCYX[seen.unit_N], {"batch": batch, "seed": measures.SEED, "normal": normal}
+        maps = (
+            measures.layers_and_presets(trained.model, layers, presets, x_NCYX, **options)
+            for presets, layers in FOLLOWED
+        )
+        course.add(done * -(-facts["images"] // batch), chain(*maps), seen)
+    speed = trained.history.images / max(trained.history.seconds, 1e-9)
+    return trained, course, facts | {"precision": trained.precision, "images_per_second": speed}
 
 
 # Maps -----------------------------------------------------------------------------------------------------------------
@@ -187,8 +209,11 @@ def baseline_maps(
 
 def truth_of(category: mvtec.Category) -> tuple[Int64[Tensor, " m"], measures.Truth]:
     """The test images that are normal or have a mask, and their anomalous pixels."""
-    image_M = torch.tensor([i for i, mask_YX in enumerate(category.test_mask) if mask_YX is not None])
-    return image_M, measures.Truth(torch.stack([category.test_mask[i] for i in image_M]), image_M)
+    kept = [i for i, mask_YX in enumerate(category.test_mask) if mask_YX is not None]
+    image_M = torch.tensor(kept, dtype=torch.int64)
+    masks = [mask_YX for mask_YX in category.test_mask if mask_YX is not None]
+    truth_MYX = torch.stack(masks) if masks else torch.zeros(0, *category.test_NCYX.shape[2:], dtype=torch.bool)
+    return image_M, measures.Truth(truth_MYX, image_M)
 
 
 def anomalous_rows(truth_MYX: Bool[Tensor, "m y x"]) -> list[dict]:
@@ -317,13 +342,14 @@ def compute(parameters: Mapping[str, Any], device: torch.device) -> runs.Run:
     """Train and measure one category, and store the run; the job of both MVTec chapters.
 
     Args:
-        parameters: What determines it: category and data beside what `fit` needs.
+        parameters: What determines it: category, epochs and data beside what `trainer` needs. minutes, if given, end
+            the training early and determine nothing else.
         device: Where to compute.
     """
     network(parameters["recipe"], parameters["initial"], parameters["encoder"])  # refused before images are read
     category = mvtec.load(parameters["category"], parameters["data"])
     settings, seed = recipes.MVTEC[parameters["recipe"]], parameters["seed"]
-    trained, facts = fit(category, parameters, device)
+    trained, course, facts = follow(category, parameters, device)
     started = time.monotonic()
     train_NCYX, held_out_NCYX = split(category)
     mean_CYX = training.to_unit(train_NCYX).mean(0)
@@ -335,9 +361,9 @@ def compute(parameters: Mapping[str, Any], device: torch.device) -> runs.Run:
     if len(category.test_NCYX) > 1 and masked:  # no interval comes from one image
         measured, further, kept = evaluate(trained.model, category, restored_NCYX, mean_CYX, normal, settings)
         maps = [name for name in measured.measured if ", " in name and not name.startswith("mean of ")]
-        rows += measured.rows + further
+        rows += measured.rows + further + course.rows()
         rows += change_rows(trained.model, category, normal, settings.batch_size)
-        arrays |= measured.replicates([*maps, *(name for name in BASELINES if name != COMMON)])
+        arrays |= measured.replicates([*maps, *(name for name in BASELINES if name != COMMON)]) | course.arrays()
         if seed == 0:
             drawn["defects"] = panel(category, *kept)
             start = training.build(network(parameters["recipe"], parameters["initial"], parameters["encoder"])[0], seed)
@@ -349,7 +375,7 @@ def compute(parameters: Mapping[str, Any], device: torch.device) -> runs.Run:
     used = (len(trained.history.kl), facts["images"])
     run = runs.save(
         "mvtec",
-        parameters,
+        {name: value for name, value in parameters.items() if name != "minutes"},
         metrics=rows,
         losses=losses,
         arrays=arrays,

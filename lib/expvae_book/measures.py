@@ -8,7 +8,11 @@ Resamples are drawn with one seed for all runs: any two maps of the same units, 
 the difference of their measures has the interval that the differences of their resamples give.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -21,12 +25,18 @@ from tqdm import tqdm
 
 from expvae import attention
 from expvae.metrics import Interval, PixelMetrics, iou_intervals, percentile_interval
-from expvae_book import explanation, names, runs, training
+from expvae_book import explanation, names, runs, training, weights
 from expvae_book.names import AUROC, BEST_IOU, DIFFERENCE, IMAGE_AUROC
 from expvae_book.recipes import Recipe
+from expvae_book.weights import Trained
 
 PRESETS = ("liu2020_paper", "liu2020_code", "brongers2021", "normal_difference", "most_deviant")
 SEED, RESAMPLES, LEVEL = 0, 500, 0.95
+# Shares of the epochs at which maps are measured, dense where a training changes most; a run is judged by the mean over
+# the last ones.
+STAGES = (0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1)
+LAST = 3
+FOLLOWED = {"auroc": AUROC, "average_precision": "average precision", "best_iou": BEST_IOU}
 AT_ONCE = 64  # images whose pixels are counted
 FIELDS = names.FIELDS | {
     "grid_iou": "IoU, best of 99 thresholds (oracle)",
@@ -207,3 +217,70 @@ def budget(unit: str, recipe: Recipe, *, asked: tuple[int, int], used: tuple[int
     }
     shown = {"unit": unit, "asked": counts[unit][0], "used": counts[unit][1]}
     return shown | {name: {"asked": counts[name][0], "used": counts[name][1]} for name in ("steps", "images")}
+
+
+def stages(fit: Callable[[int], Trained], epochs: int, minutes: int = 0) -> Iterator[tuple[int, Trained]]:
+    """Train to the end by way of some shares of the epochs, so that a job sees what the maps were worth on the way.
+
+    The training to each share goes on from the one before. Where the weights of the end are in the cache already, only
+    those on the way that are there too come before them.
+
+    Args:
+        fit: Trains, or reads from the cache, a model of so many epochs.
+        epochs: Of the end.
+        minutes: After which no further stage is begun, so that the last one that comes is the end; 0 for no limit.
+
+    Yields:
+        Epochs and model of each stage, the untrained network first.
+    """
+    try:
+        with weights.cached_only():
+            fit(epochs)
+        there = True
+    except weights.NotCachedError:
+        there = False
+    started = time.monotonic()
+    for done in sorted({math.ceil(share * epochs) for share in STAGES}):
+        try:
+            with weights.cached_only() if there else nullcontext():
+                trained = fit(done)
+        except weights.NotCachedError:
+            continue
+        yield done, trained
+        if minutes and done < epochs and time.monotonic() - started > 60 * minutes:
+            print(f"{minutes} minutes are over: the training ends after {done} of {epochs} epochs.", file=sys.stderr)
+            return
+
+
+@dataclass
+class Course:
+    """Some measures of maps over a training, at its stages.
+
+    Attributes:
+        steps: Optimiser steps before each stage.
+        values: By map, the measures of FOLLOWED at each stage.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    values: dict[str, list[list[float]]] = field(default_factory=dict)
+
+    def add(self, steps: int, maps: Iterable[tuple[str, Float[Tensor, "n y x"]]], truth: Truth) -> None:
+        """Measure the maps of a stage."""
+        self.steps.append(steps)
+        for name, map_NYX in maps:
+            scores = vars(truth.count(map_NYX).compute())
+            self.values.setdefault(name, []).append([scores[field] for field in FOLLOWED])
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The steps, and by map the measures of FOLLOWED at each of them, in its order."""
+        curves = {f"course/{name}": np.array(values, dtype=np.float32) for name, values in self.values.items()}
+        return {"course/steps": np.array(self.steps), **curves}
+
+    def rows(self) -> list[dict]:
+        """Of each measure the mean over the last stages, by which a run is judged that swings while it trains."""
+        rows = []
+        for name, values in self.values.items():
+            means = np.mean(values[-LAST:], axis=0)
+            for metric, mean in zip(FOLLOWED.values(), means, strict=True):
+                rows.append(runs.row(metric, float(mean), name, "mean of the last stages", n=len(values[-LAST:])))
+        return rows

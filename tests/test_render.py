@@ -71,12 +71,9 @@ def test_magics_and_await_work(rendered):
     assert shown[1][0].data["text/plain"] == "'slept'"
 
 
-def test_clear_output_and_tags(rendered):
+def test_clear_output(rendered):
     from_a_cell = "from IPython.display import clear_output\nprint('gone')\nclear_output()\nprint('there')"
     assert [output.text for output in rendered(from_a_cell)[0]] == ["there\n"]
-    assert rendered("1 / 0", options=":tags: [skip-execution]\n") == [[]]
-    (shown,) = rendered("1 / 0", options=":tags: [raises-exception]\n")
-    assert (shown[0].output_type, shown[0].ename) == ("error", "ZeroDivisionError")
 
 
 @pytest.mark.parametrize(

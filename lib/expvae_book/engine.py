@@ -6,12 +6,11 @@ read says so in its metadata and brings its own declarations, also after ``paper
 that is known of one chapter can be taken for what is known of another.
 """
 
-from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from expvae_book.chapters import CHAPTER, ChapterHandler
-from expvae_book.parameters import Parameter, check, declared
+from expvae_book.parameters import check, declared
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -30,24 +29,21 @@ class Engine:
     def nb_language(nb: "NotebookNode", language: str | None = None) -> str:
         """The name under which papermill finds what writes a notebook's parameters, when it is about to write them."""
         from papermill.engines import NBClientEngine
-        from papermill.translators import papermill_translators
+        from papermill.translators import PythonTranslator, papermill_translators
 
         path = nb.metadata.get(CHAPTER)
         if path is None:
             return NBClientEngine.nb_language(nb, language)
         known = declared(nb, path)
+
+        def codify(parameters: dict[str, Any], comment: str = "Parameters") -> str:
+            paths = {name: value for name, value in parameters.items() if name in INJECTED_PATHS}
+            given = {name: value for name, value in parameters.items() if name not in paths}
+            return PythonTranslator.codify(paths | check(given, known, path), comment)
+
         name = f"{path} {known}"
-        papermill_translators.register(name, SimpleNamespace(codify=partial(_codify, known, path)))
+        papermill_translators.register(name, SimpleNamespace(codify=codify))
         return name
-
-
-def _codify(known: dict[str, Parameter], path: str, parameters: dict[str, Any], comment: str = "Parameters") -> str:
-    """The source of the cell that sets the checked parameters of a chapter, in place of papermill's translator."""
-    from papermill.translators import PythonTranslator
-
-    paths = {name: value for name, value in parameters.items() if name in INJECTED_PATHS}
-    given = {name: value for name, value in parameters.items() if name not in paths}
-    return PythonTranslator.codify(paths | check(given, known, path), comment)
 
 
 def _teach() -> None:

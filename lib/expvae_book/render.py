@@ -39,7 +39,6 @@ from traitlets.config import Config
 
 # What the notebooks of a kernel say of their language; without it MyST-NB warns for each cell.
 LANGUAGE = {"name": "python", "pygments_lexer": "ipython3"}
-SKIPPED, MAY_FAIL = "skip-execution", "raises-exception"  # tags that MyST-NB and Jupyter know
 
 
 class PageError(SphinxError):
@@ -113,14 +112,13 @@ def execute(notebook: NotebookNode, path: Path) -> None:
     """
     with _isolated(path.parent) as shell:
         for place, cell in enumerate(notebook.cells):
-            tags = cell.metadata.get("tags", [])
-            if cell.cell_type != "code" or SKIPPED in tags:
+            if cell.cell_type != "code":
                 continue
             shell.outputs = cell.outputs
             result = shell.run_cell(cell.source, store_history=True)
             cell.execution_count = shell.execution_count - 1
             error = result.error_before_exec or result.error_in_exec
-            if error is not None and MAY_FAIL not in tags:
+            if error is not None:
                 number = sum(other.cell_type == "code" for other in notebook.cells[: place + 1])
                 line = notebook.metadata["source_map"][place] + 1 + _line(error, shell)
                 said = "\n".join(line for output in cell.outputs for line in output.get("traceback", []))

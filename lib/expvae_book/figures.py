@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,6 @@ import pandas as pd
 import seaborn as sns
 from IPython.display import Image, Markdown
 from matplotlib.animation import Animation, ArtistAnimation
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import CenteredNorm, Normalize
@@ -32,6 +32,7 @@ else:
 SIGNED = "PuOr"  # orange is negative, purple positive; told apart with every kind of colour vision
 MAPS = "cividis"  # perceptually uniform, and read alike with every kind of colour vision
 COLOURS = sns.color_palette("colorblind")
+LINES, MARKERS = ("-", "--", ":", "-."), "osD^vP*X<>"
 STYLE = {
     **sns.axes_style("whitegrid"),
     "axes.spines.right": False,
@@ -73,13 +74,6 @@ def _panels(width: float, height: float, rows: int = 1, columns: int = 1, **opti
     """A figure of this size in inches, and its axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, **options)
-
-
-def _fit(axis: Axes, settled: Sequence[float], margin: float) -> None:
-    """Show the range of these values: the first of a training are several times as high and would flatten the rest."""
-    if settled:
-        above = margin * (max(settled) - min(settled)) or 1
-        axis.set_ylim(min(settled) - above, max(settled) + above)
 
 
 @pictured
@@ -221,52 +215,28 @@ def intervals(table: pd.DataFrame, *, label: str, chance: float | None = None) -
         label: What the values are.
         chance: Value that is reached without knowing anything; drawn as a dashed line.
     """
-    methods, groups = list(dict.fromkeys(table["method"])), list(dict.fromkeys(table["group"]))
+    methods, groups = (list(dict.fromkeys(table[name])) for name in ("method", "group"))
     figure, axis = _panels(7.0, 0.18 * len(methods) * max(len(groups), 2) + 1.1)
     if chance is not None:
         axis.axvline(chance, color="0.4", linestyle="--", linewidth=1, label="chance")
     offsets = np.linspace(-0.3, 0.3, len(groups)) if len(groups) > 1 else [0.0]
-    markers = "osD^vP*X<>"
-    for index, (group, offset) in enumerate(zip(groups, offsets, strict=True)):
+    for group, offset, marker, colour in zip(groups, offsets, cycle(MARKERS), cycle(COLOURS), strict=False):
         part = table[table["group"] == group]
-        y = [methods.index(method) + offset for method in part["method"]]
-        spread = [part["value"] - part["low"], part["high"] - part["value"]]
         axis.errorbar(
             part["value"],
-            y,
-            xerr=spread,
-            fmt=markers[index % len(markers)],
+            [methods.index(method) + offset for method in part["method"]],
+            xerr=[part["value"] - part["low"], part["high"] - part["value"]],
+            fmt=marker,
             markersize=4,
             capsize=2,
-            color=COLOURS[index % len(COLOURS)],
+            color=colour,
             label=group,
         )
-    axis.set_yticks(range(len(methods)), methods)
+    axis.set(yticks=range(len(methods)), yticklabels=methods, xlabel=label)
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
-    axis.set_xlabel(label)
     if len(groups) > 1 or chance is not None:
         figure.legend(loc="outside upper right", ncols=min(4, len(groups) + 1))
-    return figure
-
-
-@styled
-def training_curves(losses: Mapping[str, Sequence[float]]) -> Figure:
-    """Reconstruction loss and KL divergence over epochs, on training and held-out images.
-
-    Args:
-        losses: reconstruction, kl, validation_reconstruction and validation_kl, one value per epoch, in nats per image.
-    """
-    figure, axes = _panels(7.0, 2.8, 1, 2)
-    titles = {"reconstruction": "reconstruction loss", "kl": "KL divergence"}
-    for axis, (name, title) in zip(axes, titles.items(), strict=True):
-        epochs = range(1, len(losses[name]) + 1)
-        held_out = losses[f"validation_{name}"]
-        axis.plot(epochs, losses[name], label="training")
-        axis.plot(epochs, held_out, linestyle="--", label="held out")
-        axis.set(xlabel="epoch", ylabel="nats per image", title=title)
-        _fit(axis, [*losses[name][4:], *held_out[4:]], 0.1)
-    axis.legend()
     return figure
 
 
@@ -296,12 +266,11 @@ def histograms(samples: Mapping[str, np.ndarray], *, label: str, mark: float) ->
         mark: Value at which a dashed line is drawn.
     """
     figure, axis = _panels(7.0, 2.8)
-    for (name, value_N), linestyle in zip(samples.items(), ("-", "--", ":", "-."), strict=False):
-        weight_N = np.full(len(value_N), 1 / len(value_N))
+    for (name, value_N), linestyle in zip(samples.items(), LINES, strict=False):
         axis.hist(
             value_N,
             bins=np.linspace(0, 1, 41),
-            weights=weight_N,
+            weights=np.full(len(value_N), 1 / len(value_N)),
             histtype="step",
             linewidth=1.6,
             linestyle=linestyle,
@@ -322,7 +291,7 @@ def tradeoff(table: pd.DataFrame, *, x: str, y: str) -> Figure:
         x: What the cost is.
         y: What the score is.
     """
-    kinds, sources = list(dict.fromkeys(table["kind"])), list(dict.fromkeys(table["source"]))
+    kinds, sources = (list(dict.fromkeys(table[name])) for name in ("kind", "source"))
     figure, axis = _panels(7.0, 4.4)
     for (source, kind), part in table.groupby(["source", "kind"], sort=False):
         colour = COLOURS[kinds.index(kind) % len(COLOURS)]
@@ -365,13 +334,16 @@ def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float | int], Sequen
                 along,
                 values,
                 color=COLOURS[index % len(COLOURS)],
-                linestyle=("-", "--", ":", "-.")[index % 4],
+                linestyle=LINES[index % len(LINES)],
                 marker="o" if len(values) < 20 else None,
                 markersize=3,
                 linewidth=1.3,
                 label=name,
             )
-        _fit(axis, [value for _, values in lines.values() for value in values[len(values) // 10 :]], 0.06)
+        # The first of a training are several times as high and would flatten the rest.
+        settled = [value for _, values in lines.values() for value in values[len(values) // 10 :]]
+        margin = 0.06 * (max(settled) - min(settled)) or 1
+        axis.set_ylim(min(settled) - margin, max(settled) + margin)
         axis.set_title(title)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
@@ -380,3 +352,18 @@ def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float | int], Sequen
         axis.xaxis.set_tick_params(labelbottom=True)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=8)
     return figure
+
+
+def training_curves(losses: Mapping[str, Sequence[float]]) -> Figure:
+    """Reconstruction loss and KL divergence over epochs, on training and held-out images.
+
+    Args:
+        losses: reconstruction, kl, validation_reconstruction and validation_kl, one value per epoch, in nats per image.
+    """
+    epochs = range(1, len(losses["kl"]) + 1)
+    titles = {"reconstruction": "reconstruction loss (nats per image)", "kl": "KL divergence (nats per image)"}
+    panels = {
+        title: {"training": (epochs, losses[name]), "held out": (epochs, losses[f"validation_{name}"])}
+        for name, title in titles.items()
+    }
+    return curves(panels, x="epoch")

@@ -60,7 +60,7 @@ def read(folder: str | Path | None = None) -> pd.DataFrame:
     return table.assign(**numbers)[[*COLUMNS, "published", "table"]]
 
 
-def select(table: pd.DataFrame, **entries: str) -> pd.DataFrame:
+def select(table: pd.DataFrame, /, **entries: str) -> pd.DataFrame:
     """The rows of a table of published numbers that have all of these entries, such as source="R1"."""
     return table[(table[list(entries)] == pd.Series(entries)).all(axis=1)]
 

@@ -1,12 +1,13 @@
 """Tables of the chapter on disentanglement: what its runs say, beside each other and beside the published numbers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
 from expvae_book import judging, names, publications
 from expvae_book.names import COLLAPSED, METRIC, OVERLAP, PAIRS, PUBLISHED, REFERENCE, SPATIAL
+from expvae_book.report import cells
 from expvae_book.runs import Run, order
 
 Line = tuple[list[int] | list[float], list[float]]  # where along x, and the values there
@@ -44,15 +45,9 @@ LOGGED = {
 SCHEDULED = {METRIC: f"{METRIC}, coarse lattice", "total correlation": "TC by samples, coarse lattice (nats)"}
 
 
-def title(run: Run, seeds: bool = True) -> str:
-    """A model in words, with its seed where seeds matter."""
-    name = names.title(run.parameters)
-    return f"{name}, seed {run.parameters['seed']}" if seeds else name
-
-
-def _cells(run: Run, columns: Mapping[str, Number], lacking: str | None = None) -> dict[str, str]:
-    """Numbers of a run as text, by column."""
-    return {column: run.text(*number, lacking=lacking) for column, number in columns.items()}
+def title(run: Run) -> str:
+    """A model in words, with its seed."""
+    return f"{names.title(run.parameters)}, seed {run.parameters['seed']}"
 
 
 def _with_and_without(found: Sequence[Run]) -> list[tuple[Run, Run]]:
@@ -64,7 +59,7 @@ def _with_and_without(found: Sequence[Run]) -> list[tuple[Run, Run]]:
 
 def results(found: Sequence[Run]) -> pd.DataFrame:
     """What each model reaches: the metrics of disentanglement and the losses."""
-    return pd.DataFrame({"Model": title(run), **_cells(run, RESULTS)} for run in found)
+    return pd.DataFrame({"Model": title(run), **cells(run, RESULTS)} for run in found)
 
 
 def differences(found: Sequence[Run]) -> pd.DataFrame:
@@ -100,10 +95,8 @@ def _mean(values: pd.Series) -> str:
 
 def seed_spread() -> float:
     """How far the seeds of one FactorVAE of Brongers et al. lie apart in their metric."""
-    table = publications.read()
-    table = table[(table["source"] == "brongers") & (table["metric"] == "disentanglement metric")]
-    values = table[table["setting"].str.startswith("FactorVAE")]["value"]
-    return float(values.max() - values.min())
+    table = publications.select(publications.read(), source="brongers", metric="disentanglement metric")
+    return float(np.ptp(table[table["setting"].str.startswith("FactorVAE")]["value"]))
 
 
 def points(found: Sequence[Run]) -> pd.DataFrame:
@@ -116,19 +109,18 @@ def points(found: Sequence[Run]) -> pd.DataFrame:
             "source": "ours",
             "kind": names.title(run.parameters).partition(",")[0],
             "label": str(run.parameters["gamma"] or run.parameters["beta"]),
-            "score": run.metric(*SCORE)["value"],
-            "low": run.metric(*SCORE)["low"],
-            "high": run.metric(*SCORE)["high"],
+            "score": score["value"],
+            "low": score["low"],
+            "high": score["high"],
             "cost": run.metric(*COST)["value"],
         }
         for run in found
+        for score in [run.metric(*SCORE)]
     ]
-    table = publications.read()
-    table = table[table["table"] == "dsprites"]
-    costs = table[table["metric"] == "reconstruction loss"].set_index("setting")["value"]
-    for row in table[table["metric"] == "disentanglement metric"].itertuples():
+    table = publications.select(publications.read(), table="dsprites")
+    costs = publications.select(table, metric="reconstruction loss").set_index("setting")["value"]
+    for row in publications.select(table, metric="disentanglement metric").itertuples():
         model = row.setting.partition(", seed")[0]
-        cost = costs.get(row.setting, costs.get(f"{model}, mean of the seeds"))
         kind, _, rest = model.partition(", ")
         lines.append(
             {
@@ -138,7 +130,7 @@ def points(found: Sequence[Run]) -> pd.DataFrame:
                 "score": row.value,
                 "low": row.low,
                 "high": row.high,
-                "cost": cost,
+                "cost": costs.get(row.setting, costs.get(f"{model}, mean of the seeds")),
             }
         )
     return pd.DataFrame(lines)
@@ -167,7 +159,7 @@ def overlaps(found: Sequence[Run], metric: str = OVERLAP) -> pd.DataFrame:
     """
     return pd.DataFrame(
         {"Model": title(run), "Pairs": pairs}
-        | _cells(run, {layer: (metric, layer, pairs) for layer in SPATIAL}, lacking="none")
+        | {layer: run.text(metric, layer, pairs, lacking="none") for layer in SPATIAL}
         for pairs in PAIRS
         for run in found
     )
@@ -206,11 +198,12 @@ def ceilings(run: Run) -> pd.DataFrame:
 
 def protocols(found: Sequence[Run]) -> pd.DataFrame:
     """The same encodings by every protocol and rule for collapsed latents."""
-    columns: dict[str, Number] = {}
-    for protocol, rule in zip((REFERENCE, PUBLISHED, PUBLISHED), RULES, strict=True):
-        columns[f"{protocol}; {rule}"] = (METRIC, protocol, rule)
-        columns[f"latents that count; {protocol}; {rule}"] = ("latents that count", protocol, rule, ".0f")
-    return pd.DataFrame({"Model": title(run), **_cells(run, columns)} for run in found)
+    columns = {
+        f"{prefix}{protocol}; {rule}": (metric, protocol, rule, form)
+        for protocol, rule in zip((REFERENCE, PUBLISHED, PUBLISHED), RULES, strict=True)
+        for prefix, metric, form in (("", METRIC, ".3f"), ("latents that count; ", "latents that count", ".0f"))
+    }
+    return pd.DataFrame({"Model": title(run), **cells(run, columns)} for run in found)
 
 
 def gradients(run: Run) -> pd.DataFrame:

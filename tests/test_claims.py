@@ -243,8 +243,6 @@ def test_several_seeds_share_a_line_with_mean_range_and_count():
     ]
     (line,) = beside(published_share(), runs).to_dict("records")
     assert line["ours"] == "14.0 % (3 runs, 10.0–18.0)"
-    assert line["configuration"] == "digit=1, recipe=liu2020, epochs=100, data=real"
-    assert line["runs"].count("mnist: ") == 3
 
 
 def test_one_run_has_its_interval():

@@ -37,8 +37,8 @@ def beside(reported: pd.DataFrame, runs: Iterable[Run]) -> pd.DataFrame:
 
     Returns:
         The rows of `reported`, one line per row and configuration of ours, with `ours` (text: one run with its
-        interval; several with their mean, number and range; then the marks), `configuration` and `runs` (labels). A
-        row without a run of ours says so in `ours`.
+        interval; several with their mean, number and range; then the marks). A row without a run of ours says so
+        there.
     """
     real = [run for run in each_map(runs) if run.card.kind != "sample"]
     lines = []
@@ -48,12 +48,10 @@ def beside(reported: pd.DataFrame, runs: Iterable[Run]) -> pd.DataFrame:
         shared = set.intersection(*(set(parameters) for parameters, _, _ in groups)) if groups else set()
         for (parameters, _, _), same in groups.items():
             name = ", ".join(pair for pair in parameters if pair not in shared)
-            labels = {"configuration": ", ".join(parameters), "runs": ", ".join(run.label for run, _ in same)}
-            ours = f"{name}: {_summary(row, same)}" if name else _summary(row, same)
-            lines.append(row | labels | {"ours": ours})
+            lines.append(row | {"ours": f"{name}: {_summary(row, same)}" if name else _summary(row, same)})
         if not groups:
-            lines.append(row | {"ours": _absent(row["chapter"], wanted), "configuration": "", "runs": ""})
-    return pd.DataFrame(lines, columns=[*reported.columns, "ours", "configuration", "runs"])
+            lines.append(row | {"ours": _absent(row["chapter"], wanted)})
+    return pd.DataFrame(lines, columns=[*reported.columns, "ours"])
 
 
 def _absent(chapter: str, wanted: dict[str, str]) -> str:
@@ -95,12 +93,10 @@ def _summary(row: dict[str, Any], same: list[tuple[Run, Number]]) -> str:
 
     runs, numbers = zip(*same, strict=True)
     values = [value for value, _, _ in numbers]
-    _, low, high = numbers[0]
-    spread = []
-    if len(same) > 1:
-        low, high = min(values), max(values)
-        spread.append(f"{len(same)} runs")
-    if low is not None and high is not None and not (spread and low == high):
+    several = len(same) > 1
+    _, low, high = (None, min(values), max(values)) if several else numbers[0]
+    spread = [f"{len(same)} runs"] if several else []
+    if low is not None and not (several and low == high):
         spread.append(f"{text(low)}–{text(high)}")
     outdated = sum(bool(run.outdated) for run in runs)
     share = "" if outdated == len(runs) else f"{outdated} of {len(runs)} "
@@ -109,14 +105,11 @@ def _summary(row: dict[str, Any], same: list[tuple[Run, Number]]) -> str:
     mark = runs[0].card.mark
     marks = [f"{mark} data" if mark else "", short(runs[0]), f"{share}outdated" if outdated else ""]
     marks += ["; ".join(trained_on)] if unit == "s" else []
-    mean = with_unit(text(sum(values) / len(values)), unit)
-    mean += f" ({', '.join(spread)})" if spread else ""
+    mean = with_unit(text(sum(values) / len(values)), unit) + (f" ({', '.join(spread)})" if spread else "")
     return " · ".join([mean, *filter(None, marks)])
 
 
-def measure(
-    run: Run, metric: str, method: str = "", subset: str = ""
-) -> tuple[float, float | None, float | None] | None:
+def measure(run: Run, metric: str, method: str = "", subset: str = "") -> Number | None:
     """Value, low and high of a metric of a run, or None where the run has no such number."""
     if metric.startswith(RECORD_PREFIX):
         entry: Any = run.record

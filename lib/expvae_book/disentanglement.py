@@ -23,8 +23,6 @@ from expvae_book.factorvae import VARIANTS, Candidate, Trained
 from expvae_book.training import hold_out
 
 BATCH = 512
-AS_VARIANT = "variant"  # a choice that is left to the published variant of the loss
-NONE = "none"  # the variant of a model without the loss
 EXPLAINED = 512  # held-out images whose maps are compared
 SHOWN = 6  # held-out images that are shown
 TRAVERSAL = np.linspace(-3, 3, 7)  # in standard deviations of the prior
@@ -107,11 +105,9 @@ def scheduled(vae: DSpritesVAE, sprites: dsprites.Sprites) -> dict[str, float]:
     index_N, sizes = lattice(SCHEDULED_STRIDE)
     mu_NI, logvar_NI = encode(vae, sprites, index_N)
     generator = torch.Generator().manual_seed(0)
-    score = metrics.factor_vae_metric(mu_NI, sizes, metrics.REFERENCE, generator=generator)
-    tc = metrics.total_correlation(mu_NI, logvar_NI, samples=SAMPLES, generator=generator)
     return {
-        "FactorVAE metric": score.score,
-        "total correlation": tc.value,
+        "FactorVAE metric": metrics.factor_vae_metric(mu_NI, sizes, metrics.REFERENCE, generator=generator).score,
+        "total correlation": metrics.total_correlation(mu_NI, logvar_NI, samples=SAMPLES, generator=generator).value,
         "reconstruction": reconstruction(vae, sprites, split()[1][:SCHEDULED_IMAGES]).double().mean().item(),
         "KL": kl_divergence(mu_NI, logvar_NI).sum(1).double().mean().item(),
         "active units": float(active_units(mu_NI)),
@@ -135,7 +131,7 @@ def grid(
     Raises:
         ValueError: If a weight is no number of 0 or more, or nothing is asked for.
     """
-    without = dict.fromkeys(choices, NONE)
+    without = dict.fromkeys(choices, "none")
     lines = [
         {"beta": 1, "gamma": gamma, "lambda": weight, **(dict(choices) if weight else without)}
         for gamma, weight in product(_weights("gammas", gammas), _weights("lambdas", lambdas))
@@ -147,12 +143,11 @@ def grid(
 
 
 def _weights(name: str, text: str) -> list[int | float]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    weights = pd.to_numeric(pd.Series(parts, dtype=str), errors="coerce").tolist()
-    for part, value in zip(parts, weights, strict=True):
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be numbers of 0 or more with commas between them, as 10,40; got {part!r}")
-    return list(dict.fromkeys(int(value) if value == int(value) else value for value in weights))
+    parts = pd.Series([part.strip() for part in text.split(",") if part.strip()], dtype=str)
+    weights = pd.to_numeric(parts, errors="coerce")
+    if not weights.between(0, float("inf"), inclusive="left").all():
+        raise ValueError(f"{name} must be numbers of 0 or more with commas between them, as 10,40; got {text!r}")
+    return [int(value) if value == int(value) else value for value in weights.unique().tolist()]
 
 
 def candidate(parameters: Mapping[str, Any]) -> Candidate:
@@ -167,7 +162,7 @@ def candidate(parameters: Mapping[str, Any]) -> Candidate:
         return model
     if variant not in VARIANTS:
         raise ValueError(f"attention must be one of {', '.join(VARIANTS)}; got {variant!r}")
-    differing = {name: parameters[name] for name in ("layer", "alpha", "pairs") if parameters[name] != AS_VARIANT}
+    differing = {name: parameters[name] for name in ("layer", "alpha", "pairs") if parameters[name] != "variant"}
     if differing.get("pairs") == "all":  # of all latents; of a variant's two highest there is but one pair
         differing["maps"] = recipes.DSPRITES[parameters["recipe"]].latent_dim
     return replace(
@@ -205,15 +200,13 @@ def compute(chapter: str, wanted: Sequence[Mapping[str, Any]], device: torch.dev
     for parameters, trained in zip(wanted, tqdm(models, "measuring", unit="model"), strict=True):
         started = time.monotonic()
         rows, arrays = evaluate(trained, sprites, parameters["stride"])
-        # A model without a loss has no curve of it.
-        curves = {name: values for name, values in vars(trained.curves).items() if isinstance(values, list) and values}
         draw = probes.grey(sprites)
-        probe = probes.take(trained.vae, trained.file, draw, "encoder.conv4", parameters["seed"], len(sprites))
         run = runs.save(
             chapter,
             parameters,
             metrics=rows,
-            losses=curves,
+            # A model without a loss has no curve of it.
+            losses={name: curve for name, curve in vars(trained.curves).items() if isinstance(curve, list) and curve},
             arrays=arrays,
             figures={},
             card=sprites.card,
@@ -222,7 +215,7 @@ def compute(chapter: str, wanted: Sequence[Mapping[str, Any]], device: torch.dev
             seconds={"training, all side by side": trained.curves.seconds, "measuring": time.monotonic() - started},
             device=devices.describe_device(device),
             resolved={"precision": precision},
-            probe=probe,
+            probe=probes.take(trained.vae, trained.file, draw, "encoder.conv4", parameters["seed"], len(sprites)),
             extra={
                 "training": {"precision": precision, "side by side": trained.curves.beside, "device": trained.device},
                 "scheduled": trained.curves.measured,
@@ -246,18 +239,18 @@ def evaluate(
     held_out_N = split()[1]
     cost_N = reconstruction(vae, sprites, held_out_N).double()
     kl_NI = kl_divergence(mu_NI, logvar_NI).double()
+    x_BCYX = sprites.images(held_out_N[:EXPLAINED].to(sprites.pixels.device)).float()
+    active_I = torch.from_numpy(metrics.active_by_variance(mu_NI, 0.1))  # that is a variance of 0.01
     rows = [
         runs.row("reconstruction per image", **_mean(cost_N)),
         runs.row("KL per image", kl_NI.sum(1).mean().item()),
         runs.row("reconstruction per image, training", trained.curves.reconstruction[-1]),
         runs.row("active units", active_units(mu_NI)),
         runs.row("parameters", sum(value.numel() for value in vae.parameters())),
+        *metric_rows(mu_NI, logvar_NI, kl_NI, sizes),
+        *overlap_rows(vae, x_BCYX, active_I),
+        *gradient_rows(trained, x_BCYX[:64]),
     ]
-    rows += metric_rows(mu_NI, logvar_NI, kl_NI, sizes)
-    x_BCYX = sprites.images(held_out_N[:EXPLAINED].to(sprites.pixels.device)).float()
-    active_I = torch.from_numpy(metrics.active_by_variance(mu_NI, 0.1))  # that is a variance of 0.01
-    rows += overlap_rows(vae, x_BCYX, active_I)
-    rows += gradient_rows(trained, x_BCYX[:64])
     arrays = {
         "shown": held_out_N[:SHOWN].numpy(),
         "kl": kl_NI.mean(0).numpy().astype(np.float32),
@@ -265,9 +258,7 @@ def evaluate(
     }
     for layer in names.SPATIAL:
         found = attention(vae.encode, f"encoder.{layer}", x_BCYX[:SHOWN])
-        highest_BK = found.highest_BK(2)
-        arrays[f"highest {layer}"] = highest_BK.cpu().numpy()
-        arrays[f"maps {layer}"] = take(found.map_BIHW, highest_BK).cpu().numpy().astype(np.float32)
+        arrays[f"maps {layer}"] = take(found.map_BIHW, found.highest_BK(2)).cpu().numpy().astype(np.float32)
     return rows, arrays
 
 
@@ -284,13 +275,17 @@ def metric_rows(
     """The metrics of disentanglement from one encoding of a lattice, by every protocol, and a perfect code's."""
     generator = torch.Generator().manual_seed(0)
     by_deviation, *by_kl = names.COLLAPSED
-    cases = [(names.REFERENCE, by_deviation, metrics.active_by_variance(mu_NI, names.COLLAPSED[by_deviation]))]
-    cases += [(names.PUBLISHED, rule, metrics.active_by_kl(kl_NI.mean(0), names.COLLAPSED[rule])) for rule in by_kl]
+    cases = [
+        (names.REFERENCE, by_deviation, metrics.active_by_variance(mu_NI, names.COLLAPSED[by_deviation])),
+        *((names.PUBLISHED, rule, metrics.active_by_kl(kl_NI.mean(0), names.COLLAPSED[rule])) for rule in by_kl),
+    ]
     rows = []
     for protocol, rule, active_I in cases:
         found = metrics.factor_vae_metric(mu_NI, sizes, PROTOCOLS[protocol], active_I=active_I, generator=generator)
-        rows.append(runs.row(names.METRIC, method=protocol, subset=rule, **vars(found.interval)))
-        rows.append(runs.row("latents that count", found.active, protocol, rule))
+        rows += [
+            runs.row(names.METRIC, method=protocol, subset=rule, **vars(found.interval)),
+            runs.row("latents that count", found.active, protocol, rule),
+        ]
     for spare, protocol in product(SPARE, PROTOCOLS):
         drawn = perfect(sizes, spare, protocol)
         spread = {"low": min(drawn), "high": max(drawn), "n": len(drawn)}
@@ -299,14 +294,16 @@ def metric_rows(
     # Its own default numbers of points, or two thirds and a third of a lattice that has fewer.
     n = len(mu_NI)
     forest = metrics.dci(mu_NI, sizes, train=min(10_000, 2 * n // 3), held_out=min(5_000, n // 3), generator=generator)
-    tc = metrics.total_correlation(mu_NI, logvar_NI, samples=SAMPLES, generator=generator)
     return [
         *rows,
         runs.row("MIG", float(gap_K.mean())),
         runs.row("DCI disentanglement", forest.disentanglement),
         runs.row("DCI completeness", forest.completeness),
         runs.row("DCI informativeness", forest.informativeness),
-        runs.row("total correlation", **vars(tc)),
+        runs.row(
+            "total correlation",
+            **vars(metrics.total_correlation(mu_NI, logvar_NI, samples=SAMPLES, generator=generator)),
+        ),
     ]
 
 
@@ -345,8 +342,7 @@ def overlap_rows(
         if len(pair_P2):
             cases[names.PAIRS[0]] = (map_BIHW[:, pair_P2[:, 0]], map_BIHW[:, pair_P2[:, 1]])
         for subset, pair in cases.items():
-            ratio_B = overlap(*pair).double().mean(1)
-            rows.append(runs.row(names.OVERLAP, **_mean(ratio_B), method=layer, subset=subset))
+            rows.append(runs.row(names.OVERLAP, **_mean(overlap(*pair).double().mean(1)), method=layer, subset=subset))
             # A map that is zero has no sum of 1: NaN, which does not count.
             shares = [map_BPHW / map_BPHW.sum((2, 3), keepdim=True) for map_BPHW in pair]
             equal_B = overlap(*shares).double().nanmean(1)

@@ -23,15 +23,13 @@ def wide(table: pd.DataFrame) -> pd.DataFrame:
     sources = {source: name for source, name in SOURCES.items() if (table["source"] == source).any()}
     lines = []
     for (setting, metric), group in table.groupby(["setting", "metric"], sort=False):
-        line = {"Setting": setting, "Quantity": metric}
-        for source, name in sources.items():
-            # The reports quote the same number of the paper with other digits: 0.1 is 0.10.
-            given = group[group["source"] == source].drop_duplicates(["value", "low", "high"])
-            line[name] = ", ".join(given["published"])
+        # The reports quote the same number of the paper with other digits: 0.1 is 0.10.
+        given = group.drop_duplicates(["source", "value", "low", "high"])
+        theirs = {name: ", ".join(given["published"][given["source"] == source]) for source, name in sources.items()}
         ours = group[group["ours"] != NO_RUN]
         several = ours["chapter"].nunique() > 1  # the same quantity by the protocols of two chapters
         texts = ours["chapter"] + ": " + ours["ours"] if several else ours["ours"]
-        lines.append(line | {"Ours": "\n".join(texts.unique()) or NO_RUN})
+        lines.append({"Setting": setting, "Quantity": metric, **theirs, "Ours": "\n".join(texts.unique()) or NO_RUN})
     result = pd.DataFrame(lines)
     return result if result["Setting"].any() else result.drop(columns="Setting")
 

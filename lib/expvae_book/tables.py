@@ -35,22 +35,19 @@ def published(report: str, metric: str) -> pd.DataFrame:
 
 def printed(report: str, categories: Sequence[str]) -> pd.DataFrame:
     """The range of the published numbers over some categories, by the paper and by a report."""
-    lines = []
-    for metric in PRINTED:
-        given = published(report, metric).reindex(map(plain, categories))
-        for source in ("paper", report):
-            values = given[source].dropna()
-            lines.append(
-                {
-                    "Source": publications.SOURCES[source],
-                    "Measure": metric,
-                    "Categories": len(values),
-                    "Least": f"{values.min():.3g}",
-                    "Mean": f"{values.mean():.3f}",
-                    "Greatest": f"{values.max():.3g}",
-                }
-            )
-    return pd.DataFrame(lines)
+    return pd.DataFrame(
+        {
+            "Source": publications.SOURCES[source],
+            "Measure": metric,
+            "Categories": len(values),
+            "Least": f"{values.min():.3g}",
+            "Mean": f"{values.mean():.3f}",
+            "Greatest": f"{values.max():.3g}",
+        }
+        for metric in PRINTED
+        for source in ("paper", report)
+        for values in [published(report, metric)[source].reindex(map(plain, categories)).dropna()]
+    )
 
 
 def results(report: str, found: Found, command: Callable[[str], str]) -> pd.DataFrame:
@@ -119,16 +116,17 @@ def conventions(found: Found, report: str) -> pd.DataFrame:
             ours = _values(found, f"IoU, {average}, {classes}", ATTENTION, choice)
             if ours.empty:
                 continue
-            line = {
-                "IoU of": "anomalous class" if classes == "anomalous" else "mean of both classes",
-                "Averaged": average,
-                "Threshold from": threshold,
-                "Ours, mean": f"{ours.mean():.3f}",
-                "Ours, range": f"{ours.min():.3f}–{ours.max():.3f}",
-            }
-            for source in ("paper", report):
-                line[f"Distance from {publications.SOURCES[source]}"] = _decimals((ours - given[source]).abs().mean())
-            lines.append(line)
+            distances = given[["paper", report]].sub(ours, axis=0).abs().mean()
+            lines.append(
+                {
+                    "IoU of": "anomalous class" if classes == "anomalous" else "mean of both classes",
+                    "Averaged": average,
+                    "Threshold from": threshold,
+                    "Ours, mean": f"{ours.mean():.3f}",
+                    "Ours, range": f"{ours.min():.3f}–{ours.max():.3f}",
+                }
+                | {f"Distance from {publications.SOURCES[source]}": _decimals(far) for source, far in distances.items()}
+            )
     return pd.DataFrame(lines)
 
 

@@ -98,8 +98,7 @@ def image_rows(
         grey: Colour map of the rows that are no maps: "gray_r" for ink on paper, "gray" for photographs.
         signed: Whether the maps have both signs: their scale is from -1 to 1 then.
     """
-    columns = len(titles)
-    figure, axes = _panels(1.0 * columns + 2.4, 1.02 * len(rows) + 0.6, len(rows), columns, squeeze=False)
+    figure, axes = _panels(1.0 * len(titles) + 2.4, 1.02 * len(rows) + 0.6, len(rows), len(titles), squeeze=False)
     scale, colours = (Normalize(-1, 1), SIGNED) if signed else (Normalize(0, 1), MAPS)
     for axes_row, (name, image_NYX) in zip(axes, rows.items(), strict=True):
         axes_row[0].set_ylabel(name, rotation=0, ha="right", va="center")
@@ -110,9 +109,10 @@ def image_rows(
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title)
     if maps:
+        drawn = ScalarMappable(scale, colours)
         extend = "neither" if signed else "max"
-        bar = {"label": label, "extend": extend, "fraction": 0.03, "pad": 0.02}
-        figure.colorbar(ScalarMappable(scale, colours), ax=axes, **bar).outline.set_visible(False)
+        bar = figure.colorbar(drawn, ax=axes, label=label, extend=extend, fraction=0.03, pad=0.02)
+        bar.outline.set_visible(False)
     figure.supxlabel(credit, fontsize=7, color="0.35")
     return figure
 
@@ -137,15 +137,15 @@ def clip_animation(
         label: Label of the maps' colour bar.
         credit: Whose frames these are; printed under the figure.
     """
-    figure = Figure(figsize=(5.6, 2.9), dpi=75, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2)
+    figure, axes = _panels(5.6, 2.9, 1, 2)
+    figure.set_dpi(75)
+    FigureCanvasAgg(figure)  # without it the first frame is saved before it has a layout
     norm = Normalize(0, 1)
     for axis in axes:
         axis.set(xticks=[], yticks=[])
         axis.spines[["right", "top"]].set_visible(False)
-    bar = {"label": label, "extend": "max", "fraction": 0.045, "pad": 0.03}
-    figure.colorbar(ScalarMappable(norm, MAPS), ax=axes[1], **bar).outline.set_visible(False)
+    bar = figure.colorbar(ScalarMappable(norm, MAPS), ax=axes[1], label=label, extend="max", fraction=0.045, pad=0.03)
+    bar.outline.set_visible(False)
     figure.supxlabel(credit, fontsize=7, color="0.35")
     moments = []
     for frame_YX, mask_YX, map_YX, title in zip(frame_NYX, mask_NYX, map_NYX, titles, strict=True):
@@ -198,9 +198,8 @@ def attention_steps(
         else:
             drawn = axis.imshow(image, cmap=MAPS, vmin=0, vmax=highest if title in below else None)
         if title in above:
-            label = "intensity" if title == "image" else "value"
-            bar = {"label": label, "orientation": "horizontal", "fraction": 0.06, "pad": 0.03}
-            figure.colorbar(drawn, ax=axis, ticks=MaxNLocator(3), **bar)
+            label, ticks = "intensity" if title == "image" else "value", MaxNLocator(3)
+            figure.colorbar(drawn, ax=axis, ticks=ticks, label=label, orientation="horizontal", fraction=0.06, pad=0.03)
     figure.colorbar(drawn, ax=axes[1], label="map $M_i$, one scale", fraction=0.02, pad=0.01)
     figure.supxlabel(credit, fontsize=7, color="0.35")
     return figure
@@ -343,8 +342,7 @@ def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float | int], Sequen
         # The first of a training are several times as high and would flatten the rest.
         settled = [value for _, values in lines.values() for value in values[len(values) // 10 :]]
         margin = 0.06 * (max(settled) - min(settled)) or 1
-        axis.set_ylim(min(settled) - margin, max(settled) + margin)
-        axis.set_title(title)
+        axis.set(title=title, ylim=(min(settled) - margin, max(settled) + margin))
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     for axis in axes[max(0, len(panels) - 2) : len(panels)]:

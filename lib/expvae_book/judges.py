@@ -76,11 +76,10 @@ def judge_attention(method: str) -> Judge:
             low, _ = scores[method]
             above_all = low > 0.5 and above_baselines(scores, method)
             grades.append(graded(above_all, low > max(0.5, scores["random"][1])))
-        others = [name for name in pixel_scores(runs[0], OUTLIERS) if not name.startswith(ATTENTION)]
-        evidence = f"Pixel AUROC — {'; '.join(_per_digit(runs, AUROC, name) for name in (method, *others))}."
-        n = len(runs)
-        evidence += (
-            f" Above chance in {n - grades.count(0)} of {n} runs, above every baseline in {grades.count(2)} of {n}."
+        n, others = len(runs), [name for name in pixel_scores(runs[0], OUTLIERS) if not name.startswith(ATTENTION)]
+        evidence = (
+            f"Pixel AUROC — {'; '.join(_per_digit(runs, AUROC, name) for name in (method, *others))}. "
+            f"Above chance in {n - grades.count(0)} of {n} runs, above every baseline in {grades.count(2)} of {n}."
         )
         if all(measure(run, names.WITHIN_INK, method, OUTLIERS) for run in runs):
             evidence += f" Among pixels of ink alone — {_per_digit(runs, names.WITHIN_INK, method)}."
@@ -180,14 +179,26 @@ Grade = Callable[[Sequence[Run], pd.DataFrame], int]  # of the runs of one confi
 
 def judge_ucsd(grade: Grade) -> Judge:
     """Judge a claim on the three layers of one UCSD model; the worst model counts."""
-    lacking = "No model on complete data to its last epoch."
-    return _worst(grade, "layer", _ucsd_reasons, _ucsd_scores, lambda runs: alike(runs, "layer"), lacking)
+    return _worst(
+        grade,
+        "layer",
+        _ucsd_reasons,
+        _ucsd_scores,
+        lambda runs: alike(runs, "layer"),
+        "No model on complete data to its last epoch.",
+    )
 
 
 def judge_mvtec(grade: Grade) -> Judge:
     """Judge a claim on the categories of MVTec AD; the worst configuration counts."""
-    lacking = "No run on a complete category to its last image."
-    return _worst(grade, "category", _mvtec_reasons, _mvtec_scores, measured(AUROC, ATTENTION), lacking)
+    return _worst(
+        grade,
+        "category",
+        _mvtec_reasons,
+        _mvtec_scores,
+        measured(AUROC, ATTENTION),
+        "No run on a complete category to its last image.",
+    )
 
 
 def _worst(
@@ -222,10 +233,9 @@ def _ucsd_reasons(*layers: Run) -> list[str]:
 
 def _ucsd_scores(*layers: Run) -> str:
     """The pixel AUROC of attention at each layer, and that of the reconstruction error, as text."""
-    parameters = layers[0].parameters
+    parameters, error = layers[0].parameters, with_interval(layers[0], names.ERROR, names.ERROR, CLIPS)
     scores = sorted(with_interval(run, run.parameters["layer"], ATTENTION, CLIPS) for run in layers)
-    scores.append(with_interval(layers[0], names.ERROR, names.ERROR, CLIPS))
-    return f"{parameters['recipe']}, {parameters['preset']}, seed {parameters['seed']}: {', '.join(scores)}"
+    return f"{parameters['recipe']}, {parameters['preset']}, seed {parameters['seed']}: {', '.join([*scores, error])}"
 
 
 def grade_ucsd_auroc(layers: Sequence[Run], reported: pd.DataFrame) -> int:
@@ -248,9 +258,11 @@ def grade_ucsd_baseline(layers: Sequence[Run], reported: pd.DataFrame) -> int:
 def grade_ucsd_layers(layers: Sequence[Run], reported: pd.DataFrame) -> int:
     """Whether the three layers are apart and conv2 is highest, or at least two are apart."""
     preset = layers[0].parameters["preset"]
-    pairs = [f"{preset}, {one} − {other}" for one, other in combinations(UCSD_LAYERS, 2)]
     # Each of the runs has the differences between all layers.
-    rows = [layers[0].metric(names.DIFFERENCE, pair, CLIPS) for pair in pairs]
+    rows = [
+        layers[0].metric(names.DIFFERENCE, f"{preset}, {one} − {other}", CLIPS)
+        for one, other in combinations(UCSD_LAYERS, 2)
+    ]
     apart = [row["low"] > 0 or row["high"] < 0 for row in rows]
     highest = max(layers, key=_ucsd_value).parameters["layer"]
     return graded(all(apart) and highest == "conv2", any(apart))
@@ -280,12 +292,12 @@ def grade_mvtec_published(runs: Sequence[Run], reported: pd.DataFrame) -> int:
     """Whether AUROC and IoU reach the paper's in two categories of three, or one of them, or all AUROC beat chance."""
     enough = []
     for metric, ours in ((AUROC, AUROC), ("IoU", names.BEST_IOU)):
-        reached = [
+        reached = sum(
             run.metric(ours, ATTENTION)["high"]
             >= _of_paper(reported, "MVTec AD", metric, names.plain(run.parameters["category"]))
             for run in runs
-        ]
-        enough.append(3 * sum(reached) >= 2 * len(runs))
+        )
+        enough.append(3 * reached >= 2 * len(runs))
     beats_chance = all(run.metric(AUROC, ATTENTION)["low"] > 0.5 for run in runs)
     return graded(all(enough), any(enough) or beats_chance)
 

@@ -45,49 +45,38 @@ def judging(
     units: Callable[[Sequence[Run]], Iterable[Sequence[Run]]] = zip,
     lacking: Callable[[list[Run]], str] = lambda runs: "",
 ) -> Judge:
-    """A judge, who sifts the runs and lets the grade of those that count decide.
+    """A judge, who sifts the runs, lets the grade of those that count decide, and names those that do not count.
+
+    The evidence also notes how many of those that count are outdated.
 
     Args:
         decide: From the runs that count and the published numbers to a grade and its evidence.
-        reasons: See `sift`.
-        described: See `sift`.
+        reasons: What is against each of several requirements in the runs of a unit, the weightiest first; blank where
+            it is met.
+        described: The numbers of a unit as text, by which the evidence names those left out with all that is against
+            them; None where they are only tallied, by what is weightiest.
         units: From the runs to those that count together or not at all; by default each for itself.
         lacking: What those that count lack for a verdict, as a sentence; blank where it is nothing.
     """
 
     def judge(runs: Sequence[Run], reported: pd.DataFrame) -> Verdict:
-        counted, note = sift(units(runs), reasons, described)
+        counted, others = [], []
+        for unit in units(runs):
+            against = list(filter(None, reasons(*unit)))
+            if not against:
+                counted += unit
+            else:
+                others.append(f"{described(*unit)} ({', '.join(against)})" if described else against[0])
+        if described is None:
+            others = [f"{number} ({reason})" for reason, number in Counter(others).items()]
         sentence = lacking(counted)
         grade, evidence = (None, sentence) if sentence else decide(counted, reported)
-        return Verdict(GRADES[grade], evidence + note, tuple(run.label for run in counted))
+        outdated = sum(bool(run.outdated) for run in counted)
+        evidence += f" Outdated: {outdated} of {len(counted)} runs." if outdated else ""
+        evidence += f" Not counted: {'; '.join(others)}." if others else ""
+        return Verdict(GRADES[grade], evidence, tuple(run.label for run in counted))
 
     return judge
-
-
-def sift(
-    units: Iterable[Sequence[Run]], reasons: Callable[..., list[str]], described: Callable[..., str] | None = None
-) -> tuple[list[Run], str]:
-    """The runs that a verdict may rest on, and a note on the outdated ones among them and on those left out.
-
-    Args:
-        units: Runs that count together or not at all.
-        reasons: What is against each of several requirements in the runs of a unit, the weightiest first; blank where
-            it is met.
-        described: The numbers of a unit as text, by which the note names those left out with all that is against them;
-            None where they are only tallied, by what is weightiest.
-    """
-    counted, others = [], []
-    for unit in units:
-        against = list(filter(None, reasons(*unit)))
-        if not against:
-            counted += unit
-        else:
-            others.append(f"{described(*unit)} ({', '.join(against)})" if described else against[0])
-    if described is None:
-        others = [f"{number} ({reason})" for reason, number in Counter(others).items()]
-    outdated = sum(bool(run.outdated) for run in counted)
-    note = f" Outdated: {outdated} of {len(counted)} runs." if outdated else ""
-    return counted, note + (f" Not counted: {'; '.join(others)}." if others else "")
 
 
 def unless(met: object, reason: str) -> str:

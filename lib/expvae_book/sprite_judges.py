@@ -42,8 +42,7 @@ def judge_dsprites(grade: Callable[[Models], int | None], *number: str) -> Judge
         return f"{weights}, seed {run.parameters['seed']}: {number[0]} {run.metric(*number)['value']:.3f}"
 
     def decide(runs: list[Run], reported: pd.DataFrame) -> Graded:
-        grades = [grade(models) for models in _configurations(runs) if models]
-        grades = [of_one for of_one in grades if of_one is not None]
+        grades = {grade(models) for models in _configurations(runs) if models} - {None}
         if not grades:
             return None, "Too few whole runs on the complete release to tell."
         return min(grades), f"{'; '.join(map(score, runs))}."
@@ -52,12 +51,12 @@ def judge_dsprites(grade: Callable[[Models], int | None], *number: str) -> Judge
 
 
 def _dsprites_reasons(run: Run) -> list[str]:
-    as_published = all(run.parameters[name] in ("variant", "none") for name in ("layer", "alpha", "pairs"))
+    choices = {run.parameters[name] for name in ("layer", "alpha", "pairs")}
     return [
         incomplete(run),
         short(run),
         unless(run.parameters["attention"] in ("none", *DSPRITES_LOSSES), "the loss of other code"),
-        unless(as_published, "a changed loss"),
+        unless(choices <= {"variant", "none"}, "a changed loss"),
     ]
 
 

@@ -14,10 +14,10 @@ import sys
 import tempfile
 import warnings
 from base64 import b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redirect_stdout
-from functools import partial
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 from unittest.mock import patch
 
@@ -200,7 +200,10 @@ def _isolated(folder: Path) -> Iterator[_Shell]:
         stack.enter_context(patch.object(sys, "path", sys.path[:]))
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
-        stack.callback(_torch_as_now())
+        if "torch" in sys.modules:
+            stack.enter_context(sys.modules["torch"].random.fork_rng(devices=[]))
+        else:  # one that the page imports is seeded anew
+            stack.callback(lambda: "torch" in sys.modules and sys.modules["torch"].seed())
         home = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(chdir(folder))
         stack.enter_context(mpl.rc_context())
@@ -227,14 +230,6 @@ def _isolated(folder: Path) -> Iterator[_Shell]:
             _Shell.clear_instance()
 
 
-def _torch_as_now() -> Callable[[], object]:
-    """What puts the random state of PyTorch back; one that was imported since is seeded anew."""
-    if "torch" in sys.modules:
-        torch = sys.modules["torch"]
-        return partial(torch.set_rng_state, torch.get_rng_state())
-    return lambda: "torch" in sys.modules and sys.modules["torch"].seed()
-
-
 def _show_warning(
     message: Warning, category: type, filename: str, line: int, _file: object = None, text: str | None = None
 ) -> None:
@@ -244,12 +239,8 @@ def _show_warning(
 
 def _line(error: BaseException, shell: _Shell) -> int:
     """The line of the cell, from 1, at which an error left it."""
-    step = error.__traceback__
-    while step is not None and step.tb_frame.f_globals is not shell.user_ns:
-        step = step.tb_next
-    if step is not None:
-        return step.tb_lineno
-    return getattr(error, "lineno", None) or 1  # of a cell that is not valid Python
+    steps = [line for frame, line in walk_tb(error.__traceback__) if frame.f_globals is shell.user_ns]
+    return steps[0] if steps else getattr(error, "lineno", None) or 1  # of a cell that is not valid Python
 
 
 def _as_text(data: dict[str, Any]) -> dict[str, Any]:

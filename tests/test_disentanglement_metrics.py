@@ -250,22 +250,6 @@ def test_collapsed_latents_are_told_by_divergence_or_by_spread():
     ]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"factors": ()}, "factors must name"),
-        ({"factors": (1, 1)}, "factors must name"),
-        ({"factors": (-1,)}, "factors must name"),
-        ({"votes": 5, "balanced": True, "factors": (0, 1, 2, 3, 4, 5)}, "votes must be at least 6"),
-        ({"held_out": -1}, "held_out must be at least 0"),
-        ({"batch": 1}, "batch must be at least 2"),
-    ],
-)
-def test_impossible_protocols_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        Protocol(**{"factors": (0,), "votes": 1, "held_out": 0, "batch": 2, "balanced": False} | arguments)
-
-
 def with_nan(mu_NI):
     mu_NI = mu_NI.clone()
     mu_NI[5, 1] = torch.nan

@@ -18,7 +18,6 @@ from expvae.metrics import (
     mutual_information_gap,
     thresholds,
 )
-from expvae.metrics._inputs import require_plain
 
 SCORE = np.array([[0.1, 0.9, 0.2, 0.8], [0.3, 0.7, 0.4, 0.6]])
 TRUTH = np.array([[False, True, False, True], [False, True, True, False]])
@@ -53,17 +52,6 @@ def test_masked_values_are_refused(measure):
         measure()
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors:UserWarning")
-def test_masks_within_lists_and_of_torch_are_refused():
-    for values in (
-        [MASKED[0], SCORE[1]],
-        [[SCORE[0]], [MASKED[1]]],
-        torch.masked.masked_tensor(torch.tensor(SCORE), torch.tensor(~MASK)),
-    ):
-        with pytest.raises(ValueError, match="masked values would count"):
-            require_plain(values)
-
-
 def test_where_says_what_a_mask_said():
     expected = [auroc(SCORE[image][~MASK[image]], TRUTH[image][~MASK[image]]) for image in range(2)]
     np.testing.assert_allclose(auroc_per_image(SCORE, TRUTH, where_NP=~MASK), expected)
@@ -71,20 +59,6 @@ def test_where_says_what_a_mask_said():
 
 def test_masked_arrays_that_mask_nothing_lose_nothing():
     assert auroc(np.ma.array(SCORE), np.ma.array(TRUTH)) == auroc(SCORE, TRUTH)
-
-
-@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype stage:UserWarning", "ignore:Sparse")
-def test_tensors_with_gaps_are_refused():
-    whole = torch.tensor(SCORE)
-    for kind, values in (
-        ("sparse", whole.to_sparse()),
-        ("sparse", whole.to_sparse_csr()),
-        ("nested", torch.nested.nested_tensor([whole[0], whole[1, :2]])),
-    ):
-        with pytest.raises(ValueError, match=f"a {kind} tensor has no value at every place; give a dense one"):
-            require_plain(values)
-    with pytest.raises(ValueError, match="a sparse tensor has no value at every place"):
-        active_by_kl(whole.to_sparse())
 
 
 def test_missing_values_of_pandas_are_refused():

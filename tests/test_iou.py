@@ -153,12 +153,12 @@ def test_best_is_no_worse_than_any_other_choice(case, validation):
 
 def test_thresholds_have_the_precision_of_the_scores_and_ascend():
     score = torch.linspace(0, 1, 1000, dtype=torch.float32)
-    found = thresholds(score, validation=0.1, count=50)
+    found = thresholds(score, validation=0.1)
     assert found["validation"].tolist() == [float(np.float32(0.1))]
     assert found["grid"].tolist() == [float(np.float32(i / 100)) for i in range(1, 100)]
     assert (np.diff(found["best"]) > 0).all()
     assert set(found["best"]) >= {0.0, 1.0, *found["validation"], *found["grid"]}
-    assert len(found["best"]) <= 50 + 1 + 99 + 1
+    assert len(found["best"]) <= 1000 + 1 + 99 + 1
     assert "validation" not in thresholds(score)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -176,7 +176,6 @@ def test_thresholds_have_the_precision_of_the_scores_and_ascend():
         (lambda s, t: thresholds(s / 0, validation=1.0), "must be finite"),
         (lambda s, t: thresholds(s[:0]), "^score must hold at least one pixel"),
         (lambda s, t: thresholds(s, validation=float("nan")), "^validation must be a number or None, got nan"),
-        (lambda s, t: thresholds(s, count=1), "^count must be at least 2, got 1"),
         (lambda s, t: ious(confusion(s, t, np.zeros(1)), "per image", "anomalous"), "got 'per image' of 'anomalous'"),
         (lambda s, t: iou_intervals(s, t & False, seed=0), "both classes, got 0 positives and 12 negatives"),
         (lambda s, t: iou_intervals(s[2:], t[2:], seed=0), "at least two images to resample, got 1"),

@@ -41,12 +41,6 @@ class Protocol:
     batch: int
     balanced: bool
 
-    def __post_init__(self):
-        if not self.factors or min(self.factors) < 0 or len(set(self.factors)) < len(self.factors):
-            raise ValueError(f"factors must name at least one factor, each once and from 0 on, got {self.factors}.")
-        least = len(self.factors) if self.balanced else 1
-        require_least(("votes", self.votes, least), ("held_out", self.held_out, 0), ("batch", self.batch, 2))
-
 
 # Kim & Mnih (2018) with the settings of Locatello et al. (2019) in disentanglement_lib, whose dSprites has no colour.
 REFERENCE = Protocol(factors=(1, 2, 3, 4, 5), votes=10_000, held_out=5_000, batch=64, balanced=False)
@@ -197,18 +191,13 @@ def draw_votes(
 
 
 def name_latents(
-    mu_NI: Float[Array, "n i"], index_VL: Int64[np.ndarray, "v l"], active_I: Bool[Array, " i"]
+    mu_NI: Float[Tensor, "n i"], index_VL: Int64[np.ndarray, "v l"], active_I: Bool[Tensor, " i"]
 ) -> Int64[np.ndarray, " v"]:
     """The latent that varies least in every vote, argmin_i Var_L(μ_i) / Var_N(μ_i) over the active ones.
 
-    Both variances divide by the number of points less one, and are taken in double precision. No active latent may be
-    constant over the grid.
-
-    Raises:
-        ValueError: If a mean is NaN or infinite.
+    Both variances divide by the number of points less one, and are taken in double precision. The means must be
+    finite, and no active latent may be constant over the grid.
     """
-    mu_NI = finite("mu_NI", mu_NI)
-    active_I = finite("active_I", active_I).to(mu_NI.device)
     variance_I = mu_NI.double().var(dim=0)
     index_VL = torch.from_numpy(index_VL).to(mu_NI.device)
     latent_V = []

@@ -21,33 +21,18 @@ def as_array(values: Shaped[Array, "..."]) -> Shaped[np.ndarray, "..."]:
     """The values as an array; NumPy has no bfloat16, so small floats of torch become float32, which is exact.
 
     Raises:
-        ValueError: If some of the values are masked, or a tensor is nested or sparse.
+        ValueError: If some of the values are masked.
     """
     torch = sys.modules.get("torch")  # who has a tensor has imported it
-    require_plain(values)
     if torch is not None and isinstance(values, torch.Tensor):
         values = values.detach().cpu()
         return (values.float() if values.is_floating_point() and values.itemsize < 4 else values).numpy()
-    return np.asarray(values)
-
-
-def require_plain(values: Any) -> None:
-    """Raise a ValueError where an array of the values would not be all that they say."""
-    torch = sys.modules.get("torch")
-    tensor = torch is not None and isinstance(values, torch.Tensor)
-    if _masked(values) or (tensor and isinstance(values, torch.masked.MaskedTensor)):
+    if np.ma.is_masked(values):
         raise ValueError(
             "masked values would count as if they were not; give plain arrays, with `where` (True at what counts) "
             "if the measure takes it, else without the masked values."
         )
-    if tensor and (values.is_nested or values.layout != torch.strided):
-        kind = "nested" if values.is_nested else "sparse"
-        raise ValueError(f"a {kind} tensor has no value at every place; give a dense one.")
-
-
-def _masked(values: Any) -> bool:
-    within = isinstance(values, list | tuple) and any(map(_masked, values))  # np.ma looks into arrays alone
-    return within or np.ma.is_masked(values)
+    return np.asarray(values)
 
 
 def checked(score: Shaped[Array, "..."], truth: Shaped[Array, "..."]) -> tuple[np.ndarray, np.ndarray]:
@@ -70,6 +55,22 @@ def checked(score: Shaped[Array, "..."], truth: Shaped[Array, "..."]) -> tuple[n
     return score, truth
 
 
+def checked_images(score: Shaped[Array, "..."], truth: Shaped[Array, "..."]) -> tuple[np.ndarray, np.ndarray]:
+    """Score and truth as arrays whose first axis counts images; as `checked`, and a ValueError if there is none."""
+    score, truth = checked(score, truth)
+    if score.ndim == 0 or len(score) == 0:
+        raise ValueError(f"score must hold at least one image along its first axis, got shape {score.shape}.")
+    return score, truth
+
+
+def checked_where(where: Shaped[Array, "..."], shape: tuple[int, ...]) -> Bool[np.ndarray, "..."]:
+    """Which pixels count, as an array; a ValueError unless it is boolean and of this shape."""
+    where = as_array(where)
+    if where.shape != shape or where.dtype != bool:
+        raise ValueError(f"where must be boolean of shape {shape}, got {where.dtype} of shape {where.shape}.")
+    return where
+
+
 def with_masks(
     score_NYX: Shaped[Array, "n ..."], truth: Masks, without_mask: WithoutMask
 ) -> tuple[Shaped[np.ndarray, "m ..."], Bool[np.ndarray, "m ..."], Int64[np.ndarray, " m"]]:
@@ -81,11 +82,8 @@ def with_masks(
         without_mask: What becomes of images without a mask: "leave out", or "normal" for a mask without anomaly.
 
     Raises:
-        ValueError: As for `checked`, or if there is no axis of images, their number and that of the masks differ, or
-            without_mask is something else.
+        ValueError: As for `checked`, or if there is no axis of images, or their number and that of the masks differ.
     """
-    if without_mask not in ("leave out", "normal"):
-        raise ValueError(f'without_mask must be "leave out" or "normal", got {without_mask!r}.')
     score_NYX = as_array(score_NYX)
     if score_NYX.ndim == 0:
         raise ValueError("score must have its first axis count images, got a single number.")

@@ -24,11 +24,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Int64, Num, Shaped
+from jaxtyping import Bool, Float, Int64, Num, Shaped
 
 from expvae.metrics._bootstrap import Interval, percentile_interval, resampled_weights
-from expvae.metrics._inputs import Array, as_array, checked, require_both_classes, require_resampling
-from expvae.metrics._segmentation import GRID
+from expvae.metrics._inputs import (
+    Array,
+    as_array,
+    checked,
+    checked_images,
+    require_both_classes,
+    require_resampling,
+)
+from expvae.metrics._segmentation import GRID, rounded
 
 Average = Literal["pooled", "per image", "per defective image"]
 Classes = Literal["anomalous", "both"]
@@ -41,6 +48,7 @@ CONVENTIONS: tuple[tuple[Average, Classes], ...] = (
     ("per image", "both"),
     ("per defective image", "both"),
 )
+STEPS = 1000  # thresholds among which the best is sought, beside those of the other choices
 LEAST_FLAGGED = 1e-5  # of all pixels, by the second highest threshold of a table
 
 
@@ -77,27 +85,23 @@ def confusion(
         ValueError: If the shapes differ or hold no image, the truth is not boolean, a score is NaN or infinite, or the
             thresholds do not ascend.
     """
-    score_NYX, truth_NYX = _images(score_NYX, truth_NYX)
+    score_NYX, truth_NYX = checked_images(score_NYX, truth_NYX)
+    score_NYX = score_NYX.astype(np.result_type(score_NYX, np.float32), copy=False)
     if not (threshold_T[1:] >= threshold_T[:-1]).all() or np.isnan(threshold_T).any():
         raise ValueError("threshold_T must be numbers in ascending order.")
-    threshold_T = _rounded(threshold_T, score_NYX)
+    threshold_T = rounded(threshold_T, score_NYX.dtype)
 
-    def flagged(score: Shaped[np.ndarray, " p"]) -> Int64[np.ndarray, " t"]:
-        return len(score) - np.searchsorted(np.sort(score), threshold_T)
+    def flagged(chosen_NYX: Bool[np.ndarray, "n ..."]) -> Int64[np.ndarray, "n t"]:
+        scores = (np.sort(score_YX[chosen_YX]) for score_YX, chosen_YX in zip(score_NYX, chosen_NYX, strict=True))
+        return np.array([len(score) - np.searchsorted(score, threshold_T) for score in scores])
 
-    pairs = list(zip(score_NYX, truth_NYX, strict=True))
     positive_N = truth_NYX.reshape(len(truth_NYX), -1).sum(axis=1)
-    return Confusion(
-        threshold_T.astype(np.float64),
-        np.stack([flagged(score_YX[truth_YX]) for score_YX, truth_YX in pairs]),
-        np.stack([flagged(score_YX[~truth_YX]) for score_YX, truth_YX in pairs]),
-        positive_N,
-        truth_NYX[0].size - positive_N,
-    )
+    negative_N = truth_NYX[0].size - positive_N
+    return Confusion(threshold_T.astype(np.float64), flagged(truth_NYX), flagged(~truth_NYX), positive_N, negative_N)
 
 
 def thresholds(
-    score_NYX: Shaped[Array, "n ..."], *, validation: float | None = None, count: int = 1000
+    score_NYX: Shaped[Array, "n ..."], *, validation: float | None = None
 ) -> dict[Choice, Float[np.ndarray, " _"]]:
     """The thresholds among which each choice chooses, ascending.
 
@@ -109,10 +113,9 @@ def thresholds(
     Args:
         score_NYX: Finite scores of the test images.
         validation: Threshold chosen on validation images; without one there is no such choice.
-        count: Number of steps, at least 2.
 
     Raises:
-        ValueError: If there is no score, one is NaN or infinite, the threshold is NaN, or there are too few steps.
+        ValueError: If there is no score, one is NaN or infinite, or the threshold is NaN.
     """
     score = as_array(score_NYX).ravel()
     checked(score, np.zeros(score.shape, dtype=bool))
@@ -120,16 +123,12 @@ def thresholds(
         raise ValueError("score must hold at least one pixel, got none.")
     if validation is not None and np.isnan(validation):
         raise ValueError("validation must be a number or None, got nan.")
-    if count < 2:
-        raise ValueError(f"count must be at least 2, got {count}.")
     score = np.sort(score.astype(np.result_type(score, np.float32)))
-    flagged = np.ceil(score.size * np.geomspace(LEAST_FLAGGED, 1, count)).astype(np.int64)
+    flagged = np.ceil(score.size * np.geomspace(LEAST_FLAGGED, 1, STEPS)).astype(np.int64)
     steps = score[score.size - np.append(1, np.minimum(flagged, score.size))]
-    chosen: dict[Choice, np.ndarray] = {}
-    if validation is not None:
-        chosen["validation"] = np.array([validation], dtype=np.float64)
+    chosen: dict[Choice, np.ndarray] = {} if validation is None else {"validation": np.array([validation])}
     chosen["grid"] = np.sort(GRID * float(score[-1]))
-    chosen = {choice: _rounded(threshold_T, score).astype(np.float64) for choice, threshold_T in chosen.items()}
+    chosen = {choice: rounded(threshold_T, score.dtype).astype(np.float64) for choice, threshold_T in chosen.items()}
     nothing = np.nextafter(score[-1:], np.inf)  # flags no pixel, as the first threshold of a ROC curve does
     chosen["best"] = np.unique(np.concatenate([np.append(steps, nothing).astype(np.float64), *chosen.values()]))
     return chosen
@@ -155,17 +154,14 @@ def ious(
     if (average, classes) not in CONVENTIONS:
         valid = ", ".join(f"{name!r} of {kind!r}" for name, kind in CONVENTIONS)
         raise ValueError(f"average and classes must be one of {valid}; got {average!r} of {classes!r}.")
-    weight_RN = np.ones((1, len(table.tp_NT))) if weight_RN is None else weight_RN.astype(np.float64)  # whole numbers
-    tp_NT, fp_NT = table.tp_NT.astype(np.float64), table.fp_NT.astype(np.float64)
-    positive_N1, negative_N1 = (
-        table.positive_N[:, None].astype(np.float64),
-        table.negative_N[:, None].astype(np.float64),
-    )
+    weight_RN = np.ones((1, len(table.tp_NT))) if weight_RN is None else weight_RN.astype(np.float64)
+    counts = (table.tp_NT, table.fp_NT, table.positive_N[:, None], table.negative_N[:, None])
+    counts = [count.astype(np.float64) for count in counts]
     if average == "pooled":
-        return _iou(weight_RN @ tp_NT, weight_RN @ fp_NT, weight_RN @ positive_N1, weight_RN @ negative_N1, classes)
+        return _iou(*(weight_RN @ count for count in counts), classes)
     if average == "per defective image":
         weight_RN = weight_RN * (table.positive_N > 0)
-    iou_NT = _iou(tp_NT, fp_NT, positive_N1, negative_N1, classes)
+    iou_NT = _iou(*counts, classes)
     # Of images that do not count the IoU may be 0/0, which no weight of 0 would remove.
     total_R1 = weight_RN.sum(axis=1, keepdims=True)
     return _ratio(weight_RN @ np.nan_to_num(iou_NT), np.broadcast_to(total_R1, (len(weight_RN), iou_NT.shape[1])))
@@ -205,19 +201,19 @@ def iou_intervals(
             each image, or there are fewer than two units, too few resamples or a level outside (0, 1).
     """
     require_resampling(resamples, level)
-    score_NYX, truth_NYX = _images(score_NYX, truth_NYX)
-    require_both_classes(int((~truth_NYX).sum()), int(truth_NYX.sum()))
-    unit_N = np.arange(len(score_NYX)) if unit_N is None else as_array(unit_N)
-    if unit_N.shape != (len(score_NYX),):
-        raise ValueError(f"unit_N must hold one unit for each of {len(score_NYX)} images, got shape {unit_N.shape}.")
+    chosen = thresholds(score_NYX, validation=validation)
+    table = confusion(score_NYX, truth_NYX, chosen["best"])
+    n = len(table.positive_N)
+    require_both_classes(int(table.negative_N.sum()), int(table.positive_N.sum()))
+    unit_N = np.arange(n) if unit_N is None else as_array(unit_N)
+    if unit_N.shape != (n,):
+        raise ValueError(f"unit_N must hold one unit for each of {n} images, got shape {unit_N.shape}.")
     unit_U, unit_N = np.unique(unit_N, return_inverse=True)
     if len(unit_U) < 2:
         raise ValueError("score must hold at least two images to resample, got 1, or be of at least two units.")
-    chosen = thresholds(score_NYX, validation=validation)
-    table = confusion(score_NYX, truth_NYX, chosen["best"])
     columns = {choice: np.searchsorted(table.threshold_T, threshold_T) for choice, threshold_T in chosen.items()}
 
-    weight_RN = resampled_weights(len(unit_U), resamples, seed).astype(np.int64)[:, unit_N]
+    weight_RN = resampled_weights(len(unit_U), resamples, seed)[:, unit_N]
     weight_RN = weight_RN[(weight_RN @ table.positive_N > 0) & (weight_RN @ table.negative_N > 0)]
     found = {}
     for average, classes in CONVENTIONS:
@@ -228,21 +224,6 @@ def iou_intervals(
             iou_R = iou_RT[:, column_T].max(axis=1)
             found[average, classes, choice] = percentile_interval(iou_R[0], iou_R[1:], level, n)
     return found
-
-
-def _images(
-    score: Shaped[Array, "..."], truth: Shaped[Array, "..."]
-) -> tuple[Shaped[np.ndarray, "n ..."], Shaped[np.ndarray, "n ..."]]:
-    score, truth = checked(score, truth)
-    if score.ndim == 0 or len(score) == 0:
-        raise ValueError(f"score must hold at least one image along its first axis, got shape {score.shape}.")
-    return score.astype(np.result_type(score, np.float32), copy=False), truth
-
-
-def _rounded(threshold_T: Num[np.ndarray, " t"], score: Float[np.ndarray, "..."]) -> Float[np.ndarray, " t"]:
-    """Thresholds in the precision of the scores, as in `expvae.metrics._segmentation`."""
-    with np.errstate(over="ignore"):  # beyond the type's range is beyond all scores
-        return threshold_T.astype(score.dtype)
 
 
 def _iou(

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Num, Shaped
 from torch import Tensor
 
 from expvae.metrics._bootstrap import Interval
-from expvae.metrics._inputs import Array, require_level, require_plain
+from expvae.metrics._inputs import Array, as_array, require_level
 
 NUMBERS_PER_CHUNK = 2**22  # bounds a temporary array to 32 MB
 ROUNDING = 8  # steps of the type in which values may differ that rounding alone has set apart
@@ -135,10 +135,9 @@ def finite(name: str, values: Shaped[Array, "*n"]) -> Shaped[Tensor, "*n"]:
     """The values as a tensor on their device; arrays are copied: torch shares none that is read-only or runs backwards.
 
     Raises:
-        ValueError: If a value is NaN or infinite, or some are masked, or a tensor is nested or sparse.
+        ValueError: If a value is NaN or infinite, or some are masked.
     """
-    require_plain(values)
-    values = values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.array(values, order="C"))
+    values = values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.array(as_array(values), order="C"))
     bad = int((~torch.isfinite(values)).sum())
     if bad:
         raise ValueError(f"{name} must be finite, got {bad} NaN or infinite values.")

@@ -11,7 +11,16 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
 from expvae.metrics._bootstrap import Interval, percentile_interval
-from expvae.metrics._inputs import Array, as_array, checked, require_both_classes, require_level, require_resampling
+from expvae.metrics._inputs import (
+    Array,
+    as_array,
+    checked,
+    checked_images,
+    checked_where,
+    require_both_classes,
+    require_level,
+    require_resampling,
+)
 from expvae.metrics._segmentation import auroc_of_counts
 from expvae.metrics._streaming import PixelMetrics
 
@@ -156,10 +165,6 @@ def _per_image(
     score: Shaped[Array, "..."], truth: Shaped[Array, "..."], where: Shaped[Array, "..."] | None
 ) -> tuple[Shaped[np.ndarray, "n p"], Bool[np.ndarray, "n p"], Bool[np.ndarray, "n p"]]:
     """The checked arguments with one row per image; all pixels count where nothing is said."""
-    score, truth = checked(score, truth)
-    where = np.ones_like(truth) if where is None else as_array(where)
-    if where.shape != truth.shape or where.dtype != bool:
-        raise ValueError(f"where must be boolean of shape {truth.shape}, got {where.dtype} of {where.shape}.")
-    if score.ndim == 0 or len(score) == 0:
-        raise ValueError(f"score must hold at least one image along its first axis, got shape {score.shape}.")
+    score, truth = checked_images(score, truth)
+    where = np.ones_like(truth) if where is None else checked_where(where, truth.shape)
     return score.reshape(len(score), -1), truth.reshape(len(truth), -1), where.reshape(len(where), -1)

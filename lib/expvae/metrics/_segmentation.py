@@ -103,16 +103,13 @@ def from_counts(
     mean_iou_K = (iou_K + (n - fp_K) / (n + p - tp_K)) / 2
     best, best_mean = int(iou_K.argmax()), int(mean_iou_K.argmax())
 
-    def flagged_from(threshold: float | Float[np.ndarray, " t"]) -> Int64[np.ndarray, "*t"]:
-        """How many cells, from the top, are at or above a threshold in the precision of the scores."""
-        with np.errstate(over="ignore"):  # beyond the type's range is beyond all scores
-            threshold = np.asarray(threshold).astype(score_K.dtype)
-        return np.asarray(len(score_K) - np.searchsorted(score_K[::-1], threshold))
-
     if threshold is not None and np.isnan(threshold):
         raise ValueError("threshold must be a number, got nan.")
-    grid = flagged_from(GRID * float(score_K[0] if highest is None else highest))
-    at = None if threshold is None else int(flagged_from(threshold))
+    given = GRID * float(score_K[0] if highest is None else highest)
+    threshold_T = rounded(np.append(given, [] if threshold is None else threshold), score_K.dtype)
+    # How many cells, from the top, each threshold flags, and the measures there; none has an IoU of 0.
+    flagged_T = len(score_K) - np.searchsorted(score_K[::-1], threshold_T)
+    iou_T, mean_iou_T = np.append(0, iou_K)[flagged_T], np.append(n / (n + p) / 2, mean_iou_K)[flagged_T]
     return PixelScores(
         auroc=float(auroc_of_counts(negative_K[::-1], positive_K[::-1])),
         average_precision=float((positive_K * tp_K / (tp_K + fp_K)).sum() / p),
@@ -121,11 +118,17 @@ def from_counts(
         best_iou_threshold=float(score_K[best]),
         best_mean_iou=float(mean_iou_K[best_mean]),
         best_mean_iou_threshold=float(score_K[best_mean]),
-        grid_iou=float(np.where(grid > 0, iou_K[grid - 1], 0).max()),
+        grid_iou=float(iou_T[: len(GRID)].max()),
         aupro=None if region_K is None else _aupro(fp_K / n, region_K[occurs_K][::-1]),
-        iou=None if at is None else float(iou_K[at - 1]) if at else 0.0,
-        mean_iou=None if at is None else float(mean_iou_K[at - 1]) if at else float(n / (n + p) / 2),
+        iou=None if threshold is None else float(iou_T[-1]),
+        mean_iou=None if threshold is None else float(mean_iou_T[-1]),
     )
+
+
+def rounded(threshold_T: Num[np.ndarray, " t"], dtype: np.dtype) -> Float[np.ndarray, " t"]:
+    """Thresholds in the precision of the scores."""
+    with np.errstate(over="ignore"):  # beyond the type's range is beyond all scores
+        return threshold_T.astype(dtype)
 
 
 def region_sizes(truth_NYX: Bool[np.ndarray, "n ..."]) -> Int64[np.ndarray, " p"]:

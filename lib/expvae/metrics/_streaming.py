@@ -14,11 +14,19 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64, Num, Shaped
+from jaxtyping import Float64, Int64, Num, Shaped
 
 from expvae.metrics import _histogram as histogram
 from expvae.metrics._bootstrap import Interval, percentile_interval
-from expvae.metrics._inputs import Array, Masks, WithoutMask, as_array, require_resampling, with_masks
+from expvae.metrics._inputs import (
+    Array,
+    Masks,
+    WithoutMask,
+    as_array,
+    checked_where,
+    require_resampling,
+    with_masks,
+)
 from expvae.metrics._segmentation import PixelScores, auroc_of_counts, from_counts, region_sizes
 
 Unit = str | int
@@ -55,15 +63,14 @@ class PixelMetrics:
         regions: Whether AUPRO is computed, which needs masks of shape [B, Y, X] and more time.
         without_mask: What becomes of images without a mask: "leave out", or "normal" for all pixels normal.
         images: Number of images that count, with those of which `where` leaves out every pixel.
-        images_left_out: Number of images left out because they have no mask.
     """
 
     def __init__(self, *, regions: bool = False, without_mask: WithoutMask = "leave out"):
-        with_masks(np.zeros(0), np.zeros(0, dtype=bool), without_mask)  # refuses what it will not know in `update`
+        if without_mask not in ("leave out", "normal"):
+            raise ValueError(f'without_mask must be "leave out" or "normal", got {without_mask!r}.')
         self.regions = regions
         self.without_mask = without_mask
         self.images = 0
-        self.images_left_out = 0
         self._lowest, self._highest = np.inf, -np.inf
         self._unit_index: dict[Unit, int] = {}
         self._pixels = 0
@@ -104,17 +111,24 @@ class PixelMetrics:
         score_P, truth_P = score_MYX.ravel(), truth_MYX.ravel()
         pixels_M = np.full(len(score_MYX), np.prod(score_MYX.shape[1:], dtype=np.int64))
         if where is not None:
-            where_MYX = self._checked_where(where, score_BYX.shape)[image_M]
+            if self.regions:
+                raise ValueError(
+                    "where cannot be given with regions=True, because a region counts with all its pixels."
+                )
+            where_MYX = checked_where(where, score_BYX.shape)[image_M]
             score_P, truth_P = score_MYX[where_MYX], truth_MYX[where_MYX]
             pixels_M = where_MYX.sum(axis=tuple(range(1, where_MYX.ndim)), dtype=np.int64)
         size_A = region_sizes(truth_MYX) if self.regions else None
 
         self.images += len(score_MYX)
-        self.images_left_out += len(score_BYX) - len(score_MYX)
         self._pixels += len(score_P)
         self._lowest = min(self._lowest, float(score_P.min(initial=np.inf)))
         self._highest = max(self._highest, float(score_P.max(initial=-np.inf)))
-        unit_P = 0 if unit_B is None else np.repeat(self._indices(unit_B[image_M]), pixels_M)
+        unit_P = 0
+        if unit_B is not None:
+            # A Python object per unit and not per image, of which there may be many more.
+            unit_U, place_M = np.unique(unit_B[image_M], return_inverse=True)
+            unit_P = np.repeat(self._indices(unit_U.tolist())[place_M], pixels_M)
         key_P = histogram.keys(score_P, truth_P, unit_P)
         self._waiting.append(key_P)
         if self.regions:
@@ -135,9 +149,8 @@ class PixelMetrics:
             raise ValueError("other must have the same regions and without_mask as the counts that it is merged into.")
         if other.images:
             self._require_alike(list(other._unit_index) or None)
-        index_U = self._new_indices(list(other._unit_index))
+        index_U = self._indices(list(other._unit_index))
         self.images += other.images
-        self.images_left_out += other.images_left_out
         self._pixels += other._pixels
         self._lowest, self._highest = min(self._lowest, other._lowest), max(self._highest, other._highest)
         counted = other._count()
@@ -233,20 +246,8 @@ class PixelMetrics:
         if unit_B is not None and len(unit_B) and isinstance(unit_B[0], str) != named:
             raise ValueError("unit must hold numbers in every batch or names in every batch.")
 
-    def _checked_where(self, where: Shaped[Array, "..."], shape: tuple[int, ...]) -> Bool[np.ndarray, "..."]:
-        if self.regions:
-            raise ValueError("where cannot be given with regions=True, because a region counts with all of its pixels.")
-        where = as_array(where)
-        if where.shape != shape or where.dtype != bool:
-            raise ValueError(f"where must be boolean of shape {shape}, got {where.dtype} of shape {where.shape}.")
-        return where
-
-    def _indices(self, unit_M: Shaped[np.ndarray, " m"]) -> Int64[np.ndarray, " m"]:
-        """Index of each image's unit; a Python object per unit and not per image, of which there may be many more."""
-        unit_U, place_M = np.unique(unit_M, return_inverse=True)
-        return self._new_indices(unit_U.tolist())[place_M]
-
-    def _new_indices(self, unit_U: list[Unit]) -> Int64[np.ndarray, " u"]:
+    def _indices(self, unit_U: list[Unit]) -> Int64[np.ndarray, " u"]:
+        """Index of each unit; who is new gets the next."""
         return np.array([self._unit_index.setdefault(unit, len(self._unit_index)) for unit in unit_U], dtype=np.int64)
 
     def _count(self) -> histogram.Histogram:

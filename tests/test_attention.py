@@ -388,7 +388,7 @@ def test_what_names_no_latent_is_refused(vae, x_BCYX, latents):
 
 
 def test_a_latent_is_named_once(vae, x_BCYX):
-    with pytest.raises(ValueError, match=r"latents=\[2, 5, 2\] must name each latent once"):
+    with pytest.raises(ValueError, match=r"latents=\[2, 5, 2\] must be .*, each named once"):
         attention(vae.encode, "encoder.conv1", x_BCYX, latents=[2, 5, 2])
 
 

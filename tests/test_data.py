@@ -26,6 +26,7 @@ import expvae_book.data
 from expvae_book.data import catalogue, mnist
 from expvae_book.data.__main__ import main
 from expvae_book.data.card import DataCard, survey
+from expvae_book.data.generated import digits as digits_of_sklearn
 from expvae_book.places import SettingError
 
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -700,17 +701,6 @@ def test_a_link_on_the_same_disk_is_followed_too(serve_archive, tmp_path, capsys
     assert len(everything(tmp_path / "there")) == len(GOOD)
 
 
-def test_what_could_not_be_moved_into_place_is_not_downloaded(mvtec, server, disk, tmp_path, capsys):
-    root = tmp_path / "root"
-    linked(root, "mvtec/pill", disk)
-    assert fetch_categories(root, "bottle", "pill") == 1
-    said = sentence(capsys)
-    assert said == f"{root} and {disk} lie on two disks: fetch what belongs on each of them by itself."
-    assert server.asked == []
-    assert [path.name for path in root.rglob("*")] == ["mvtec", "pill"]
-    assert list(disk.iterdir()) == []
-
-
 def test_a_place_where_nothing_may_be_written_is_found_before_the_download(
     release, server, read_only, open_place, capsys
 ):
@@ -955,7 +945,7 @@ def test_sample(sample):
     assert ((test - everywhere * 297 / 1797).abs() < 1).all()
     # Each of the 1797 digits is in exactly one split.
     both = torch.cat([sample.train_NYX, sample.test_NYX]).flatten(1).numpy()
-    expected = mnist._enlarge(load_digits().images.astype(np.int64)).reshape(1797, -1)
+    expected = digits_of_sklearn.enlarged(load_digits().images.astype(np.int64)).reshape(1797, -1)
     np.testing.assert_array_equal(np.sort(both.view("V784"), axis=0), np.sort(expected.view("V784"), axis=0))
 
 
@@ -965,7 +955,7 @@ def test_sample_is_the_same_everywhere(sample):
 
 def test_sample_is_enlarged_as_torch_enlarges():
     v_NYX = load_digits().images[:50]
-    x_NYX = mnist._enlarge(v_NYX.astype(np.int64)).astype(float)
+    x_NYX = digits_of_sklearn.enlarged(v_NYX.astype(np.int64)).astype(float)
     ink = torch.nn.functional.interpolate(torch.tensor(v_NYX)[None] / 16, size=(20, 20), mode="bilinear")[0]
     ink = 255 * ((ink - 0.375) / 0.375).clamp(0, 1).numpy()
     for image, expected in zip(x_NYX, ink, strict=True):

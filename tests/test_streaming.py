@@ -639,4 +639,4 @@ def test_what_is_held_stays_within_its_bounds(small, monkeypatch):
         assert sum(map(len, counts._waiting)) <= streaming.EXACT_PIXELS
         assert len(counts._parts[0].key_T) <= histogram.MAX_ROWS
     found = counts._count()
-    assert counts._pixels == found.count_T[found.class_T < 2].sum() == 30 * 1600
+    assert counts._pixels == found.count_T[found.key_T >> histogram.CLASS_BIT < 2].sum() == 30 * 1600

@@ -163,10 +163,8 @@ def scores_of(
         # A mask of booleans would be read as indices 0 and 1.
         whole = not (chosen_I.dtype == torch.bool or chosen_I.is_floating_point() or chosen_I.is_complex())
         chosen = chosen_I.tolist()
-        if not (whole and chosen_I.ndim == 1 and chosen and set(chosen) <= set(range(d))):
-            raise ValueError(f"latents={chosen} must be one or more indices between 0 and {d - 1}")
-        if len(set(chosen)) < len(chosen):
-            raise ValueError(f"latents={chosen} must name each latent once")
+        if not (whole and chosen_I.ndim == 1 and 0 < len(chosen) == len(set(chosen) & set(range(d)))):
+            raise ValueError(f"latents={chosen} must be one or more indices between 0 and {d - 1}, each named once")
         latents_BD = latents_BD[:, chosen]
         deviation_BD = None if deviation_BD is None else deviation_BD[:, chosen]
     if deviation_BD is not None:
@@ -234,21 +232,9 @@ def _outputs(named: str, module: nn.Module, attached: bool) -> Iterator[list]:
         yield outputs
 
 
-_eager_lock, _eager = threading.Lock(), []  # of all threads, each one's own over those of who came before
-
-
 def _as_written(encode: Callable, x_BCYX: Tensor) -> object:
     """What encode puts out, not as torch.compile made it: compiled code calls no hook, or keeps it for good."""
     if "torch._dynamo" not in sys.modules:  # who has compiled has imported it
         return encode(x_BCYX)
-    return torch.compiler.disable(_forced_eager)(encode, x_BCYX)
-
-
-def _forced_eager(encode: Callable, x_BCYX: Tensor) -> object:
-    with _eager_lock:
-        _eager.append(torch.compiler.set_stance("force_eager"))
-    try:
+    with torch.compiler.set_stance("force_eager"):
         return encode(x_BCYX)
-    finally:
-        with _eager_lock:  # who leaves last restores what there was before the first
-            _eager.pop().__exit__(None, None, None)

@@ -67,9 +67,8 @@ def ink_truth(
     """
     if tolerance < 0:
         raise ValueError(f"tolerance must be 0 or more pixels, got {tolerance}.")
-    x_NYX = _intensities("x_NYX", x_NYX)
-    inlier_MYX = _intensities("inlier_MYX", inlier_MYX).to(x_NYX.device)
-    nearest_NYX = inlier_MYX[nearest_inlier(x_NYX, inlier_MYX)]
+    x_NYX, inlier_MYX = (torch.as_tensor(image_NYX).detach().float() for image_NYX in (x_NYX, inlier_MYX))
+    nearest_NYX = inlier_MYX.to(x_NYX.device)[nearest_inlier(x_NYX, inlier_MYX)]
     reach_NYX = F.max_pool2d(nearest_NYX[:, None], kernel_size=2 * tolerance + 1, stride=1, padding=tolerance)[:, 0]
     return (x_NYX >= INK) & (reach_NYX < INK)
 

@@ -40,11 +40,6 @@ class Histogram:
     dropped: int
 
     @property
-    def class_T(self) -> Int64[np.ndarray, " t"]:
-        """Class of each key."""
-        return self.key_T >> CLASS_BIT
-
-    @property
     def unit_T(self) -> Int64[np.ndarray, " t"]:
         """Unit of each key."""
         return (self.key_T >> UNIT_BIT) & (2 ** (CLASS_BIT - UNIT_BIT) - 1)
@@ -70,7 +65,7 @@ class Histogram:
 
     def _summed(self, place_T: Int64[np.ndarray, " t"], places: int) -> Num[np.ndarray, "c _"]:
         """The counts of each class at each place."""
-        sums = np.bincount(self.class_T * places + place_T, self.count_T, minlength=CLASSES * places)
+        sums = np.bincount((self.key_T >> CLASS_BIT) * places + place_T, self.count_T, minlength=CLASSES * places)
         return sums.reshape(CLASSES, places)
 
     def resampled(

@@ -165,14 +165,9 @@ def _end(download: Download, source: Source, root: Path) -> Path:
 
 @contextmanager
 def _workshop(root: Path, source: Source, ends: list[Path]) -> Iterator[Path]:
-    """A temporary folder on the disk of the ends, for one fetch at a time; what a killed one left in it is removed."""
+    """A temporary folder on the disk of the first end, for one fetch at a time; what a killed one left is removed."""
     root.mkdir(parents=True, exist_ok=True)
-    nearest = [next(part for part in (end, *end.parents) if part.is_dir()) for end in ends]
-    disks = {place.stat().st_dev: place for place in (*nearest, root)}
-    place = disks[nearest[0].stat().st_dev]
-    others = [near for near in nearest if near.stat().st_dev != place.stat().st_dev]
-    if others:
-        raise FetchError(f"{place} and {others[0]} lie on two disks: fetch what belongs on each of them by itself")
+    place = next(part for part in (ends[0], *ends[0].parents) if part.is_dir())
     folder = place / f".fetch-{source.name}"
     folder.mkdir(exist_ok=True)
     try:

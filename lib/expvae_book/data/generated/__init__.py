@@ -1,1 +1,1 @@
-"""What draws the images that stand in for data sets: the same bytes on every machine, and the exact masks of them."""
+"""What makes the images that stand in for data sets: the same bytes on every machine, and their exact masks."""

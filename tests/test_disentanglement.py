@@ -209,6 +209,23 @@ def test_traversals_move_one_latent_and_leave_the_others(sprites):
     assert np.abs(drawn[4, 1].astype(int) - image).max() <= 1
 
 
+def test_the_first_seed_keeps_its_weights_and_the_maps_along_its_traversals(models, sprites):
+    assert {"traversal maps", "weights/encoder.conv1.weight"} <= models[0].arrays.keys()
+    vae = build(lambda: DSpritesVAE(10), 1).eval()
+    images_ITYX = disentanglement.traversals(vae, sprites.images(torch.tensor([400_000])).float())
+    kept = disentanglement.pictured(vae, images_ITYX)
+    peak, worst = kept["traversal maps, peak"], 0
+    for latent, images_TYX in enumerate(images_ITYX):
+        map_BHW = attention(vae.encode, "encoder.conv2", torch.from_numpy(images_TYX)[:, None] / 255).map_BIHW[
+            :, latent
+        ]
+        worst = max(worst, float(map_BHW.max()))
+        np.testing.assert_allclose(kept["traversal maps"][latent], map_BHW / peak, atol=1e-3)  # float16
+    assert worst == pytest.approx(float(peak), rel=1e-4)
+    for name, value in vae.state_dict().items():
+        np.testing.assert_array_equal(kept[f"weights/{name}"], value.half().numpy())
+
+
 # Tables and figures
 
 

@@ -20,6 +20,7 @@ from expvae.models import DSpritesVAE, SideBySide
 from expvae_book import devices, factorvae, names, probes, recipes, runs
 from expvae_book.data import dsprites
 from expvae_book.factorvae import VARIANTS, Candidate, Trained
+from expvae_book.measures import halved
 from expvae_book.training import hold_out
 
 BATCH = 512
@@ -200,6 +201,8 @@ def compute(chapter: str, wanted: Sequence[Mapping[str, Any]], device: torch.dev
     for parameters, trained in zip(wanted, tqdm(models, "measuring", unit="model"), strict=True):
         started = time.monotonic()
         rows, arrays = evaluate(trained, sprites, parameters["stride"])
+        if parameters["seed"] == 0:
+            arrays |= pictured(trained.vae, arrays["traversals"])
         draw = probes.grey(sprites)
         run = runs.save(
             chapter,
@@ -394,6 +397,16 @@ def gradient_rows(trained: Trained, x_BCYX: Float[Tensor, "b 1 64 64"]) -> list[
             runs.row(names.REACHED, sum(parameters[index].numel() for index in reached), name),
         ]
     return rows
+
+
+def pictured(vae: DSpritesVAE, images_ITYX: np.ndarray) -> dict[str, np.ndarray]:
+    """What one seed of a method keeps: the map of the latent that runs, along each traversal, and float16 weights."""
+    x_BCYX = torch.from_numpy(images_ITYX).flatten(0, 1)[:, None].float().div(255).to(next(vae.parameters()).device)
+    latent_B1 = torch.arange(len(images_ITYX)).repeat_interleave(images_ITYX.shape[1])[:, None].to(x_BCYX.device)
+    map_BIHW = attention(vae.encode, f"encoder.{names.SPATIAL[1]}", x_BCYX).map_BIHW
+    map_ITHW = take(map_BIHW, latent_B1).unflatten(0, images_ITYX.shape[:2])[:, :, 0]
+    weights = {f"weights/{name}": value.cpu().half().numpy() for name, value in vae.state_dict().items()}
+    return halved("traversal maps", map_ITHW) | weights
 
 
 @torch.no_grad()

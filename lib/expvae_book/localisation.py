@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float16, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from torch import Tensor, nn
@@ -313,7 +313,7 @@ def shown(category: mvtec.Category) -> list[int]:
     return [masked[i] for i in some_of(len(masked), SHOWN)]
 
 
-def pictured(model: nn.Module, start: nn.Module, category: mvtec.Category) -> dict[str, Float16[np.ndarray, "b h w"]]:
+def pictured(model: nn.Module, start: nn.Module, category: mvtec.Category) -> dict[str, np.ndarray]:
     """The maps of the defects shown, of the trained network and of the one that it started from."""
     train_NCYX, _ = split(category)
     arrays = {}

@@ -188,8 +188,8 @@ def examples(
     x_BCYX: UInt8[Tensor, "b c y x"],
     normal: tuple[Tensor, Tensor],
     seed: int,
-) -> dict[str, Float16[np.ndarray, "b h w"]]:
-    """The maps of a few images at the resolution of each layer, by the name of the map."""
+) -> dict[str, np.ndarray]:
+    """The maps of a few images at the resolution of each layer, by the name of the map; see `halved`."""
     x_BCYX = training.to_unit(x_BCYX).to(next(model.parameters()).device)
     maps = {}
     for layer in layers:
@@ -197,8 +197,14 @@ def examples(
         chance = torch.Generator().manual_seed(seed)
         results = attention(model.encode, f"encoder.{layer}", x_BCYX, methods, normal=normal, generator=chance)
         for name, result in results.items():
-            maps[name] = result.map_BIHW.mean(1).cpu().numpy().astype(np.float16)
+            maps |= halved(name, result.map_BIHW.mean(1))
     return maps
+
+
+def halved(name: str, map_: Float[Tensor, "..."]) -> dict[str, np.ndarray]:
+    """Maps in float16 as shares of their highest value, and that value: some are too small for float16 themselves."""
+    peak = map_.max().item()
+    return {name: (map_ / (peak or 1)).cpu().numpy().astype(np.float16), f"{name}, peak": np.float32(peak)}
 
 
 def budget(unit: str, recipe: Recipe, *, asked: tuple[int, int], used: tuple[int, int]) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def side_by_side(
 ) -> Callable[[], None]:
     """So many steps of expvae_book.factorvae, without its bar and its files; they go on at the next call."""
     group = factorvae.Group(candidates, recipe, device)
-    draw = sprites.to(device).images
+    draw, index_N = sprites.to(device).images, index_N.to(device)
 
     def turn() -> None:
         for _ in range(steps):

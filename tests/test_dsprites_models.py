@@ -3,8 +3,10 @@ from collections import OrderedDict
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from expvae.models import DSPRITES_LAYERS, DSpritesVAE, SideBySide, discriminator
+from expvae.models._pixels import ToPixels, to_pixels
 from expvae_book.training import build
 
 # Channels in, channels out and kernel of each convolution: the first report's Figure 5c, with D latents.
@@ -50,6 +52,7 @@ def test_layers_and_outputs_are_those_of_the_report():
         found = outputs(network, x)
         # A 1x1 convolution is its own transpose.
         kinds = ["Conv2d", *[kind] * 5]
+        kinds[-1] = "ToPixels" if kind == "ConvTranspose2d" else kind
         assert found[::2] == list(zip(kinds, shapes, strict=True))
         assert found[1::2] == [("ReLU", shape) for shape in shapes[:-1]]
 
@@ -214,3 +217,32 @@ def test_unlike_networks_are_refused(other):
     first = nn.Sequential(OrderedDict(linear=nn.Linear(4, 2), relu=nn.LeakyReLU(0.2)))
     with pytest.raises(ValueError, match="must be alike but for their weights"):
         SideBySide([first, other])
+
+
+# --- the last layer of decoders of grey images -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("groups", [1, M])
+def test_pixels_are_those_of_the_transposed_convolution(groups, memory_format):
+    generator = torch.Generator().manual_seed(3)
+    x_BCHW, weight, bias = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((B, groups * 5, 3, 4), (groups * 5, 1, 4, 4), (groups,))
+    )
+    x_BCHW, weight = (value.contiguous(memory_format=memory_format) for value in (x_BCHW, weight))
+    expected = F.conv_transpose2d(x_BCHW, weight, bias, stride=2, padding=1, groups=groups)
+    torch.testing.assert_close(to_pixels(x_BCHW, weight, bias, groups), expected, rtol=1e-12, atol=1e-12)
+    torch.autograd.gradcheck(to_pixels, (x_BCHW, weight, bias, groups))
+    torch.autograd.gradgradcheck(to_pixels, (x_BCHW, weight, bias, groups))
+
+
+def test_pixels_in_bfloat16_are_those_of_the_transposed_convolution():
+    layer, x_BCHW = ToPixels(32, 1, kernel_size=4, stride=2, padding=1), torch.rand(B, 32, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y_BCYX = layer(x_BCHW)
+        expected = F.conv_transpose2d(x_BCHW, layer.weight, layer.bias, stride=2, padding=1)
+    assert y_BCYX.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(y_BCYX, expected, rtol=0.02, atol=0.02)
+    gradients = [torch.autograd.grad(value.float().sum(), layer.weight)[0] for value in (y_BCYX, expected)]
+    torch.testing.assert_close(*gradients, rtol=0.01, atol=0)

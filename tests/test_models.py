@@ -35,7 +35,7 @@ FIGURE_5A_DECODER = rows(
     ("Linear ReLU", 6272),
     ("Unflatten", 128, 7, 7),
     ("ConvTranspose2d ReLU", 64, 14, 14),
-    ("ConvTranspose2d", 1, 28, 28),
+    ("ToPixels", 1, 28, 28),
 )
 FIGURE_5B_ENCODER = rows(
     ("Conv2d ReLU", 64, 50, 50),
@@ -50,7 +50,7 @@ FIGURE_5B_DECODER = rows(
     ("Unflatten", 256, 12, 12),
     ("ConvTranspose2d ReLU", 128, 25, 25),
     ("ConvTranspose2d ReLU", 64, 50, 50),
-    ("ConvTranspose2d", 1, 100, 100),
+    ("ToPixels", 1, 100, 100),
 )
 # The figure's first row is the whole ResNet, with 512x8x8 as its output.
 FIGURE_5D_ENCODER = rows(("Flatten", 512 * 8 * 8), ("Linear", 1024))
@@ -79,7 +79,7 @@ BRONGERS_DECODER = rows(
     ("Unflatten BatchNorm2d", 96, 12, 12),
     ("ConvTranspose2d ReLU BatchNorm2d", 144, 24, 24),
     ("ConvTranspose2d ReLU BatchNorm2d", 192, 48, 48),
-    ("ConvTranspose2d", 1, 96, 96),
+    ("ToPixels", 1, 96, 96),
 )
 # Code of Brongers et al. for MVTec AD: a ResNet-18 without max-pooling, so that all is twice as wide, and its two
 # linear layers 512→2D and back; left out are the layers inside the residual blocks.

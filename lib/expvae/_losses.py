@@ -26,8 +26,11 @@ def kl_divergence(mu_BI: Float[Tensor, "b i"], logvar_BI: Float[Tensor, "b i"]) 
 def sample_latents(
     mu_BI: Float[Tensor, "b i"], logvar_BI: Float[Tensor, "b i"], generator: torch.Generator
 ) -> Float[Tensor, "b i"]:
-    """Draw z = μ + σ ε with ε ~ N(0, I) from a generator on the CPU (the reparametrisation of Kingma & Welling)."""
-    noise_BI = torch.randn(mu_BI.shape, generator=generator).to(mu_BI.device)
+    """Draw z = μ + σ ε with ε ~ N(0, I) from a generator on any device (the reparametrisation of Kingma & Welling).
+
+    A generator on the CPU gives the same noise whatever the device of the latents is; one on theirs spares the copy.
+    """
+    noise_BI = torch.randn(mu_BI.shape, generator=generator, device=generator.device).to(mu_BI.device)
     return mu_BI + (0.5 * logvar_BI).exp() * noise_BI
 
 

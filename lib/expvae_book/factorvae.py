@@ -110,7 +110,7 @@ class Group(nn.Module):
         optimizer: Of encoder and decoder.
         discriminator_optimizer: Of the discriminators.
         moments: Of both optimizers, by name.
-        generators: The source of each model's randomness, on the CPU.
+        generators: The source of each model's randomness, on their device; initial weights are drawn on the CPU.
         beta_M: β of each.
         gamma_M: γ of each.
         attention_weight_M: λ of each.
@@ -134,7 +134,7 @@ class Group(nn.Module):
             dict(self.discriminator.named_parameters()), lr=recipe.critic_learning_rate, betas=recipe.critic_betas
         )
         self.moments = moments | others
-        self.generators = [torch.Generator().manual_seed(one.seed) for one in candidates]
+        self.generators = [torch.Generator(device).manual_seed(one.seed) for one in candidates]
         self.beta_M, self.gamma_M, self.attention_weight_M = (
             torch.tensor([getattr(one, name) for one in candidates], device=device)
             for name in ("beta", "gamma", "attention_weight")
@@ -209,15 +209,15 @@ def step(group: Group, draw: Draw, train_N: Int64[Tensor, " n"], batch_size: int
     device, latent_dim = group.device, group.latent_dim
     indices, noises, orders, randoms = [], [], [], []
     for generator in group.generators:
-        indices.append(torch.randint(len(train_N), (2 * batch_size,), generator=generator))
-        noises.append(torch.randn(2, batch_size, latent_dim, generator=generator))
-        orders.append(torch.rand(batch_size, latent_dim, generator=generator).argsort(0))
-        randoms.append(torch.randint(latent_dim, (2,), generator=generator))
+        drawn = {"generator": generator, "device": device}
+        indices.append(torch.randint(len(train_N), (2 * batch_size,), **drawn))
+        noises.append(torch.randn(2, batch_size, latent_dim, **drawn))
+        orders.append(torch.rand(batch_size, latent_dim, **drawn).argsort(0))
+        randoms.append(torch.randint(latent_dim, (2,), **drawn))
     # [2·B, M] so that one image of each model lies in one row: the channels of a grouped convolution.
     chosen = train_N[torch.stack(indices, 1).flatten()]
     x = draw(chosen).to(device).float().view(2, batch_size, len(group.candidates), SIDE, SIDE)
-    noise_2MBI, order_MBI = torch.stack(noises, 1).to(device), torch.stack(orders).to(device)
-    random_M2 = torch.stack(randoms).to(device)
+    noise_2MBI, order_MBI, random_M2 = torch.stack(noises, 1), torch.stack(orders), torch.stack(randoms)
     with devices.mixed(precision, device):
         parts, z_MBI = losses(group, x[0], noise_2MBI[0], random_M2)
         if group.candidates[0].gamma > 0:
@@ -320,7 +320,7 @@ def train(
 
         def fit(checkpoint: Path | None, members: Sequence[Candidate] = members) -> list[tuple[dict[str, Tensor], Any]]:
             group = Group(members, recipe, device)
-            take = partial(step, group, draw, train_N, recipe.batch_size, precision)
+            take = partial(step, group, draw, train_N.to(device), recipe.batch_size, precision)
             histories = _train_group(group, take, steps, measure, measurements, checkpoint, progress)
             return [(group.alone(index), vars(curves)) for index, curves in enumerate(histories)]
 

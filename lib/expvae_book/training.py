@@ -2,7 +2,8 @@
 
 The training set sits in memory as uint8, on the device that trains; batches are gathered there, so that no worker
 process, no decoding and no copy stands between two steps. All randomness (order of the images, noise of the
-latents) comes from one generator on the CPU, whose state is part of every checkpoint.
+latents) comes from one generator on that device, whose state is part of every checkpoint; initial weights are drawn on
+the CPU, so that a seed names one network everywhere.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,11 @@ from expvae_book.checkpoints import State, adam, run_epochs, weights_of
 from expvae_book.recipes import Recipe
 
 VALIDATION_BATCH = 512
+
+# Networks that are trained channel by channel. All others are faster pixel by pixel (channels-last): images/s on one
+# thread of a processor with AVX512_BF16 in float32 and bfloat16, MVTec 3.4 → 3.9 and 3.0 → 3.2, UCSD (batch 32)
+# 27.4 → 31.1 and 19.6 → 19.5; on one with faster units for bfloat16, MNIST 811 → 1 285 in that and UCSD 48 → 43.
+CHANNELS_FIRST = {("UCSDVAE", "bfloat16")}
 
 
 @dataclass
@@ -74,7 +80,7 @@ def build(make: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 def validate(model: nn.Module, x_NCYX: UInt8[Tensor, "n c y x"], seed: int = 0) -> tuple[float, float]:
     """Mean reconstruction loss and KL per image of held-out images, with the same noise at every call."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(x_NCYX.device).manual_seed(seed)
     was_training = model.training
     model.eval()
     try:
@@ -127,15 +133,16 @@ def train(
         OSError: If a checkpoint cannot be written; the one before it stays.
     """
     device = next(model.parameters()).device
-    model.to(memory_format=torch.channels_last).train()
+    first = (type(model).__name__, precision) in CHANNELS_FIRST
+    model.to(memory_format=torch.contiguous_format if first else torch.channels_last).train()
     train_NCYX, validation_NCYX = train_NCYX.to(device), validation_NCYX.to(device)
-    generator, history = torch.Generator().manual_seed(seed), History()
+    generator, history = torch.Generator(device).manual_seed(seed), History()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer, moments = adam(trained, lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.epsilon)
     totals = torch.zeros(2, device=device)  # of reconstruction and KL in this epoch
 
     def step(chosen_B: Int64[Tensor, " b"], epoch: float) -> None:
-        x_BCYX = to_unit(train_NCYX[chosen_B.to(device)])
+        x_BCYX = to_unit(train_NCYX[chosen_B])
         with devices.mixed(precision, device):
             reconstruction_B, kl_B = elbo_terms(model, x_BCYX, generator)
         kl_weight = min(1.0, epoch / recipe.kl_warmup_epochs) if recipe.kl_warmup_epochs else 1.0

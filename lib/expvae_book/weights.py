@@ -146,6 +146,11 @@ def place(kind: str, key: str) -> Path:
     return folder() / f"{kind}-{key[:20]}.safetensors"
 
 
+def checkpoint_of(path: Path, device: torch.device) -> Path:
+    """The checkpoint of weights that lie there; each kind of device, with random streams of its own, has its own."""
+    return path.with_suffix(".checkpoint" if device.type == "cpu" else f".{device.type}.checkpoint")
+
+
 def cached(
     kind: str,
     keys: Sequence[str],
@@ -177,7 +182,7 @@ def cached(
     missing = [path for path in paths if not there(path)]
     if missing and not _may_train.get():
         raise NotCachedError(f"{missing[0]} is not there, and nothing is to be trained here")
-    checkpoint = kept or place(kind, keys[0] if len(keys) == 1 else _digest(keys)).with_suffix(".checkpoint")
+    checkpoint = kept or checkpoint_of(place(kind, keys[0] if len(keys) == 1 else _digest(keys)), device)
     with held(checkpoint.with_suffix(".lock"), [checkpoint, *paths]) as problem:
         reused = all(there(path) for path in paths)
         if not reused:
@@ -266,7 +271,7 @@ def trained(
     key = key_of(recipe, protocol, epochs=epochs, **determinants)
     kept = None
     if not is_stack:
-        shared = place(kind.__name__, key_of(recipe, protocol, **determinants)).with_suffix(".checkpoint")
+        shared = checkpoint_of(place(kind.__name__, key_of(recipe, protocol, **determinants)), device)
         further = there(shared) and steps_done(shared) > epochs * -(-len(train_NCYX) // recipe.batch_size)
         kept = None if further else shared
 

@@ -5,6 +5,8 @@ from collections import OrderedDict
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from expvae.models._pixels import ToPixels
+
 
 class MNISTVAE(nn.Module):
     """Convolutional VAE for 28x28 grey images.
@@ -42,7 +44,7 @@ class MNISTVAE(nn.Module):
                 unflatten=nn.Unflatten(1, (128, 7, 7)),
                 deconv1=nn.ConvTranspose2d(128, 64, kernel_size=4, stride=2, padding=1),
                 relu3=nn.ReLU(),
-                deconv2=nn.ConvTranspose2d(64, 1, kernel_size=4, stride=2, padding=1),
+                deconv2=ToPixels(64, 1, kernel_size=4, stride=2, padding=1),
             )
         )
 

@@ -5,6 +5,8 @@ from collections import OrderedDict
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from expvae.models._pixels import ToPixels
+
 
 class UCSDVAE(nn.Module):
     """The VAE of the first report (its Figure 5b) for 100x100 grey images: 77 243 073 parameters with 32 latents.
@@ -48,7 +50,7 @@ class UCSDVAE(nn.Module):
                 relu3=nn.ReLU(),
                 deconv2=nn.ConvTranspose2d(128, 64, kernel_size=4, stride=2, padding=1),
                 relu4=nn.ReLU(),
-                deconv3=nn.ConvTranspose2d(64, 1, kernel_size=4, stride=2, padding=1),
+                deconv3=ToPixels(64, 1, kernel_size=4, stride=2, padding=1),
             )
         )
 
@@ -115,7 +117,7 @@ class BrongersUCSDVAE(nn.Module):
                 deconv2=nn.ConvTranspose2d(144, 192, kernel_size=4, stride=2, padding=1),
                 relu4=nn.ReLU(),
                 norm3=nn.BatchNorm2d(192),
-                deconv3=nn.ConvTranspose2d(192, 1, kernel_size=4, stride=2, padding=1),
+                deconv3=ToPixels(192, 1, kernel_size=4, stride=2, padding=1),
             )
         )
 

@@ -654,6 +654,39 @@ def test_a_killed_training_goes_on_to_the_same_models(at, sprites, monkeypatch, 
         assert ours.curves.measured["12"] == measure(ours.vae)
 
 
+def test_a_training_that_is_told_to_end_stores_what_it_has_and_goes_on_when_asked_again(
+    sprites, monkeypatch, tmp_path, cache
+):
+    monkeypatch.setattr(factorvae, "POINTS", 4)  # an entry each three steps
+    drawn = []
+
+    def draw(index_B):
+        drawn.append(len(index_B))
+        return sprites.images(index_B)
+
+    options = {"measure": lambda vae: {"bias": vae.encoder.conv1.bias.sum().item()}, "measurements": 2}
+    monkeypatch.setenv("EXPVAE_MINUTES", "1e-9")
+    early = train(KILLED, draw, **options)
+    assert len(drawn) == 2 * 3
+    for one in early:
+        assert (one.steps, one.steps_asked, one.curves.step) == (3, 12, [3])
+        assert one.curves.measured == {"3": options["measure"](one.vae)}
+    assert len(list(cache.glob("*.checkpoint"))) == 2
+    monkeypatch.delenv("EXPVAE_MINUTES")
+    drawn.clear()
+    resumed = train(KILLED, draw, **options)
+    assert len(drawn) == 2 * 9
+    assert list(cache.glob("*.checkpoint")) == []
+    monkeypatch.setenv("EXPVAE_CACHE", str(tmp_path / "at once"))
+    for ours, theirs, before in zip(resumed, train(KILLED, draw, **options), early, strict=True):
+        assert_same_model(ours, theirs)
+        assert curves(ours) == curves(theirs)
+        assert list(ours.curves.measured) == ["6", "12"]
+        assert (ours.steps, ours.steps_asked, ours.key) == (12, 12, theirs.key)
+        assert before.key != ours.key
+        assert (cache / before.file).exists()
+
+
 def test_nothing_is_trained_twice(sprites, cache):
     def refuse(index_B):
         raise AssertionError("a step was taken")

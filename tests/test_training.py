@@ -1,5 +1,6 @@
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -409,6 +410,78 @@ def test_a_file_that_is_found_damaged_is_named(tmp_path, kept):
     path.write_bytes(content[: int(len(content) * kept)])
     with pytest.raises(ValueError, match=rf"^{path} is damaged \(.*\); delete it and run again$"):
         checkpoints.read_tensors(path)
+
+
+# --- how long it takes, and an early end -----------------------------------------------------------------------------
+
+
+def terminate(at):
+    """An event that sends the process SIGTERM before a step."""
+    return lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == at else None
+
+
+def test_a_training_that_is_told_to_end_ends_after_the_epoch_and_goes_on_later(tmp_path, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    model, history = fit(tmp_path / "checkpoint", terminate(9))
+    assert model.steps == 14  # the second epoch was the one
+    assert "ends at the next point where it can" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert_same_training((model, history), fit(epochs=2))
+    resumed = fit(tmp_path / "checkpoint")
+    assert resumed[0].steps == 70 - 14
+    assert_same_training(resumed, fit())
+
+
+def test_told_in_its_last_epoch_a_training_just_ends(tmp_path):
+    assert_same_training(fit(epochs=2, event=terminate(13)), fit(epochs=2))
+
+
+def test_a_second_signal_is_handled_as_ever():
+    class StoppedError(Exception):
+        pass
+
+    def stop(number, frame):
+        raise StoppedError
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(StoppedError):
+            fit(event=lambda step: terminate(step)(step) if step in (9, 11) else None)
+        assert signal.getsignal(signal.SIGTERM) == stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_training_ends_after_the_epoch_in_which_its_minutes_are_over(monkeypatch):
+    monkeypatch.setenv("EXPVAE_MINUTES", "600")
+    assert fit(epochs=2)[0].steps == 14
+    monkeypatch.setenv("EXPVAE_MINUTES", "1e-9")
+    assert_same_training(fit(), fit(epochs=1))
+
+
+@pytest.mark.parametrize("minutes", ["0", "-3", "nan", "soon"])
+def test_minutes_that_are_none_are_refused(minutes, monkeypatch):
+    monkeypatch.setenv("EXPVAE_MINUTES", minutes)
+    message = rf"^EXPVAE_MINUTES='{minutes}' must be a number of minutes above 0, or be unset$"
+    with pytest.raises(ValueError, match=message):
+        fit()
+
+
+def test_a_training_says_once_how_long_it_takes(capsys):
+    fit(progress=True, epochs=2, event=lambda step: time.sleep(0.05))
+    (said,) = re.findall(r"(\d+) steps are left at ([\d.]+) steps/s, about (\d+) seconds\.", capsys.readouterr().err)
+    assert said[0] == "8"  # of 14, after one to warm up and five that are timed
+    assert 0 < float(said[1]) <= 20
+    assert int(said[2]) == math.ceil(8 / float(said[1]))
+    fit(epochs=2)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "1 seconds"), (119.0, "119 seconds"), (720.0, "12 minutes"), (15_840.0, "4.4 hours")]
+)
+def test_durations_in_words(seconds, text):
+    assert checkpoints.duration(seconds) == f"about {text}"
 
 
 # --- divergence ------------------------------------------------------------------------------------------------------

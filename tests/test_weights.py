@@ -230,6 +230,33 @@ def test_more_epochs_go_on_from_fewer_and_fewer_begin_anew(monkeypatch, tmp_path
             path.unlink()
 
 
+def test_a_training_that_is_told_to_end_stores_what_it_has_and_goes_on_when_asked_again(monkeypatch, tmp_path):
+    taken = []
+    monkeypatch.setenv("EXPVAE_MINUTES", "1e-9")
+    early = trained()
+    assert (early.steps, early.steps_asked) == (STEPS // 2, STEPS)
+    assert (early.images, early.images_asked) == (early.history.images, 40) == (20, 40)
+    assert len(early.history.kl) == 1
+    monkeypatch.delenv("EXPVAE_MINUTES")
+    fewer = trained(epochs=1)
+    assert fewer.reused
+    assert (fewer.key, fewer.file, fewer.steps, fewer.steps_asked) == (early.key, early.file, 5, 5)
+    further = trained(lambda: TinyVAE(taken.append))
+    assert len(taken) == STEPS // 2
+    assert not further.reused
+    assert (further.steps, further.steps_asked, len(further.history.kl)) == (STEPS, STEPS, 2)
+    assert further.key != early.key
+    monkeypatch.setenv("EXPVAE_CACHE", str(tmp_path / "empty cache"))
+    at_once = trained()
+    assert_same_model(further, at_once)
+    assert further.history.kl == at_once.history.kl
+
+
+def test_each_kind_of_device_has_checkpoints_of_its_own(tmp_path):
+    names = [weights.checkpoint_of(tmp_path / "a.safetensors", torch.device(kind)).name for kind in ("cpu", "cuda")]
+    assert names == ["a.checkpoint", "a.cuda.checkpoint"]
+
+
 def test_a_training_that_diverges_stores_no_weights():
     with pytest.raises(checkpoints.TrainingDivergedError, match="no longer finite"):
         trained(recipe=replace(RECIPE, learning_rate=1e39))

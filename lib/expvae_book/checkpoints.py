@@ -4,12 +4,22 @@ A training (VAE, FactorVAE, Boltzmann machine) says what it changes and what one
 bar, the time, the check that numbers are finite, and the checkpoints. All tensors that a training changes are changed
 in place, and exist before its first step. So a checkpoint is no more than their values by name, and going on is copying
 these back, into the memory layout and onto the device that they had.
+
+Some trainings can end early: so many minutes after they began or went on, of the environment variable EXPVAE_MINUTES,
+or where the process is sent SIGTERM; both wait for a step after which what there is can stand by itself, such as the
+last one of an epoch.
 """
 
 import dataclasses
 import json
+import math
+import os
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +34,7 @@ from tqdm import tqdm
 from expvae_book.files import replacing
 
 STEPS_PER_REPORT = 20  # reading the loss waits for the device, so the bar and the check for NaN do it rarely
+TIMED_STEPS = 5  # whose rate says how long a training takes; the one before them warms up
 
 
 class TrainingDivergedError(RuntimeError):
@@ -84,8 +95,11 @@ def run(
     checkpoint_seconds: float,
     progress: bool,
     keep_last: bool = False,
+    complete: Callable[[], bool] | None = None,
 ) -> None:
-    """Take all steps of a training that are still to be taken.
+    """Take all steps of a training that are still to be taken, unless it is told to end early.
+
+    Once the first steps have been timed, a sentence on stderr says how long the others take.
 
     Args:
         state: Where it stands; counts the steps.
@@ -95,21 +109,28 @@ def run(
         measure: Called after each step as well, for what is not counted as time of the training.
         checkpoint: A safetensors file to start from where it exists, and to write to; None to keep nothing.
         checkpoint_seconds: Time between two checkpoints.
-        progress: Show a bar with remaining time.
+        progress: Show a bar with remaining time, and the sentence.
         keep_last: Whether there is to be a checkpoint of the end as well.
+        complete: Whether the training can end here; None for one that cannot end early. Where it did, `state.done` is
+            less than the total, and there is a checkpoint of that end.
 
     Raises:
         TrainingDivergedError: If a loss or weight stops being finite; the checkpoint is the last good one.
-        ValueError: If the checkpoint is damaged, or of another number of steps than the training can go on from.
+        ValueError: If the checkpoint is damaged, or of another number of steps than the training can go on from, or if
+            EXPVAE_MINUTES is no number of minutes.
         OSError: If a checkpoint cannot be written; the one before it stays.
     """
     if checkpoint is not None and checkpoint.exists():
         state.load(checkpoint)
-    written = time.monotonic()
-    with tqdm(
-        total=state.total, initial=state.done, unit="step", disable=not progress, mininterval=2, dynamic_ncols=True
-    ) as bar:
-        while state.done < state.total:
+    written, ended = time.monotonic(), False
+    with (
+        told_to_end(complete is not None) as due_to_end,
+        tqdm(
+            total=state.total, initial=state.done, unit="step", disable=not progress, mininterval=2, dynamic_ncols=True
+        ) as bar,
+    ):
+        tell = _estimate(state, progress)
+        while state.done < state.total and not ended:
             started = time.monotonic()
             step()
             state.done += 1
@@ -120,12 +141,78 @@ def run(
                 history.seconds += time.monotonic() - started
             measure()
             bar.update()
-            due = (keep_last and state.done == state.total) or time.monotonic() - written >= checkpoint_seconds
+            tell()
+            ended = state.done < state.total and complete is not None and due_to_end() and complete()
+            due = (keep_last and state.done == state.total) or time.monotonic() - written >= checkpoint_seconds or ended
             if checkpoint is not None and due:
                 _require_finite(total_of(state.weights), state, checkpoint)
                 state.save(checkpoint)
                 written = time.monotonic()
     _require_finite(total_of(state.weights), state, checkpoint)
+
+
+@contextmanager
+def told_to_end(can: bool) -> Iterator[Callable[[], bool]]:
+    """Within it, SIGTERM asks for an early end, and a second one stops the process as ever.
+
+    Args:
+        can: Whether the training can end early; if not, nothing changes.
+
+    Yields:
+        Whether the training is due to end: since it was asked for, or since EXPVAE_MINUTES are over.
+
+    Raises:
+        ValueError: If that is no number above zero.
+    """
+    text, asked, began = os.environ.get("EXPVAE_MINUTES") or "inf", threading.Event(), time.monotonic()
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not minutes > 0:
+        raise ValueError(f"EXPVAE_MINUTES={text!r} must be a number of minutes above 0, or be unset")
+
+    def ask(number: int, frame: object) -> None:
+        asked.set()
+        signal.signal(number, before)
+        print("This training ends at the next point where it can; the same signal again stops it.", file=sys.stderr)
+
+    # Only the main thread may set a handler, and only a handler that was set from Python can be put back.
+    before = signal.getsignal(signal.SIGTERM)
+    handles = can and threading.current_thread() is threading.main_thread() and before is not None
+    if handles:
+        signal.signal(signal.SIGTERM, ask)
+    try:
+        yield lambda: asked.is_set() or time.monotonic() - began >= 60 * minutes
+    finally:
+        if handles:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _estimate(state: State, progress: bool) -> Callable[[], None]:
+    """Called after each step, says once, on stderr, how long the training takes by the rate of the first steps."""
+    first, began = state.done + 1, 0.0
+
+    def tell() -> None:
+        nonlocal began
+        if not progress or state.done not in (first, first + TIMED_STEPS):
+            return
+        next(iter(state.weights.values())).flatten()[:1].tolist()  # waits for the device
+        if state.done == first:
+            began = time.monotonic()
+            return
+        rate, left = TIMED_STEPS / (time.monotonic() - began), state.total - state.done
+        tqdm.write(f"{left:,} steps are left at {rate:.3g} steps/s, {duration(left / rate)}.", file=sys.stderr)
+
+    return tell
+
+
+def duration(seconds: float) -> str:
+    """About how long that is, in words."""
+    for size, name in ((3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"about {seconds / size:.2g} {name}"
+    return f"about {math.ceil(seconds)} seconds"
 
 
 def run_epochs(
@@ -151,7 +238,8 @@ def run_epochs(
         report: Given how many images the epoch has seen, a number that is finite as long as all is well, and one in
             nats per image with its name.
         end_epoch: Adds to the history what an epoch gave.
-        options: Of `run`.
+        options: Of `run`. Where none of its steps depends on the number of epochs, the training can end early, after
+            an epoch.
     """
     (generator,) = state.generators
     order_N = torch.randperm(count, generator=generator, device=generator.device)
@@ -174,7 +262,8 @@ def run_epochs(
             end_epoch()
             order_N.copy_(torch.randperm(count, generator=generator, device=generator.device))
 
-    run(state, take, tell, measure, **options)
+    can_end = None if state.scheduled else lambda: state.done % per_epoch == 0
+    run(state, take, tell, measure, complete=can_end, **options)
 
 
 def _require_finite(value: float, state: State, checkpoint: Path | None) -> None:

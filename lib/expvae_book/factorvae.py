@@ -88,7 +88,19 @@ class Curves:
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained VAE in evaluation mode, its discriminator, and how they came about; `file` is theirs in the cache."""
+    """A trained model and how it came about.
+
+    Attributes:
+        candidate: What it is.
+        vae: The VAE, in evaluation mode.
+        discriminator: The discriminator.
+        curves: What the training measured.
+        key: Digest of everything that determines the weights.
+        file: Name of their file in the cache.
+        device: The device that trained them.
+        steps: Steps that made them.
+        steps_asked: Those asked for; there are fewer where the training was told to end early.
+    """
 
     candidate: Candidate
     vae: DSpritesVAE
@@ -97,6 +109,8 @@ class Trained:
     key: str
     file: str
     device: str
+    steps: int = 0
+    steps_asked: int = 0
 
 
 class Group(nn.Module):
@@ -277,8 +291,9 @@ def train(
     Each candidate draws its images (with replacement), noise, permutations and random pairs from a generator of its
     own, so that it ends with the weights that it would have alone, to rounding. Trained weights lie in the cache
     (expvae_book.weights), one file for each candidate; what stands there is not trained again. A group that is killed
-    goes on from its checkpoint, and ends, on the CPU, with the same weights to the last bit. Where the cache cannot be
-    written, models are trained without, and a line on stderr says so.
+    goes on from its checkpoint, and ends, on the CPU, with the same weights to the last bit. One that is told to end
+    early (see `expvae_book.checkpoints`) gives and keeps what there is by then, under keys of its own, and goes on when
+    it is asked for again. Where the cache cannot be written, models are trained without, and a line on stderr says so.
 
     Args:
         candidates: What to train.
@@ -310,23 +325,29 @@ def train(
         "measurements": measurements,
         "file": 2,  # how weights are named in it
     }
-    keys = {
-        one: weights.key_of(recipe, protocols.FACTORVAE, candidate=dataclasses.asdict(one), **shared)
-        for one in candidates
-    }
+
+    def key_of(one: Candidate, **ended: int) -> str:
+        return weights.key_of(recipe, protocols.FACTORVAE, candidate=dataclasses.asdict(one), **shared, **ended)
+
+    keys = {one: key_of(one) for one in candidates}
     present = [one for one in candidates if weights.there(weights.place(KIND, keys[one]))]
     entries = {one: weights.Entry.read(weights.place(KIND, keys[one])) for one in present}
     for members in grouped([one for one in candidates if one not in entries]):
 
-        def fit(checkpoint: Path | None, members: Sequence[Candidate] = members) -> list[tuple[dict[str, Tensor], Any]]:
+        def fit(checkpoint: Path | None, members: Sequence[Candidate] = members) -> list[tuple[str, dict, Any]]:
             group = Group(members, recipe, device)
             take = partial(step, group, draw, train_N.to(device), recipe.batch_size, precision)
             histories = _train_group(group, take, steps, measure, measurements, checkpoint, progress)
-            return [(group.alone(index), vars(curves)) for index, curves in enumerate(histories)]
+            done = histories[0].step[-1]
+            ended = {} if done == steps else {"ended": done}
+            return [
+                (key_of(one, **ended), group.alone(index), vars(curves))
+                for index, (one, curves) in enumerate(zip(members, histories, strict=True))
+            ]
 
         made, _ = weights.cached(KIND, [keys[one] for one in members], device, fit)
         entries |= dict(zip(members, made, strict=True))
-    return [_trained(one, keys[one], entries[one], recipe.latent_dim, device) for one in candidates]
+    return [_trained(one, steps, entries[one], recipe.latent_dim, device) for one in candidates]
 
 
 def _train_group(
@@ -383,12 +404,17 @@ def _train_group(
         checkpoint=checkpoint,
         checkpoint_seconds=weights.CHECKPOINT_SECONDS,
         progress=progress,
+        complete=lambda: state.done % per_point == 0,
     )
+    if due and state.done < steps:  # what an early end leaves, is measured; the checkpoint is of before that
+        due.add(state.done)
+        score()
     return curves
 
 
-def _trained(one: Candidate, key: str, entry: weights.Entry, latent_dim: int, device: torch.device) -> Trained:
+def _trained(one: Candidate, asked: int, entry: weights.Entry, latent_dim: int, device: torch.device) -> Trained:
     """A model and how it came about, from what the cache holds."""
     vae = _loaded(DSpritesVAE(latent_dim), entry.tensors).to(device)
     network = _loaded(discriminator(latent_dim), entry.tensors, "discriminator.").to(device)
-    return Trained(one, vae, network, Curves(**entry.history), key, weights.place(KIND, key).name, entry.device)
+    curves, file = Curves(**entry.history), weights.place(KIND, entry.key).name
+    return Trained(one, vae, network, curves, entry.key, file, entry.device, curves.step[-1], asked)

@@ -50,6 +50,10 @@ class Trained:
         device: The device that trained them.
         precision: What they were trained in.
         reused: Whether they were found in the cache.
+        steps: Steps of the optimiser that made them, of all machines of a stack.
+        steps_asked: Those asked for; there are fewer where the training was told to end early.
+        images: Images that these steps saw.
+        images_asked: Those asked for.
     """
 
     model: nn.Module
@@ -59,6 +63,10 @@ class Trained:
     device: str
     precision: str
     reused: bool
+    steps: int = 0
+    steps_asked: int = 0
+    images: int = 0
+    images_asked: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,17 +77,19 @@ class Entry:
         tensors: Weights by name.
         history: What the training measured, as JSON has it.
         device: The device that trained them.
+        key: Digest of everything that determines the weights.
     """
 
     tensors: dict[str, Tensor]
     history: Any
     device: str
+    key: str
 
     @classmethod
     def read(cls, path: Path) -> "Entry":
         """What this file holds; a ValueError if it is damaged."""
         tensors, metadata = read_tensors(path)
-        return cls(tensors, json.loads(metadata["history"]), metadata["device"])
+        return cls(tensors, json.loads(metadata["history"]), metadata["device"], metadata["key"])
 
 
 def folder() -> Path:
@@ -155,7 +165,7 @@ def cached(
     kind: str,
     keys: Sequence[str],
     device: torch.device,
-    train: Callable[[Path | None], Sequence[tuple[dict[str, Tensor], Any]]],
+    train: Callable[[Path | None], Sequence[tuple[str, dict[str, Tensor], Any]]],
     kept: Path | None = None,
 ) -> tuple[list[Entry], bool]:
     """Read models that one training gives from the cache, or train, where not all of them are there.
@@ -166,8 +176,9 @@ def cached(
         kind: What they are, for the names of files.
         keys: For each model, a digest of everything that determines it.
         device: Where they are trained, for the record.
-        train: Trains, with the checkpoint at this path or without, and returns weights and history of each model. It
-            may append to the path's name; all such files are removed at the end.
+        train: Trains, with the checkpoint at this path or without, and returns key, weights and history of each model.
+            It may append to the path's name; all such files are removed at the end. Where training was told to end
+            early, the keys are others: those of what there is by then, and the checkpoint stays for the rest.
         kept: A checkpoint that other trainings go on from, which is not removed; None for one of this training alone.
 
     Returns:
@@ -189,13 +200,15 @@ def cached(
             if problem:
                 _say_not_kept(folder(), problem.strerror or str(problem))
             where = devices.describe_device(device)
-            entries = [Entry(*result, where) for result in train(None if problem else checkpoint)]
+            made = train(None if problem else checkpoint)
+            entries = [Entry(tensors, history, where, key) for key, tensors, history in made]
             if problem:
                 return entries, False
-            for path, key, entry in zip(paths, keys, entries, strict=True):
-                described = {"key": key, "history": json.dumps(entry.history), "device": where}
+            paths = [place(kind, entry.key) for entry in entries]
+            for path, entry in zip(paths, entries, strict=True):
+                described = {"key": entry.key, "history": json.dumps(entry.history), "device": where}
                 write_tensors(path, entry.tensors, described)
-        if not problem and not kept:
+        if not problem and not kept and paths == [place(kind, key) for key in keys]:
             for file in folder().glob(f"{checkpoint.name}*"):
                 file.unlink()
         return [Entry.read(path) for path in paths], reused
@@ -216,7 +229,9 @@ def trained(
 ) -> Trained:
     """Train a VAE or a stack of Boltzmann machines, or read its weights where the same training has been done before.
 
-    A training that was cut off goes on from its last checkpoint. That of a VAE for more epochs goes on from the end of
+    A training that was cut off goes on from its last checkpoint. One of a VAE that is told to end early (see
+    `expvae_book.checkpoints`) ends after an epoch, gives and keeps the weights of a training for so many epochs, under
+    their key, and goes on when it is asked for again. That of a VAE for more epochs goes on from the end of
     that for fewer, whose checkpoint stays in the cache with three times the size of the weights. Two processes that ask
     for the same weights at once train them once: the second waits for the first. Where the cache cannot be written, the
     model is trained without, and a line on stderr says so.
@@ -268,14 +283,15 @@ def trained(
         }
     )
     protocol = protocols.RBM if is_stack else protocols.TRAINING
+    per_epoch = -(-len(train_NCYX) // recipe.batch_size)
     key = key_of(recipe, protocol, epochs=epochs, **determinants)
     kept = None
     if not is_stack:
         shared = checkpoint_of(place(kind.__name__, key_of(recipe, protocol, **determinants)), device)
-        further = there(shared) and steps_done(shared) > epochs * -(-len(train_NCYX) // recipe.batch_size)
+        further = there(shared) and steps_done(shared) > epochs * per_epoch
         kept = None if further else shared
 
-    def train(checkpoint: Path | None) -> list[tuple[dict[str, Tensor], Any]]:
+    def train(checkpoint: Path | None) -> list[tuple[str, dict[str, Tensor], Any]]:
         history = (contrastive.train_stack if is_stack else training.train)(
             model,
             train_NCYX,
@@ -288,13 +304,29 @@ def trained(
             progress=progress,
             **({} if is_stack else {"precision": precision, "keep_last": True}),
         )
-        return [(model.state_dict(), [vars(part) for part in history] if is_stack else vars(history))]
+        if is_stack:
+            return [(key, model.state_dict(), [vars(part) for part in history])]
+        ended = key_of(recipe, protocol, epochs=len(history.kl), **determinants)
+        return [(ended, model.state_dict(), vars(history))]
 
     (entry,), reused = cached(kind.__name__, [key], device, train, kept)
     model = training.build(make, seed).to(device)
     model.load_state_dict(entry.tensors)
     history = [contrastive.History(**part) for part in entry.history] if is_stack else training.History(**entry.history)
-    return Trained(model.eval(), history, key, place(kind.__name__, key).name, entry.device, precision, reused)
+    networks, done = (len(history), epochs) if is_stack else (1, len(history.kl))
+    return Trained(
+        model.eval(),
+        history,
+        entry.key,
+        place(kind.__name__, entry.key).name,
+        entry.device,
+        precision,
+        reused,
+        steps=networks * done * per_epoch,
+        steps_asked=networks * epochs * per_epoch,
+        images=networks * done * len(train_NCYX),
+        images_asked=networks * epochs * len(train_NCYX),
+    )
 
 
 def key_of(recipe: Recipe | RBMRecipe | StepRecipe, protocol: str, **determinants: Any) -> str:

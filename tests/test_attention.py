@@ -594,7 +594,7 @@ class Residual(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("layer", "route"), [("stem", "batched"), ("conv1", "pooled"), ("bn1", "pooled"), ("conv2", "pooled")]
+    ("layer", "route"), [("stem", "pooled"), ("conv1", "pooled"), ("bn1", "pooled"), ("conv2", "pooled")]
 )
 def test_residual_block_one_image_at_a_time(layer, route):
     torch.manual_seed(0)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from expvae import Method, attention
+from expvae import _backward as backward
 from expvae import _gradients as gradients
 from expvae.models import MNISTVAE, UCSDVAE, MVTecVAE
 
@@ -59,7 +60,7 @@ class Add(nn.Module):
 
 
 class Twice(nn.Module):
-    """Two ways from one input: what no single linear operation sees."""
+    """Two ways from one input."""
 
     def __init__(self):
         super().__init__()
@@ -67,6 +68,15 @@ class Twice(nn.Module):
 
     def forward(self, x):
         return self.a(x) * self.b(x)
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.a(x) * x
 
 
 class Turn(nn.Module):
@@ -89,10 +99,13 @@ NETS = {
     "normalised after": ((nn.ReLU(), nn.Conv2d(4, 4, 2), nn.GroupNorm(2, 4), nn.Softplus()), True),
     "grouped": ((nn.ReLU(), nn.Conv2d(4, 4, 2, groups=2), nn.ReLU()), False),
     "transposed": ((nn.ReLU(), nn.ConvTranspose2d(4, 3, 2), nn.ReLU()), False),
-    "pooled before": ((nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 3, 2)), False),
+    "pooled before": ((nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 3, 2)), True),
+    "pooled in overlapping windows": ((nn.MaxPool2d(3, 2, 1), nn.Tanh(), nn.MaxPool2d(2, 1), nn.Conv2d(4, 3, 2)), True),
+    "averaged before": ((nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(4, 3, 2)), False),
     "other padding": ((nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1, padding_mode="reflect")), False),
     "instance normalisation": ((nn.InstanceNorm2d(4), nn.PReLU(), nn.Conv2d(4, 3, 2)), False),
-    "two users": ((nn.ReLU(), Twice()), False),
+    "two users": ((nn.ReLU(), Twice()), True),
+    "a user that is not linear": ((nn.ReLU(), Gated()), False),
     "other order": ((nn.ReLU(), Turn()), False),
 }
 
@@ -117,6 +130,45 @@ def test_routes_on_any_net(name, memory_format):
     else:
         with pytest.raises(ValueError, match="route='pooled' needs"):
             attention(net, "0", x_BCYX, route="pooled")
+
+
+class Block(nn.Module):
+    """A residual block with a projection, as in ResNets."""
+
+    def __init__(self, stride):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(4, 6, 3, stride, 1, bias=False), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 4, 3, 1, 1, groups=stride), nn.BatchNorm2d(4)
+        self.projection, self.relu = nn.Conv2d(4, 4, 1, stride), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        hidden = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(
+            torch.add(hidden, self.projection(x), alpha=0.5) if self.conv1.stride == (2, 2) else hidden + x
+        )
+
+
+@pytest.mark.parametrize("middle", [nn.Identity(), nn.GroupNorm(2, 4)])
+@pytest.mark.parametrize("stack", [1, 2**25])
+def test_rules_equal_the_slow_loop_at_every_layer_of_a_residual_network(middle, stack, monkeypatch):
+    """With all operations known, and with one in the middle that autograd has to go through."""
+    monkeypatch.setattr(backward, "STACK_BYTES", stack)
+    pool = nn.MaxPool2d(3, 2, 1)
+    net = chain(nn.BatchNorm2d(4), nn.ReLU(True), pool, Block(1), Block(2), Block(1), middle, Block(1), nn.Flatten())
+    net.append(nn.LazyLinear(5))
+    x_BCYX = torch.rand(3, 1, 18, 18)
+    net(x_BCYX)  # gives batch normalisation statistics of its own
+    net.eval()
+    for name, layer in net.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.BatchNorm2d) and ("projection" not in name or name[0] == "5"):
+            expected, last = slow_alpha(net, layer, x_BCYX, range(5)), name in ("8.conv2", "8.bn2")
+            for route in ("auto", "batched") if last or isinstance(middle, nn.Identity) else ("auto",):
+                result = attention(net, layer, x_BCYX, route=route)
+                torch.testing.assert_close(result.alpha_BIC, expected, rtol=1e-4, atol=1e-7, msg=f"{name} {route}")
+                assert result.route != "loop" or isinstance(middle, nn.GroupNorm)
+            method, many = Method(normaliser="image"), attention(net, layer, x_BCYX, Method(normaliser="image"))
+            loop = attention(net, layer, x_BCYX, method, route="loop")
+            torch.testing.assert_close(many.alpha_BIC, loop.alpha_BIC, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("route", ["auto", "loop", "batched", "pooled"])
@@ -194,6 +246,6 @@ def test_the_rule():
     assert chosen("0", 9, method=Method(normaliser="image")) == "batched"
     assert chosen("0", 9, graph="second_order") == "loop"
     assert chosen("0", 9, graph="constant_alpha") == "pooled"
-    unknown = chain(nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.LazyLinear(9))
+    unknown = chain(nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.LazyLinear(9))
     unknown(x_BCYX)
     assert attention(unknown, "0", x_BCYX).route == "loop"

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,19 @@ def run(
     _require_finite(total_of(state.weights), state, checkpoint)
 
 
+_began: ContextVar[float | None] = ContextVar("began", default=None)
+
+
+@contextmanager
+def one_clock() -> Iterator[None]:
+    """Within it, the minutes of EXPVAE_MINUTES count from here for all trainings together."""
+    token = _began.set(time.monotonic())
+    try:
+        yield
+    finally:
+        _began.reset(token)
+
+
 @contextmanager
 def told_to_end(can: bool) -> Iterator[Callable[[], bool]]:
     """Within it, SIGTERM asks for an early end, and a second one stops the process as ever.
@@ -164,7 +178,8 @@ def told_to_end(can: bool) -> Iterator[Callable[[], bool]]:
     Raises:
         ValueError: If that is no number above zero.
     """
-    text, asked, began = os.environ.get("EXPVAE_MINUTES") or "inf", threading.Event(), time.monotonic()
+    text, asked = os.environ.get("EXPVAE_MINUTES") or "inf", threading.Event()
+    began = _began.get() or time.monotonic()
     try:
         minutes = float(text)
     except ValueError:

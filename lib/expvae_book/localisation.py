@@ -173,7 +173,7 @@ def follow(
     some = some_of(len(image_M), FEW)
     seen = measures.Truth(truth.truth_NYX[some], truth.unit_N[some])
     course, batch = measures.Course(), recipes.MVTEC[parameters["recipe"]].batch_size
-    for done, trained in measures.stages(train, parameters["epochs"], parameters.get("minutes", 0)):
+    for done, trained in measures.stages(train, parameters["epochs"]):
         if len(some) < 2 or not seen.truth_NYX.any():
             continue
         normal = explanation.normal_posterior(trained.model, split(category)[0])
@@ -342,8 +342,7 @@ def compute(parameters: Mapping[str, Any], device: torch.device) -> runs.Run:
     """Train and measure one category, and store the run; the job of both MVTec chapters.
 
     Args:
-        parameters: What determines it: category, epochs and data beside what `trainer` needs. minutes, if given, end
-            the training early and determine nothing else.
+        parameters: What determines it: category, epochs and data beside what `trainer` needs.
         device: Where to compute.
     """
     network(parameters["recipe"], parameters["initial"], parameters["encoder"])  # refused before images are read
@@ -375,7 +374,7 @@ def compute(parameters: Mapping[str, Any], device: torch.device) -> runs.Run:
     used = (len(trained.history.kl), facts["images"])
     run = runs.save(
         "mvtec",
-        {name: value for name, value in parameters.items() if name != "minutes"},
+        parameters,
         metrics=rows,
         losses=losses,
         arrays=arrays,

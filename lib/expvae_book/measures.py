@@ -9,8 +9,6 @@ the difference of their measures has the interval that the differences of their 
 """
 
 import math
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -25,7 +23,7 @@ from tqdm import tqdm
 
 from expvae import attention
 from expvae.metrics import Interval, PixelMetrics, iou_intervals, percentile_interval
-from expvae_book import explanation, names, runs, training, weights
+from expvae_book import checkpoints, explanation, names, runs, training, weights
 from expvae_book.names import AUROC, BEST_IOU, DIFFERENCE, IMAGE_AUROC
 from expvae_book.recipes import Recipe
 from expvae_book.weights import Trained
@@ -225,16 +223,16 @@ def budget(unit: str, recipe: Recipe, *, asked: tuple[int, int], used: tuple[int
     return shown | {name: {"asked": counts[name][0], "used": counts[name][1]} for name in ("steps", "images")}
 
 
-def stages(fit: Callable[[int], Trained], epochs: int, minutes: int = 0) -> Iterator[tuple[int, Trained]]:
+def stages(fit: Callable[[int], Trained], epochs: int) -> Iterator[tuple[int, Trained]]:
     """Train to the end by way of some shares of the epochs, so that a job sees what the maps were worth on the way.
 
     The training to each share goes on from the one before. Where the weights of the end are in the cache already, only
-    those on the way that are there too come before them.
+    those on the way that are there too come before them. Told to end early (see `expvae_book.checkpoints`), a training
+    has its last stage there.
 
     Args:
         fit: Trains, or reads from the cache, a model of so many epochs.
         epochs: Of the end.
-        minutes: After which no further stage is begun, so that the last one that comes is the end; 0 for no limit.
 
     Yields:
         Epochs and model of each stage, the untrained network first.
@@ -242,20 +240,20 @@ def stages(fit: Callable[[int], Trained], epochs: int, minutes: int = 0) -> Iter
     try:
         with weights.cached_only():
             fit(epochs)
-        there = True
+        known = weights.cached_only
     except weights.NotCachedError:
-        there = False
-    started = time.monotonic()
-    for done in sorted({math.ceil(share * epochs) for share in STAGES}):
-        try:
-            with weights.cached_only() if there else nullcontext():
-                trained = fit(done)
-        except weights.NotCachedError:
-            continue
-        yield done, trained
-        if minutes and done < epochs and time.monotonic() - started > 60 * minutes:
-            print(f"{minutes} minutes are over: the training ends after {done} of {epochs} epochs.", file=sys.stderr)
-            return
+        known = nullcontext
+    with checkpoints.one_clock():
+        for asked in sorted({math.ceil(share * epochs) for share in STAGES}):
+            try:
+                with known():
+                    trained = fit(asked)
+            except weights.NotCachedError:
+                continue
+            done = len(trained.history.kl)
+            yield done, trained
+            if done < asked:
+                return
 
 
 @dataclass

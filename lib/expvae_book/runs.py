@@ -12,7 +12,6 @@ EXPVAE_RUNS names another folder for the store.
 """
 
 import json
-import math
 import os
 import re
 import time
@@ -36,13 +35,15 @@ from expvae_book.data.card import DataCard, survey
 from expvae_book.data.catalogue import source
 from expvae_book.names import ATTENTION, COMMON
 from expvae_book.recipes import RBMRecipe, Recipe, StepRecipe
+from expvae_book.rows import METRIC_COLUMNS, as_text, read_text, rounded
+from expvae_book.rows import order as order
+from expvae_book.rows import row as row
 
 if TYPE_CHECKING:
     from expvae_book.probes import Probe
 
 FRAMES_PER_SECOND = 4
 TOLERANCE = 1e-3  # of the greatest number of a probe: what another processor or device may change
-METRIC_COLUMNS = ["metric", "method", "subset", "value", "low", "high", "n"]
 
 # What "auto" may become and then stands in the record and its folder's name; the first is taken before the second.
 ALTERNATIVES = {"data": ("real", "sample"), "initial": ("imagenet", "random")}
@@ -105,11 +106,11 @@ class Run:
         titles = {name: ATTENTION, f"mean of {name}": COMMON}
         others = {f"{prefix}{other}" for other in self.maps if other != name for prefix in ("", "mean of ")}
         rows = []
-        for row in self.record["metrics"]:
-            parts = row["method"].split(" − ")
-            if others.isdisjoint([*parts, row["subset"]]):
+        for one in self.record["metrics"]:
+            parts = one["method"].split(" − ")
+            if others.isdisjoint([*parts, one["subset"]]):
                 method = " − ".join(titles.get(part, part) for part in parts)
-                rows.append(row | {"method": method, "subset": "" if row["subset"] == name else row["subset"]})
+                rows.append(one | {"method": method, "subset": "" if one["subset"] == name else one["subset"]})
         parameters = self.parameters | {"layer": layer, "preset": preset}
         return replace(self, parameters=parameters, record=self.record | {"metrics": rows})
 
@@ -196,9 +197,9 @@ class Run:
         Raises:
             KeyError: If the run does not have it.
         """
-        for row in self.record["metrics"]:
-            if (row["metric"], row["method"], row["subset"]) == (metric, method, subset):
-                return row
+        for one in self.record["metrics"]:
+            if (one["metric"], one["method"], one["subset"]) == (metric, method, subset):
+                return one
         raise KeyError(f"the run {self.label} has no metric {metric!r} of {method!r} on {subset!r}")
 
     def rows(self, metric: str) -> pd.DataFrame:
@@ -237,42 +238,6 @@ class Run:
             return lacking
         interval = "" if row["low"] is None else f" [{row['low']:{form}}, {row['high']:{form}}]"
         return f"{row['value']:{form}}{interval}"
-
-
-def row(
-    metric: str, value: float | int | None, method: str = "", subset: str = "", **interval: float | int | None
-) -> dict:
-    """One row of a run's metrics; `interval` may give low, high and n."""
-    return {
-        "metric": metric,
-        "method": method,
-        "subset": subset,
-        "value": value,
-        "low": None,
-        "high": None,
-        "n": None,
-    } | (interval)
-
-
-def order(row: Mapping[str, Any], other: Mapping[str, Any] | float) -> str:
-    """How the interval of a row lies to that of another row, or to a number such as 0.5.
-
-    Args:
-        row: A row with low and high, as `Run.metric` gives it.
-        other: Another such row, or a number.
-
-    Returns:
-        "above" or "below" where the intervals are apart, otherwise "not told apart from".
-
-    Raises:
-        ValueError: If a row has no interval.
-    """
-    if row["low"] is None or (isinstance(other, Mapping) and other["low"] is None):
-        raise ValueError(f"order compares intervals, and one of these rows has none: {row}, {other}")
-    low, high = (other["low"], other["high"]) if isinstance(other, Mapping) else (other, other)
-    if row["low"] > high:
-        return "above"
-    return "below" if row["high"] < low else "not told apart from"
 
 
 def reading() -> bool:
@@ -359,7 +324,7 @@ def save(
         "parameters": stored,
         "resolved": became,
         "protocols": protocols.used(chapter, stored),
-        "metrics": [[_rounded(value) for value in row.values()] for row in metrics],
+        "metrics": [[rounded(value) for value in row.values()] for row in metrics],
         "losses": dict(losses),
         "budget": dict(budget),
         "recipe": asdict(recipe),
@@ -382,13 +347,13 @@ def save(
                 f"{part} of the run {folder.name} cannot be stored: JSON takes finite numbers, text, lists and dicts "
                 f"of Python ({error})"
             ) from error
-    text = _text(record)
+    text = as_text(record)
     for name, array in arrays.items():
         if np.asarray(array).dtype.hasobject:  # NumPy would pickle it
             raise ValueError(f"arrays[{name!r}] of the run {folder.name} holds Python objects; give it a numeric type")
 
     with files.replacing_folder(folder) as temporary:
-        (temporary / "record.json").write_text(text + "\n", encoding="utf-8")
+        (temporary / "record.json").writeas_text(text + "\n", encoding="utf-8")
         np.savez_compressed(temporary / "arrays.npz", **arrays)
         (temporary / "figures").mkdir()
         for name, figure in figures.items():
@@ -413,32 +378,19 @@ def amend(run: Run, entries: Mapping[str, Any]) -> Run:
     """Add entries to the record of a stored run, or replace them, and give the run as it is then."""
     with files.lock(run.folder):
         run = replace(run, record=_read(run.folder).record | dict(entries))
-        text = _text(run.record | {"metrics": [list(row.values()) for row in run.record["metrics"]]})
+        text = as_text(run.record | {"metrics": [list(row.values()) for row in run.record["metrics"]]})
         with files.replacing(files.located(run.folder) / "record.json") as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+            temporary.writeas_text(text + "\n", encoding="utf-8")
     return run
 
 
 def _read(folder: Path) -> Run | None:
     try:
         with _stored(folder, "record.json") as file:
-            record = json.load(file, parse_constant=_finite, parse_float=_finite)
-            record["metrics"] = [dict(zip(METRIC_COLUMNS, row, strict=True)) for row in record["metrics"]]
+            record = read_text(file)
             return Run(record["chapter"], record["parameters"], record, folder)
     except FileNotFoundError:
         return None
-
-
-def _rounded(value: Any) -> Any:
-    """A number of a metric with nine digits, which is more than any of them has."""
-    return float(f"{value:.9g}") if isinstance(value, float) else value
-
-
-def _text(record: Mapping[str, Any]) -> str:
-    """A record as JSON, a line for each row of its metrics: in hundreds of rows, names would be most of the text."""
-    rows = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in record["metrics"]]
-    text = json.dumps(record | {"metrics": []}, indent=1, ensure_ascii=False, allow_nan=False)
-    return text.replace('"metrics": []', '"metrics": [\n  ' + ",\n  ".join(rows) + "\n ]", 1) if rows else text
 
 
 @contextmanager
@@ -450,13 +402,6 @@ def _stored(folder: Path, name: str) -> Iterator[BinaryIO]:
         except Exception as error:  # of json, zipfile, zlib or NumPy, by the place that is damaged
             message = f"{folder / name} is damaged ({error!r}); delete its folder and run the chapter again"
             raise ValueError(message) from error
-
-
-def _finite(number: str) -> float:
-    """A number of a record; NaN and infinity, which JSON has not and `save` refuses, are a ValueError."""
-    if not math.isfinite(float(number)):
-        raise ValueError(f"{number} is no finite number")
-    return float(number)
 
 
 def _commit(git: Mapping[str, Any]) -> str:

@@ -1,0 +1,73 @@
+"""The rows of a record: one number each, with its interval; and a record as text.
+
+A job has hundreds of rows. In the text each is a list on a line of its own, for names would be most of it.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+METRIC_COLUMNS = ["metric", "method", "subset", "value", "low", "high", "n"]
+
+
+def row(
+    metric: str, value: float | int | None, method: str = "", subset: str = "", **interval: float | int | None
+) -> dict:
+    """One row of a run's metrics; `interval` may give low, high and n."""
+    return {
+        "metric": metric,
+        "method": method,
+        "subset": subset,
+        "value": value,
+        "low": None,
+        "high": None,
+        "n": None,
+    } | (interval)
+
+
+def order(row: Mapping[str, Any], other: Mapping[str, Any] | float) -> str:
+    """How the interval of a row lies to that of another row, or to a number such as 0.5.
+
+    Args:
+        row: A row with low and high, as `Run.metric` gives it.
+        other: Another such row, or a number.
+
+    Returns:
+        "above" or "below" where the intervals are apart, otherwise "not told apart from".
+
+    Raises:
+        ValueError: If a row has no interval.
+    """
+    if row["low"] is None or (isinstance(other, Mapping) and other["low"] is None):
+        raise ValueError(f"order compares intervals, and one of these rows has none: {row}, {other}")
+    low, high = (other["low"], other["high"]) if isinstance(other, Mapping) else (other, other)
+    if row["low"] > high:
+        return "above"
+    return "below" if row["high"] < low else "not told apart from"
+
+
+def rounded(value: Any) -> Any:
+    """A number of a metric with nine digits, which is more than any of them has."""
+    return float(f"{value:.9g}") if isinstance(value, float) else value
+
+
+def as_text(record: Mapping[str, Any]) -> str:
+    """A record as JSON, a line for each row of its metrics: in hundreds of rows, names would be most of the text."""
+    rows = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in record["metrics"]]
+    text = json.dumps(record | {"metrics": []}, indent=1, ensure_ascii=False, allow_nan=False)
+    return text.replace('"metrics": []', '"metrics": [\n  ' + ",\n  ".join(rows) + "\n ]", 1) if rows else text
+
+
+def read_text(file: BinaryIO) -> dict[str, Any]:
+    """A record from its text, rows as `row` makes them; a ValueError where it is no such text."""
+    record = json.load(file, parse_constant=_finite, parse_float=_finite)
+    record["metrics"] = [dict(zip(METRIC_COLUMNS, row, strict=True)) for row in record["metrics"]]
+    return record
+
+
+def _finite(number: str) -> float:
+    """A number of a record; NaN and infinity, which JSON has not and `save` refuses, are a ValueError."""
+    if not math.isfinite(float(number)):
+        raise ValueError(f"{number} is no finite number")
+    return float(number)

@@ -353,7 +353,7 @@ def save(
             raise ValueError(f"arrays[{name!r}] of the run {folder.name} holds Python objects; give it a numeric type")
 
     with files.replacing_folder(folder) as temporary:
-        (temporary / "record.json").writeas_text(text + "\n", encoding="utf-8")
+        (temporary / "record.json").write_text(text + "\n", encoding="utf-8")
         np.savez_compressed(temporary / "arrays.npz", **arrays)
         (temporary / "figures").mkdir()
         for name, figure in figures.items():
@@ -380,7 +380,7 @@ def amend(run: Run, entries: Mapping[str, Any]) -> Run:
         run = replace(run, record=_read(run.folder).record | dict(entries))
         text = as_text(run.record | {"metrics": [list(row.values()) for row in run.record["metrics"]]})
         with files.replacing(files.located(run.folder) / "record.json") as temporary:
-            temporary.writeas_text(text + "\n", encoding="utf-8")
+            temporary.write_text(text + "\n", encoding="utf-8")
     return run
 
 

@@ -21,8 +21,8 @@ AT_ONCE = 64  # images that are encoded
 
 
 def method_of(preset: str) -> Method:
-    """The method of a preset, or of "normal_difference", the paper's rule for anomalies."""
-    return PRESETS.get(preset, Method(score="normal_difference"))
+    """The method of a preset, or the paper's by another score: "normal_difference", its rule for anomalies, say."""
+    return PRESETS[preset] if preset in PRESETS else Method(score=preset)
 
 
 def explain(

@@ -88,7 +88,7 @@ stored = runs.find()
 assert stored
 claims.verdicts(stored)
 report.to_html(report.wide(matching.beside(publications.read(), stored)), "all")
-tables.every_run("mvtec15")
+tables.every_run("layer2.1.conv1", "liu2020_code")
 sprite_tables.every_run(runs.find("disentanglement"))
 figures.training_curves(runs.find("mnist")[0].record["losses"])
 print({"torch", "torchvision", "sklearn"} & set(sys.modules))

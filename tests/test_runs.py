@@ -55,6 +55,14 @@ def store(tmp_path, monkeypatch):
     return tmp_path / "store"
 
 
+def read_record(folder):
+    """The record as JSON has it, with the names of the columns that a line for each row leaves out."""
+    content = json.loads((folder / "record.json").read_text())
+    return content | {
+        "metrics": [dict(zip(runs.METRIC_COLUMNS, values, strict=True)) for values in content["metrics"]]
+    }
+
+
 def files(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
@@ -103,6 +111,119 @@ def test_the_record_says_where_the_run_comes_from():
     assert save(PARAMETERS, "ucsd").record["protocols"] == protocols.versions("TRAINING", "ATTENTION", "PIXEL", "ucsd")
     assert save({"benchmark": "rbm"}, "performance").record["protocols"] == protocols.versions("benchmark rbm")
     assert abs(time.time() - pd.Timestamp(record["created"]).timestamp()) < 300
+
+
+def test_the_text_of_a_record_has_a_line_for_each_row():
+    rows = [runs.row("AUROC", 0.5, "ours − theirs", 'of "all"\n', low=0.25, high=0.75, n=9), runs.row("units", None)]
+    run = save(metrics=rows, extra={"note": '"metrics": []'})
+    lines = (run.folder / "record.json").read_text().splitlines()
+    at = lines.index(' "metrics": [')
+    assert lines[at + 1 : at + 4] == [
+        r"""  ["AUROC", "ours − theirs", "of \"all\"\n", 0.5, 0.25, 0.75, 9],""",
+        """  ["units", "", "", null, null, null, null]""",
+        " ],",
+    ]
+    assert run.record["metrics"] == rows
+    assert read_record(run.folder) == run.record == runs.load("reuse", PARAMETERS).record
+    runs.amend(run, {"note": 1})
+    assert (run.folder / "record.json").read_text().splitlines()[at : at + 4] == lines[at : at + 4]
+    assert runs.load("reuse", PARAMETERS).record == run.record | {"note": 1}
+    runs.amend(save(metrics=[]), {"note": 2})
+    assert read_record(run.folder)["metrics"] == runs.load("reuse", PARAMETERS).record["metrics"] == []
+
+
+def test_numbers_of_rows_have_nine_digits():
+    values = {"value": 0.123456789012, "low": 1.5e-13 / 7, "high": 12345678901.5, "n": 1_234_567_890_123}
+    (kept,) = save(metrics=[runs.row("AUROC", **values)]).record["metrics"]
+    assert [kept[name] for name in values] == [0.123456789, 2.14285714e-14, 1.23456789e10, 1_234_567_890_123]
+    assert (save(value=np.float32(0.1).item()).record["metrics"][0]["value"]) == 0.100000001
+
+
+MAPS = ["conv1, liu2020_paper", "conv2, liu2020_paper", "conv2, liu2020_code"]
+
+
+def job(chapter="ucsd", parameters=PARAMETERS, **changes):
+    """A run with three maps, the mean of one, and a baseline; each row's value is its place."""
+    names = [
+        ("AUROC", MAPS[0], ""),
+        ("AUROC", MAPS[1], "test clips"),
+        ("AUROC", MAPS[2], ""),
+        ("AUROC", f"mean of {MAPS[1]}", ""),
+        ("AUROC", f"mean of {MAPS[2]}", ""),
+        ("AUROC", "random", ""),
+        ("difference", f"{MAPS[1]} − random", "test clips"),
+        ("difference", f"{MAPS[1]} − mean of {MAPS[1]}", ""),
+        ("difference", f"{MAPS[0]} − random", ""),
+        ("difference", f"{MAPS[1]} − {MAPS[2]}", ""),
+        ("difference", "liu2020_paper, conv1 − conv2", ""),
+        ("correlation", "edges", MAPS[1]),
+        ("correlation", f"mean of {MAPS[1]}", MAPS[1]),
+        ("correlation", "edges", MAPS[2]),
+        ("units", "", ""),
+    ]
+    rows = [runs.row(metric, float(place), method, subset) for place, (metric, method, subset) in enumerate(names)]
+    drawn = {f"resamples/{name}": np.full((2, 5), i, np.float16) for i, name in enumerate(MAPS[:2])}
+    return save(parameters, chapter, metrics=rows, arrays=drawn, extra={"maps": MAPS}, **changes)
+
+
+def test_a_job_is_shown_as_one_of_its_maps():
+    run = job()
+    assert run.maps == MAPS
+    shown = run.at("conv2", "liu2020_paper")
+    assert [(row["value"], row["metric"], row["method"], row["subset"]) for row in shown.record["metrics"]] == [
+        (1.0, "AUROC", "attention", "test clips"),
+        (3.0, "AUROC", "mean attention map", ""),
+        (5.0, "AUROC", "random", ""),
+        (6.0, "difference", "attention − random", "test clips"),
+        (7.0, "difference", "attention − mean attention map", ""),
+        (10.0, "difference", "liu2020_paper, conv1 − conv2", ""),
+        (11.0, "correlation", "edges", ""),
+        (12.0, "correlation", "mean attention map", ""),
+        (14.0, "units", "", ""),
+    ]
+    assert shown.parameters == PARAMETERS | {"layer": "conv2", "preset": "liu2020_paper"}
+    assert run.parameters == PARAMETERS
+    assert shown.metric("AUROC", "attention", "test clips")["value"] == 1
+    assert shown.rows("correlation")["method"].tolist() == ["edges", "mean attention map"]
+    assert len(run.record["metrics"]) == 15
+    assert shown.maps == []  # else another of its maps could be asked for, whose rows are not there
+    assert shown.arrays.keys() == run.arrays.keys()
+    other = run.at("conv1", "liu2020_paper")
+    assert other.metric("difference", "attention − random")["value"] == 8
+
+
+def test_a_map_that_a_job_lacks_is_named_with_those_it_has():
+    with pytest.raises(
+        KeyError, match=r"the run ucsd: .* has no map 'conv3, liu2020_code'; it has: conv1, liu2020_pap"
+    ):
+        job().at("conv3", "liu2020_code")
+    assert save().maps == []
+    with pytest.raises(KeyError, match=r"has no map 'conv3, liu2020_code'; it has: none"):
+        save().at("conv3", "liu2020_code")
+
+
+def test_what_resamples_gave_is_read_by_map():
+    run = job()
+    for place, name in enumerate(MAPS[:2]):
+        found = run.resamples(name)
+        assert found.dtype == np.float64
+        np.testing.assert_array_equal(found, np.full((2, 5), place))
+    with pytest.raises(KeyError, match="resamples/conv2, liu2020_code"):
+        run.resamples(MAPS[2])
+
+
+def test_both_chapters_on_mvtec_find_a_job_of_either(store):
+    parameters = {"category": "pill", "seed": 0}
+    for chapter, other in (("mvtec10", "mvtec15"), ("mvtec15", "mvtec10")):
+        run = job(chapter, parameters)
+        assert run.chapter == "mvtec"
+        assert run.folder == store / "mvtec" / "category=pill,seed=0"
+        for name in (chapter, other, "mvtec"):
+            assert runs.load(name, parameters).record == run.record
+            assert [found.folder for found in runs.find(name, category="pill")] == [run.folder]
+        assert run.record["protocols"] == protocols.used(other, parameters)
+    assert len(runs.find()) == 1
+    assert runs.find("ucsd") == []
 
 
 def test_metrics_are_a_table_of_rows():
@@ -703,5 +824,5 @@ def test_two_writers_and_a_reader(store):
     value = run.metric("AUROC", "ours", "digit 7")["value"]
     assert value in values
     assert np.unique(run.arrays["curve"]).tolist() == [value]
-    assert json.loads((run.folder / "record.json").read_text()) == run.record
+    assert read_record(run.folder) == run.record
     assert sorted(path.name for path in run.folder.parent.iterdir()) == [".lock", "digit=1,seed=0"]

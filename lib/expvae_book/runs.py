@@ -95,7 +95,7 @@ class Run:
     def at(self, layer: str, preset: str) -> "Run":
         """The run as a page shows it that is asked for one layer and preset: the rows of their map are "attention".
 
-        Rows of the other maps are left out.
+        Rows of the other maps are left out, so that what comes has no maps of its own to show.
 
         Raises:
             KeyError: If it has no such map; the message lists those it has.
@@ -112,7 +112,7 @@ class Run:
                 method = " − ".join(titles.get(part, part) for part in parts)
                 rows.append(one | {"method": method, "subset": "" if one["subset"] == name else one["subset"]})
         parameters = self.parameters | {"layer": layer, "preset": preset}
-        return replace(self, parameters=parameters, record=self.record | {"metrics": rows})
+        return replace(self, parameters=parameters, record=self.record | {"metrics": rows, "maps": []})
 
     def resamples(self, name: str) -> Float64[np.ndarray, "m r"]:
         """What every resample of the test units gave for the measures of a map that `record["resamples"]` lists.

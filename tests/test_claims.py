@@ -14,7 +14,7 @@ from pybtex.database import parse_file
 from expvae_book import judges, judging, publications, report, sprite_judges
 from expvae_book.claims import CLAIMS, decide, verdicts
 from expvae_book.data.card import DataCard
-from expvae_book.matching import NO_RUN, beside
+from expvae_book.matching import NO_RUN, PRESETS, beside, each_map
 from expvae_book.publications import COLUMNS, read
 from expvae_book.recipes import MNIST
 from expvae_book.report import to_html, wide
@@ -505,12 +505,13 @@ def ucsd_run(
     """A run in which the layers are apart or not, by pairs, and the reconstruction error is beaten (1), met or not."""
     error = (0.7, 0.8)
     signs = dict(zip(combinations(("conv1", "conv2", "conv3"), 2), apart, strict=True))
-    differences = {f"{one} − {other}": (0.1, 0.2) if sign else (-0.1, 0.2) for (one, other), sign in signs.items()}
+    differences = {
+        f"{preset}, {one} − {other}": (0.1, 0.2) if sign else (-0.1, 0.2) for (one, other), sign in signs.items()
+    }
     differences["attention − reconstruction error"] = {1: (0.1, 0.2), 0: (-0.1, 0.2), -1: (-0.2, -0.1)}[beats]
     metrics = [
-        row("pixel AUROC, difference", sum(ends) / 2, name, subset, low=ends[0], high=ends[1])
+        row("pixel AUROC, difference", sum(ends) / 2, name, "test clips", low=ends[0], high=ends[1])
         for name, ends in differences.items()
-        for subset in ["test clips" if name.startswith("attention") else "test clips, every tenth frame"]
     ]
     metrics += [
         row("pixel AUROC", (low + high) / 2, "attention", "test clips", low=low, high=high),
@@ -588,7 +589,6 @@ def mvtec_run(
     auroc,
     iou,
     *,
-    chapter="mvtec15",
     missed=(0.7, 100),
     others=(0.6, 0.65),
     kind="complete",
@@ -600,7 +600,7 @@ def mvtec_run(
     intervals += [("pixel AUROC", "reconstruction error", (0.5, 0.55)), ("best IoU (oracle)", "attention", iou)]
     metrics = [row(name, sum(ends) / 2, method, low=ends[0], high=ends[1]) for name, method, ends in intervals]
     metrics += [row("maps that miss the anomaly", missed[0], "attention", n=missed[1]), row("parameters", 72_803_363)]
-    run = make_run(metrics=metrics, kind=kind, used=used, recipe="report2", chapter=chapter)
+    run = make_run(metrics=metrics, kind=kind, used=used, recipe="report2", chapter="mvtec")
     run.record["budget"]["unit"] = "images"
     del run.parameters["digit"]
     run.parameters.update({"category": category, "preset": "liu2020_code", "augmentation": "paper"} | changes)
@@ -640,9 +640,10 @@ def test_mvtec_verdicts(aurocs, ious, published, baselines):
 )
 def test_share_of_mvtec_maps_that_miss(shares, outcome):
     runs = [
-        mvtec_run(name, (0.4, 0.5), (0, 0.1), missed=missed, chapter="mvtec10")
+        mvtec_run(name, (0.4, 0.5), (0, 0.1), missed=missed)
         for name, missed in zip(("pill", "cable"), shares, strict=True)
     ]
+    runs.append(mvtec_run("bottle", (0.4, 0.5), (0, 0.1), missed=(0, 1000)))  # none of the ten of that report
     assert decide(claim("MVTec share"), runs, read()).verdict == outcome
     assert decide(claim("MVTec size"), runs, read()).verdict == "held"
 
@@ -666,17 +667,68 @@ def test_mvtec_runs_that_do_not_count_are_named_with_their_numbers(change, reaso
         assert f"{numbers} ({reason})." in verdict.evidence
 
 
-def test_categories_without_a_run_say_how_to_get_one_and_others_which_chapter_they_are_of():
+def test_categories_without_a_run_say_how_to_get_one_and_others_which_recipe_they_follow():
     where = {"layer": "layer2.1.conv1"}
     runs = [mvtec_run("pill", (0.7, 0.8), (0.1, 0.2), **where)]
-    runs.append(mvtec_run("pill", (0.6, 0.7), (0.1, 0.2), chapter="mvtec10", recipe="report1", **where))
+    runs.append(mvtec_run("pill", (0.6, 0.7), (0.1, 0.2), recipe="report1", **where))
     lines = beside(read(), runs)
     table = wide(lines[lines["table"] == "mvtec"]).set_index(["Setting", "Quantity"])["Ours"]
-    assert table["pill", "pixel AUROC"].splitlines() == ["mvtec10: 0.650 (0.600–0.700)", "mvtec15: 0.750 (0.700–0.800)"]
+    assert table["pill", "pixel AUROC"].splitlines() == [
+        "mvtec10: 0.650 (0.600–0.700)",  # set beside the report whose recipe it follows
+        "mvtec15: recipe=report2: 0.750 (0.700–0.800)",
+        "mvtec15: recipe=report1: 0.650 (0.600–0.700)",
+    ]
     assert table["zipper", "IoU"] == (
         "data not at hand; python -m expvae_book.data fetch mvtec --categories zipper; "
         "papermill book/mvtec15.md out.ipynb -p categories zipper"
     )
+
+
+def ucsd_job(aurocs, *, presets=("liu2020_paper", "liu2020_code"), further=(), **changes):
+    """The job whose maps, of all layers by some presets, are those of `ucsd_run`."""
+    job, maps = None, [*further]
+    for preset in presets:
+        for layer, ends in aurocs.items():
+            run, name = ucsd_run(layer, *ends, preset=preset, **changes), f"{layer}, {preset}"
+            named = [line | {"method": line["method"].replace("attention", name)} for line in run.record["metrics"]]
+            seen = [] if job is None else job.record["metrics"]
+            run.record["metrics"] = seen + [line for line in named if line not in seen]
+            job, maps = run, [*maps, name]
+    del job.parameters["layer"], job.parameters["preset"]
+    job.record["maps"] = maps
+    return job
+
+
+UCSD_AUROCS = {"conv1": (0.8, 0.9), "conv2": (0.93, 0.95), "conv3": (0.905, 0.92)}
+
+
+def test_a_job_counts_as_its_maps_would():
+    names = ("UCSD AUROC", "UCSD baseline", "UCSD layers")
+    job = ucsd_job(UCSD_AUROCS)
+    runs = [ucsd_run(layer, *ends, preset=preset) for preset in PRESETS[:2] for layer, ends in UCSD_AUROCS.items()]
+    of_job, of_runs = (verdicts(found, read()).set_index("id") for found in ([job], runs))
+    for column in ("verdict", "evidence"):
+        assert of_job.loc[list(names), column].tolist() == of_runs.loc[list(names), column].tolist()
+    assert of_job.loc[list(names), "verdict"].tolist() == ["held", "held", "held"]
+    ours = [beside(read(), found).sort_values(["where", "setting", "ours"])["ours"].tolist() for found in ([job], runs)]
+    assert ours[0] == ours[1]
+    assert sum("preset=liu2020_paper: 0.940 (0.930–0.950)" in text for text in ours[0]) > 0
+
+
+def test_of_a_job_only_maps_are_compared_of_which_something_is_printed():
+    unprinted = ["conv4, liu2020_code", "conv1, most_deviant", "conv2, normal_difference"]
+    job, plain = ucsd_job(UCSD_AUROCS, further=unprinted), make_run()
+    shown = each_map([job, plain])
+    assert [(run.parameters.get("layer"), run.parameters.get("preset")) for run in shown] == [
+        *((layer, preset) for preset in PRESETS[:2] for layer in UCSD_AUROCS),
+        (None, None),
+    ]
+    assert shown[-1] is plain
+    job.record["maps"] = unprinted  # nothing of it is
+    assert each_map([job]) == [job]
+    pill = mvtec_run("pill", (0.7, 0.8), (0.1, 0.2))
+    pill.record["maps"] = ["conv1, liu2020_code", "layer2.1.conv1, brongers2021", "layer3.1.conv2, liu2020_paper"]
+    assert [run.parameters["layer"] for run in each_map([pill])] == ["layer2.1.conv1"]
 
 
 def test_the_mark_of_the_data_stands_beside_our_number():

@@ -535,7 +535,7 @@ def stored(folder, monkeypatch):
     monkeypatch.setenv("EXPVAE_RUNS", str(folder / "runs"))
     monkeypatch.setattr(chapters, "BOOK", folder / "book")
     card = DataCard("mnist", "sample", {"train": 1}, {"train": 1}, "digest", "licence", "credit")
-    record = {"chapter": "small", "parameters": {"digit": 2}, "protocols": {}, "data": asdict(card)}
+    record = {"chapter": "small", "parameters": {"digit": 2}, "protocols": {}, "metrics": [], "data": asdict(card)}
     record["recipe"] = asdict(MNIST["liu2020"])
     path = folder / "runs" / "small" / "digit=2" / "record.json"
     path.parent.mkdir(parents=True)

@@ -21,6 +21,7 @@ from torch import nn
 from expvae import Method, attention
 from expvae.metrics import PixelMetrics, auroc_difference
 from expvae.models import UCSDVAE
+from expvae_book import measures
 from expvae_book.chapters import BOOK
 from expvae_book.data import ucsd
 from expvae_book.data.card import DataCard
@@ -38,7 +39,6 @@ def chapter():
             if "chapters.run(" in cell.source:
                 break
             exec(cell.source, names)
-    names["METHODS"] = ["attention", "mean image difference"]  # enough, and sooner done
     return names
 
 
@@ -47,6 +47,7 @@ def few_resamples(monkeypatch):
     """A hundred resamples instead of a thousand; no test here looks closely at the ends of an interval."""
     for measure in (PixelMetrics.intervals, PixelMetrics.auroc_interval, auroc_difference):
         monkeypatch.setitem(inspect.unwrap(measure).__kwdefaults__, "resamples", 100)
+    monkeypatch.setattr(measures, "RESAMPLES", 100)
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +79,13 @@ def clips():
 @pytest.fixture(scope="module")
 def maps(chapter, clips):
     generator = torch.Generator().manual_seed(3)
-    names = [*chapter["METHODS"], "reconstruction", "reconstruction error"]
+    names = [chapter["SHOWN"], "mean image difference", "reconstruction", "reconstruction error"]
     return {name: torch.rand(40, SIDE, SIDE, generator=generator) for name in names}
+
+
+def masked(clips):
+    """The same without the clip that has no masks, and which of the frames are left."""
+    return [i for i, mask in enumerate(clips.test_mask) if mask is not None]
 
 
 class Small(nn.Module):
@@ -136,17 +142,33 @@ def test_the_slip_gives_one_map_for_all_layers(chapter, model, x_BCYX):
     assert all(torch.equal(map_BYX, right) for map_BYX in slipped)
 
 
+MEASURED = ("conv2, liu2020_code", "mean image difference")
+
+
+def test_clips_without_masks_are_left_out(chapter, clips):
+    kept, left = masked(clips), chapter["with_masks"](clips)
+    assert len(kept) == 32
+    torch.testing.assert_close(left.test_NYX, clips.test_NYX[kept])
+    assert left.test_clip_N.tolist() == clips.test_clip_N[kept].tolist()
+    assert all(one is clips.test_mask[i] for one, i in zip(left.test_mask, kept, strict=True))
+    assert torch.equal(left.train_NYX, clips.train_NYX)
+
+
+def measured_maps(chapter, clips, maps):
+    """What the chapter measures of two maps, with the first clip for validation, and the frames that count."""
+    kept, left = masked(clips), chapter["with_masks"](clips)
+    validation_N = left.test_clip_N == 1
+    given = ((name, maps[name][kept]) for name in MEASURED)
+    measured, moving = chapter["map_rows"](given, left, left.test_NYX > 180, validation_N, ~validation_N)
+    return measured, moving, [i for i in kept if clips.test_clip_N[i] != 1]
+
+
 def test_scores_are_scikit_learns(chapter, clips, maps):
-    validation_N = clips.test_clip_N == 1
-    test_N = ~validation_N
-    mask_N, clip_N = clips.test_mask, clips.test_clip_N
-    kept = [i for i in range(40) if test_N[i] and mask_N[i] is not None]
+    measured, moving, kept = measured_maps(chapter, clips, maps)
+    rows, mask_N, clip_N = measured.rows + moving, clips.test_mask, clips.test_clip_N
     truth_MYX = torch.stack([mask_N[i] for i in kept]).numpy()
     moving_NYX = clips.test_NYX > 180
-    rows = chapter["pixel_rows"](maps, clips, validation_N, test_N)
-    rows += chapter["moving_rows"](maps, clips, moving_NYX, test_N)
-    rows += chapter["frame_rows"](maps, clips, test_N)
-    for name in ("attention", "mean image difference"):
+    for name in MEASURED:
         score_MYX = maps[name][kept].numpy()
         flat = truth_MYX.ravel(), score_MYX.ravel()
         assert found(rows, "pixel AUROC", name)["value"] == pytest.approx(roc_auc_score(*flat), abs=1e-6)
@@ -164,27 +186,28 @@ def test_scores_are_scikit_learns(chapter, clips, maps):
 
         flag_M = truth_MYX.any((1, 2))
         for how, score_M in {"mean": score_MYX.mean((1, 2)), "maximum": score_MYX.max((1, 2))}.items():
-            row = found(rows, "frame AUROC", name, how)
+            row = found(rows, "image AUROC", name, how)
             assert row["value"] == pytest.approx(roc_auc_score(flag_M, score_M), abs=1e-6)
 
 
 def test_the_threshold_comes_from_the_validation_clips(chapter, clips, maps):
-    validation_N = clips.test_clip_N == 1
-    rows = chapter["pixel_rows"](maps, clips, validation_N, ~validation_N)
+    measured, _, kept = measured_maps(chapter, clips, maps)
 
     def iou(score_YX, truth_YX, threshold):
         flagged = score_YX >= threshold
         return float((flagged & truth_YX).sum() / (flagged | truth_YX).sum())
 
-    def pooled(where_N):
-        kept = [i for i in torch.nonzero(where_N)[:, 0].tolist() if clips.test_mask[i] is not None]
-        return maps["attention"][kept], torch.stack([clips.test_mask[i] for i in kept])
+    def pooled(chosen):
+        return maps[MEASURED[0]][chosen], torch.stack([clips.test_mask[i] for i in chosen])
 
-    score, truth = pooled(validation_N)
+    score, truth = pooled([i for i in masked(clips) if clips.test_clip_N[i] == 1])
     threshold = max(score.unique().tolist(), key=lambda value: iou(score, truth, value))
-    expected = iou(*pooled(~validation_N), threshold)
-    assert found(rows, "IoU, threshold from validation", "attention")["value"] == pytest.approx(expected, abs=1e-6)
-    assert expected <= found(rows, "best IoU (oracle)", "attention")["value"]
+    expected = iou(*pooled(kept), threshold)
+    row = found(measured.rows, "IoU, threshold from validation", MEASURED[0])
+    assert row["value"] == pytest.approx(expected, abs=1e-6)
+    row = found(measured.rows, "IoU, pooled, anomalous", MEASURED[0], "validation")
+    assert row["value"] == pytest.approx(expected, abs=1e-6)
+    assert expected <= found(measured.rows, "best IoU (oracle)", MEASURED[0])["value"]
 
 
 def test_frames_are_drawn_from_as_many_clips_as_there_are(chapter, clips):
@@ -203,26 +226,67 @@ def auroc(map_NYX, mask_N, normal=False):
     return roc_auc_score(truth.flatten(), map_NYX[kept].flatten())
 
 
-def test_differences_are_those_of_the_maps(chapter, clips, maps, small, monkeypatch):
-    monkeypatch.setitem(chapter, "EVERY", 2)
-    test_N = clips.test_clip_N != 1
-    kept = torch.nonzero(test_N)[:, 0].tolist()
-    rows = chapter["difference_rows"](small, maps, clips, test_N, None)
-    one, other = (auroc(maps[name][kept], [clips.test_mask[i] for i in kept]) for name in chapter["METHODS"])
-    row = found(rows, "pixel AUROC, difference", "attention − mean image difference")
-    assert row["value"] == pytest.approx(one - other, abs=1e-6)
-    assert row["low"] <= row["value"] <= row["high"]
+def test_every_map_of_a_job_is_that_of_the_library(chapter, clips, small):
+    normal = (torch.zeros(16), torch.zeros(16))
+    maps = dict(chapter["explained"](small, clips.test_NYX, normal))
+    assert list(maps) == chapter["MAPS"] == [f"{layer}, {by}" for layer in LAYERS for by in measures.PRESETS]
+    for name in ("conv1, liu2020_paper", "conv3, liu2020_code"):
+        layer, preset = name.split(", ")
+        parts = [
+            attention(small.encode, f"encoder.{layer}", x_BCYX / 255, preset).map_BYX
+            for x_BCYX in clips.test_NYX[:, None].split(32)
+        ]
+        torch.testing.assert_close(maps[name], torch.cat(parts), rtol=1e-4, atol=1e-6)
 
-    some, subset = kept[::2], "test clips, every tenth frame"
-    methods = {"map": chapter["method"]}
-    of = {name: chapter["explain"](small, clips.test_NYX[some], methods, at=name)["map"] for name in LAYERS}
-    scores = {name: auroc(map_NYX, [clips.test_mask[i] for i in some]) for name, map_NYX in of.items()}
-    for name in LAYERS:
-        assert found(rows, "pixel AUROC by layer", name, subset)["value"] == pytest.approx(scores[name], abs=1e-6)
-    for one, other in combinations(LAYERS, 2):
-        row = found(rows, "pixel AUROC, difference", f"{one} − {other}", subset)
+
+def test_differences_are_those_of_the_maps(chapter, clips, monkeypatch):
+    monkeypatch.setattr(measures, "PRESETS", ("liu2020_code",))
+    names = [f"{layer}, liu2020_code" for layer in LAYERS]
+    monkeypatch.setitem(chapter, "MAPS", names)
+    kept, left = masked(clips), chapter["with_masks"](clips)
+    generator = torch.Generator().manual_seed(8)
+    baseline = list(chapter["baselines"].NAMES)
+    maps = {name: torch.rand(len(kept), SIDE, SIDE, generator=generator) for name in [*names, *baseline]}
+    truth = measures.Truth(torch.stack(left.test_mask), left.test_clip_N, "test clips")
+    measured = measures.Measured()
+    for name, map_NYX in maps.items():
+        measured.pixels(name, map_NYX, truth, {"auroc": "pixel AUROC"})
+    scores = {name: auroc(map_NYX, left.test_mask) for name, map_NYX in maps.items()}
+    rows = chapter["difference_rows"](measured)
+    pairs = [(f"{one} − {other}", one, other) for one in names for other in baseline]
+    pairs += [
+        (f"liu2020_code, {one} − {other}", f"{one}, liu2020_code", f"{other}, liu2020_code")
+        for one, other in combinations(LAYERS, 2)
+    ]
+    assert [row["method"] for row in rows] == [title for title, _, _ in pairs]
+    for title, one, other in pairs:
+        row = found(rows, "pixel AUROC, difference", title)
         assert row["value"] == pytest.approx(scores[one] - scores[other], abs=1e-6)
-        assert row["n"] == 3
+        assert row["low"] <= row["value"] <= row["high"]
+        assert row["n"] == 4
+
+
+def test_where_no_frame_is_anomalous_no_choice_is_judged(chapter, clips, small):
+    left = chapter["with_masks"](clips)
+    normal_N = torch.tensor([not mask.any() for mask in left.test_mask])
+    assert chapter["change_rows"](small, left, normal_N, None) == []
+
+
+def test_what_is_pictured_is_of_two_frames_with_and_two_without_an_anomaly(chapter, clips, small, monkeypatch):
+    monkeypatch.setattr(measures, "PRESETS", ("liu2020_code",))
+    left = chapter["with_masks"](clips)
+    test_N = left.test_clip_N != 1
+    torch.manual_seed(9)
+    start = Small().eval()
+    arrays = chapter["pictured"](small, start, left, test_N, left.train_NYX[:, None])
+    at = torch.cat([chapter["drawn"](left, test_N, flag)[:2] for flag in (True, False)])
+    assert [left.test_anomalous[i] for i in at] == [True, True, False, False]
+    assert arrays.keys() == {f"{state}/{name}, liu2020_code" for state in ("trained", "untrained") for name in LAYERS}
+    for state, model in {"trained": small, "untrained": start}.items():
+        map_BHW = attention(model.encode, "encoder.conv2", left.test_NYX[at, None] / 255, "liu2020_code").map_BIHW.mean(
+            1
+        )
+        np.testing.assert_allclose(arrays[f"{state}/conv2, liu2020_code"], map_BHW, rtol=2**-10, atol=1e-6)
 
 
 def test_every_switch_is_compared_with_the_case_without_it(chapter, clips, small, monkeypatch):
@@ -242,8 +306,9 @@ def test_every_switch_is_compared_with_the_case_without_it(chapter, clips, small
     expected = {("corrected", ""): score(corrected), ("gradient", "per image"): score(corrected)}
     expected |= {("gradient", f"per batch of {batch}"): score(by("batch", batch)) for batch in (8, 32, 128)}
     expected["masks", "bilinear, truncated"] = auroc(corrected, cut.test_mask)
-    expected["masks", "the release's only"] = score(corrected)  # the fixture lacks masks as the release does
-    expected["masks", "the release's only, others normal"] = score(corrected, normal=True)
+    released = [m if clip in (3, 4) else None for clip, m in zip(clips.test_clip_N, clips.test_mask, strict=True)]
+    expected["masks", "the release's only"] = auroc(corrected, released)
+    expected["masks", "the release's only, others normal"] = auroc(corrected, released, normal=True)
     for name in LAYERS:
         for slip, first in (("as asked", False), ("first stored", True)):
             parts = [chapter["gradcam"](small, name, x, first) for x in x_NCYX.split(32)]
@@ -290,16 +355,16 @@ def test_what_the_latents_carry(chapter, clips, small):
     with torch.no_grad():
         mu_NI = small.encode(clips.test_NYX[:, None] / 255)[0].numpy()
     np.testing.assert_allclose(latents["variance_of_mu_per_latent"], mu_NI.var(0, ddof=1), rtol=1e-4)
-    active = found(rows, "active units", "", "all test clips")
+    active = found(rows, "active units", "", "masked clips")
     assert active["value"] == (mu_NI.var(0, ddof=1) > 0.01).sum()
     metric = "standard deviation of a pixel over the frames"
     for name, frames in (("frames", clips.test_NYX.numpy() / 255), ("reconstructions", restored_NYX.numpy())):
         expected = np.sqrt(frames.var(0, ddof=1).mean())
-        assert found(rows, metric, name, "all test clips")["value"] == pytest.approx(expected, rel=1e-5)
+        assert found(rows, metric, name, "masked clips")["value"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_panels_hold_eight_frames_and_a_clip_in_motion(chapter, clips, maps, tmp_path):
-    figures = chapter["panels"](clips, maps, clips.test_clip_N != 1, "credit")
+    figures = chapter["panels"](clips, maps, clips.test_clip_N != 1)
     assert figures.keys() == {"frames", "clip"}
     figures["clip"].save(tmp_path / "clip.gif", writer="pillow")
     with Image.open(tmp_path / "clip.gif") as animation:

@@ -78,7 +78,8 @@ def chapter(
         changed: Expressions, in the names that its cells define, for what takes the place of some of them.
         kept: Matches what is kept, as "measure; method; subset".
     """
-    usual = {f"expvae_book.figures.{drawn}": lambda *_, **__: Figure() for drawn in FIGURES}
+    usual: dict[str, Any] = {f"expvae_book.figures.{drawn}": lambda *_, **__: Figure() for drawn in FIGURES}
+    usual["expvae_book.measures.RESAMPLES"] = 100
     names: dict[str, Any] = {}
     found: Numbers = {}
     with workplace() as patch, contextlib.redirect_stderr(io.StringIO()):
@@ -148,12 +149,14 @@ def walkway() -> Numbers:
         frames = ("train_NYX", "train_clip_N", "test_NYX", "test_clip_N", "test_mask")
         return replace(clips, **{name: getattr(clips, name)[::6] for name in frames})
 
-    changed = {"EVERY": "3", "METHODS": "[ATTENTION, 'reconstruction error', 'mean image difference']"}
-    return chapter("ucsd", SAMPLE | {"epochs": 1}, {"expvae_book.data.ucsd.load": fewer}, changed, "")
+    presets = ("liu2020_code", "normal_difference")
+    patches = {"expvae_book.data.ucsd.load": fewer, "expvae_book.measures.PRESETS": presets}
+    kept = "(?!IoU, per)(?!(pixel|best).*, change)(?!.*(input|random|centre|conv[13], normal))"
+    return chapter("ucsd", SAMPLE | {"epochs": 1}, patches, {"EVERY": "3"}, kept)
 
 
 def workpieces() -> Numbers:
-    """Four images seen in training, and five test images, of one category."""
+    """Four images seen in training, and five test images, three of them for one of the layers, of one category."""
     load = mvtec.load
 
     def fewer(*arguments: Any, **options: Any) -> mvtec.Category:
@@ -164,12 +167,16 @@ def workpieces() -> Numbers:
     patches = {
         "expvae_book.data.mvtec.load": fewer,
         "expvae_book.recipes.MVTEC": {"report1": replace(recipes.MVTEC["report1"], epsilon=library.EPSILON)},
-        "expvae_book.localisation.SOME": 2,
-        "expvae_book.localisation.CASES": {"conv1": ["brongers2021"], "layer4.1.conv2": ["normal_difference"]},
+        "expvae_book.localisation.SHOWN_MAP": ("layer4.1.conv2", "liu2020_code"),
+        "expvae_book.localisation.PICTURED": (),
+        "expvae_book.localisation.FOLLOWED": ((("liu2020_code",), ("layer4.1.conv2",)),),
+        "expvae_book.localisation.CASES": (
+            (("liu2020_code", "normal_difference"), ("layer4.1.conv2",), None),
+            (("brongers2021",), ("conv1",), 3),
+        ),
     }
-    given = {"categories": "bottle", "augmented": 4, "epochs": 1, "initial": "random"}
-    given |= {"precision": "float32", "layer": "layer4.1.conv2"}
-    kept = "(?!IoU.*reconstruction)(?!.*(centre|within images))"
+    given = {"categories": "bottle", "augmented": 4, "epochs": 1, "initial": "random", "precision": "float32"}
+    kept = "(?!IoU.*(conv1|reconstruction|SSIM|image difference))(?!(pixel|best).*, change)(?!.*(centre|within images))"
     return chapter("mvtec15", SAMPLE | given, patches, {}, kept)
 
 

@@ -1,21 +1,21 @@
 """Localisation on MVTec AD, with a small VAE for the ResNet's: against scikit-learn, SciPy and slow loops."""
 
-import inspect
 import json
 from collections import OrderedDict
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 from scipy.stats import spearmanr
-from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_score
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from expvae import models
-from expvae.metrics import CONVENTIONS, PixelMetrics, auroc_difference
-from expvae_book import baselines, explanation, localisation, probes, recipes, runs, training
+from expvae import attention, models
+from expvae.metrics import CONVENTIONS
+from expvae_book import baselines, explanation, localisation, measures, names, probes, recipes, runs, training
 from expvae_book.data import mvtec
 from expvae_book.data.card import DataCard
 from expvae_book.data.imagenet import ImageNet
@@ -33,11 +33,17 @@ PARAMETERS = {
     "augmented": 12,
     "epochs": 1,
     "precision": "float32",
-    "layer": "layer2.1.conv1",
-    "preset": "liu2020_code",
     "seed": 0,
 }
-IMAGE_METHODS = [name for name in METHODS if name not in (COMMON, "centre prior")]
+SHOWN = "layer2.1.conv1, liu2020_code"
+PICTURED = localisation.PICTURED
+SIMPLE = [name for name in BASELINES if name != COMMON]
+# Every layer by every preset; by that of the paper, which needs a backward pass for each latent, on few images before
+# the second stage.
+ALL_IMAGES = [f"{layer}, {preset}" for preset in measures.PRESETS[1:] for layer in LAYERS]
+ALL_IMAGES += [f"{layer}, liu2020_paper" for layer in LAYERS[3:]]
+FEW_IMAGES = [f"{layer}, liu2020_paper" for layer in LAYERS[:3]]
+MAPS = ALL_IMAGES + FEW_IMAGES
 LATENT_METRICS = {
     "parameters",
     "parameters, trained",
@@ -47,14 +53,15 @@ LATENT_METRICS = {
 }
 SPREAD_METRICS = {"active units", "standard deviation of a pixel over the images"}
 PIXEL_METRICS = {
-    *FIELDS.values(),
-    localisation.DIFFERENCE,
-    localisation.MISSED,
+    *measures.FIELDS.values(),
+    names.DIFFERENCE,
+    names.CHANGE,
+    "best IoU (oracle), change",
+    names.MISSED,
     "anomalous pixels",
     "AUROC within images, mean",
     "share of the attention's variance that all images share",
     "rank correlation with the attention",
-    "pixel AUROC, layers and presets",
     *(f"IoU, {average}, {classes}" for average, classes in CONVENTIONS),
 }
 
@@ -75,7 +82,7 @@ class Small(nn.Module):
             OrderedDict(
                 conv1=nn.Conv2d(3, 4, kernel_size=4, stride=4),
                 elu=nn.ELU(),
-                layer1=nn.Sequential(nn.Identity(), halving(4, 4, "conv2", stride=1)),
+                layer1=nn.Sequential(halving(4, 4, "conv2", stride=1), halving(4, 4, "conv2", stride=1)),
                 layer2=nn.Sequential(nn.Identity(), halving(4, 4, "conv1")),
                 layer3=nn.Sequential(nn.Identity(), halving(4, 4, "conv2")),
                 layer4=nn.Sequential(nn.Identity(), halving(4, 4, "conv2")),
@@ -97,17 +104,18 @@ class Small(nn.Module):
 
 @pytest.fixture(autouse=True, scope="module")
 def fewer_of_everything():
-    """A hundred resamples of PixelMetrics, and four images for all layers and presets."""
+    """A hundred resamples, and four images for the paper's preset at early layers and for the choices of a rule."""
     with pytest.MonkeyPatch.context() as patch:
-        for measure in (PixelMetrics.intervals, PixelMetrics.auroc_interval, auroc_difference):
-            patch.setitem(inspect.unwrap(measure).__kwdefaults__, "resamples", 100)
-        patch.setattr(localisation, "SOME", 4)
+        patch.setattr(measures, "RESAMPLES", 100)
+        patch.setattr(localisation, "FEW", 4)
+        cases = [(presets, layers, few and 4) for presets, layers, few in localisation.CASES]
+        patch.setattr(localisation, "CASES", cases)
         yield
 
 
 @pytest.fixture(scope="module")
 def small():
-    torch.manual_seed(4)
+    torch.manual_seed(5)
     model = Small().eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -144,6 +152,7 @@ def only(images, **changes):
 
 
 UNMASKED = [None if defect != "good" else torch.zeros(SIDE, SIDE, dtype=torch.bool) for defect in DEFECTS]
+MODELS = {}  # by seed, those that `computed` has trained
 CASES = {
     "all": category(),
     "no masks": category(test_mask=UNMASKED),
@@ -161,12 +170,20 @@ def computed(tmp_path_factory):
         patch.setenv("EXPVAE_RUNS", str(tmp_path_factory.mktemp("runs")))
         patch.setenv("EXPVAE_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(localisation, "network", lambda *_: (Small, "random, fine-tuned", ""))
+        follow = localisation.follow
+
+        def kept(data, parameters, device):
+            found = follow(data, parameters, device)
+            MODELS[parameters["seed"]] = found[0].model
+            return found
+
+        patch.setattr(localisation, "follow", kept)
         patch.setitem(probes.VAES, "Small", lambda latents: Small())
         found = {}
         for seed, (name, data) in enumerate(CASES.items()):
             patch.setattr(mvtec, "load", lambda *_, data=data: data)
             parameters = PARAMETERS | {"seed": seed}
-            localisation.compute("mvtec15", parameters, torch.device("cpu"))
+            localisation.compute(parameters, torch.device("cpu"))
             found[name] = runs.load("mvtec15", parameters)
         return found
 
@@ -178,6 +195,11 @@ def metrics(run):
 def value(rows, metric, method="", subset=""):
     (row,) = [row for row in rows if (row["metric"], row["method"], row["subset"]) == (metric, method, subset)]
     return row["value"]
+
+
+def probes_model(run):
+    """The trained model of a run, by the weights in the cache that it was computed with."""
+    return MODELS[run.parameters["seed"]]
 
 
 def explain(model, x_NCYX, layer, preset, **options):
@@ -192,58 +214,126 @@ def test_what_is_measured_depends_on_what_is_at_hand(computed):
     always = LATENT_METRICS | SPREAD_METRICS
     assert {name: metrics(run) for name, run in computed.items()} == {
         "all": always | PIXEL_METRICS | {"image AUROC"},
-        "no masks": always | {"image AUROC"},
+        "no masks": always,
         "some masks": always | PIXEL_METRICS | {"image AUROC"},
         "no good": always | PIXEL_METRICS,
         "only good": always,
         "no test": LATENT_METRICS,
     }
     figures = {name: sorted(path.name for path in (run.folder / "figures").iterdir()) for name, run in computed.items()}
+    assert figures == {name: ["defects.png"] if name == "all" else [] for name in computed}  # of seed 0 alone
     masked = ("all", "some masks", "no good")
-    assert figures == {name: ["defects.png"] if name in masked else [] for name in computed}
+    assert {name: run.maps for name, run in computed.items()} == {
+        name: run.maps if name in masked else [] for name, run in computed.items()
+    }
+    assert sorted(computed["all"].maps) == sorted(MAPS)
+    for name in masked:
+        assert set(ALL_IMAGES) <= set(computed[name].maps)
 
 
-def test_every_method_has_its_rows(computed):
+def test_every_map_has_its_rows(computed):
     run = computed["all"]
-    for title in (*FIELDS.values(), localisation.MISSED):
-        assert run.rows(title)["method"].tolist() == list(METHODS)
-    assert run.rows(localisation.DIFFERENCE)["method"].tolist() == [f"attention − {name}" for name in BASELINES]
+    commons = [f"mean of {name}" for name in MAPS]
+    measured = {*MAPS, *SIMPLE}
+    for title in measures.FIELDS.values():
+        expected = measured | set(commons) if title in FIELDS.values() else measured
+        assert set(run.rows(title)["method"]) == expected
+    assert set(run.rows(names.MISSED)["method"]) == measured
+    pairs = {f"{name} − {other}" for name in ALL_IMAGES for other in SIMPLE}
+    pairs |= {f"{name} − mean of {name}" for name in MAPS}
+    assert set(run.rows(names.DIFFERENCE)["method"]) == pairs
     images = {(row.method, row.subset) for row in run.rows("image AUROC").itertuples()}
-    assert images == {(name, how) for name in IMAGE_METHODS for how in ("mean", "maximum")}
+    assert images == {(name, how) for name in measured for how in ("mean", "maximum")}
     for average, classes in CONVENTIONS:
         rows = run.rows(f"IoU, {average}, {classes}")
         assert {(row.method, row.subset) for row in rows.itertuples()} == {
-            (name, choice) for name in (ATTENTION, "reconstruction error") for choice in ("validation", "grid", "best")
+            (name, choice) for name in measured for choice in ("validation", "grid", "best")
         }
     kinds = {(row.method, row.subset, row.n) for row in run.rows("AUROC within images, mean").itertuples()}
-    assert kinds == {(name, kind, 2) for name in METHODS for kind in ("broken", "stained")}
-    rows = run.rows("pixel AUROC, layers and presets")
-    single = {(layer, preset) for layer in LAYERS for preset in ("liu2020_code", "brongers2021", "normal_difference")}
-    # The paper's preset needs a backward pass for each latent, and is left to the coarse layers.
-    each = {(layer, "liu2020_paper") for layer in ("layer3.1.conv2", "layer4.1.conv2")}
-    assert {(row.method, row.subset) for row in rows.itertuples()} == single | each
-    assert set(rows["n"]) == {4}
-    likened = run.rows("rank correlation with the attention")["method"].tolist()
-    assert likened == [*BASELINES, "brightness", "edges"]
+    assert {kind for kind in kinds if kind[0] in ALL_IMAGES} == {
+        (name, kind, 2) for name in ALL_IMAGES for kind in ("broken", "stained")
+    }
+    likened = run.rows("rank correlation with the attention")
+    assert set(likened["subset"]) <= set(MAPS)
+    others = [*SIMPLE, "brightness", "edges", f"mean of {SHOWN}"]
+    assert likened[likened["subset"] == SHOWN]["method"].tolist() == others
+    shown = run.at("layer2.1.conv1", "liu2020_code")
+    for title in (*FIELDS.values(), names.DIFFERENCE):
+        methods = shown.rows(title).query("subset == ''")["method"].tolist()
+        expected = METHODS if title != names.DIFFERENCE else [f"attention − {name}" for name in BASELINES]
+        assert sorted(methods) == sorted(expected)
+
+
+def test_few_images_are_explained_where_each_latent_needs_a_pass(computed):
+    run = computed["all"]
+    rows = run.rows("pixel AUROC").query("subset == ''").set_index("method")
+    assert {rows.loc[name, "n"] for name in ALL_IMAGES} == {6}
+    assert {rows.loc[name, "n"] for name in [*FEW_IMAGES, f"mean of {FEW_IMAGES[0]}"]} == {4}
+    some_N = localisation.some_of(6, 4)
+    trained = probes_model(run)
+    map_NYX = explain(trained, category().test_NCYX[some_N], "conv1", "liu2020_paper", batch=8, seed=0)
+    truth_NYX = torch.stack([category().test_mask[i] for i in some_N])
+    expected = roc_auc_score(truth_NYX.flatten(), map_NYX.flatten())
+    assert rows.loc["conv1, liu2020_paper", "value"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(("count", "few"), [(10, 4), (3, 4), (5, None), (0, 4)])
+def test_some_are_drawn_at_random_and_the_same_for_every_job(count, few):
+    some_K = localisation.some_of(count, few)
+    assert some_K.tolist() == sorted(set(some_K.tolist()) & set(range(count)))
+    assert len(some_K) == min(count, count if few is None else few)
+    assert torch.equal(some_K, localisation.some_of(count, few))
+    assert localisation.some_of(10, 4).tolist() != [0, 1, 2, 3]
+    assert set(localisation.some_of(10, 4).tolist()) <= set(localisation.some_of(10, 5).tolist())
 
 
 def test_images_without_a_mask_do_not_count_among_pixels(computed):
-    assert set(computed["all"].rows("pixel AUROC")["n"]) == {6}
-    assert set(computed["some masks"].rows("pixel AUROC")["n"]) == {4}  # two normal, two with masks
-    assert set(computed["no good"].rows("pixel AUROC")["n"]) == {4}
+    for name, count in (("all", 6), ("some masks", 4), ("no good", 4)):  # of "some", two normal, two with masks
+        shown = computed[name].at("layer2.1.conv1", "liu2020_code")
+        assert set(shown.rows("pixel AUROC").query("subset == ''")["n"]) == {count}
 
 
 def test_the_record_says_how_it_was_trained(computed):
     record = computed["all"].record
     assert record["parameters"] == PARAMETERS
-    assert record["budget"] == {"unit": "images", "asked": 300 * 10_000, "used": 12}
+    steps, steps_used = (-(-images // recipes.MVTEC["report1"].batch_size) for images in (10_000, 12))
+    assert record["budget"] == {
+        "unit": "images",
+        "asked": 300 * 10_000,
+        "used": 12,
+        "images": {"asked": 300 * 10_000, "used": 12},
+        "steps": {"asked": 300 * steps, "used": steps_used},
+    }
     assert record["recipe"] == json.loads(json.dumps(vars(recipes.MVTEC["report1"])))
     facts = record["training"]
     assert facts.pop("images_per_second") == pytest.approx(12 / record["seconds"]["training"])
     assert facts == {"encoder": "random, fine-tuned", "precision": "float32", "originals": 8, "images": 12}
     assert record["losses"].keys() == {"reconstruction", "kl", "validation_reconstruction", "validation_kl"}
     assert len(record["weights"]["key"]) == 64
-    assert computed["all"].arrays.keys() == {"probe means", "probe maps"}  # no image of the data set
+    assert record["maps"] == computed["all"].maps
+    assert record["resamples"] == {"seed": 0, "unit": "image", "measures": list(measures.PAIRED)}
+    always = {"probe means", "probe maps", "kl_per_latent"}  # no image of the data set
+    resamples = {f"resamples/{name}" for name in (*MAPS, *SIMPLE)}
+    flagged = {"thresholds", *(f"flagged/{name}" for name in ("true", "false", "anomalous", "normal"))}
+    pictured = {
+        f"{state}/{layer}, {preset}"
+        for state in ("trained", "untrained")
+        for layer in localisation.PICTURED
+        for preset in measures.PRESETS
+    }
+    pictured |= {f"{name}, peak" for name in pictured}
+    followed = {
+        f"{layer}, {preset}" for presets, layers in localisation.FOLLOWED for preset, layer in product(presets, layers)
+    }
+    course = {"course/steps", *(f"course/{name}" for name in followed)}
+    assert computed["all"].arrays.keys() == always | resamples | flagged | pictured | course
+    assert computed["all"].arrays["course/steps"].tolist() == [0, steps_used]
+    assert {name.partition("/")[0] for name in computed["no good"].arrays} == always | {
+        "resamples",
+        "course",
+    }  # not of seed 0
+    assert computed["no masks"].arrays.keys() == always
+    assert computed["no test"].arrays.keys() == {"kl_per_latent"}
     assert computed["all"].state.startswith("verified at ")
     assert "probe" not in computed["no test"].record
 
@@ -253,10 +343,12 @@ def test_the_run_is_that_of_the_model_in_the_cache(computed, monkeypatch, tmp_pa
     monkeypatch.setenv("EXPVAE_CACHE", str(tmp_path))
     monkeypatch.setattr(localisation, "network", lambda *_: (Small, "random, fine-tuned", ""))
     data, run = category(), computed["all"]
-    trained, _ = localisation.fit(data, PARAMETERS, torch.device("cpu"))
+    train, _ = localisation.trainer(data, PARAMETERS, torch.device("cpu"))
+    trained = train(PARAMETERS["epochs"])
     assert trained.key == run.record["weights"]["key"]
     map_NYX = explain(trained.model, data.test_NCYX, "layer2.1.conv1", "liu2020_code", batch=8, seed=0)
     truth = torch.stack(data.test_mask).flatten()
+    job, run = run, run.at("layer2.1.conv1", "liu2020_code")
     assert run.metric("pixel AUROC", ATTENTION)["value"] == pytest.approx(
         roc_auc_score(truth, map_NYX.flatten()), abs=1e-5
     )
@@ -266,7 +358,10 @@ def test_the_run_is_that_of_the_model_in_the_cache(computed, monkeypatch, tmp_pa
     _, held_out_NCYX = localisation.split(data)
     common = explain(trained.model, held_out_NCYX, "layer2.1.conv1", "liu2020_code", batch=8, seed=0)
     expected = roc_auc_score(truth, common.mean(0).expand_as(map_NYX).flatten())
-    assert run.metric("pixel AUROC", localisation.COMMON)["value"] == pytest.approx(expected, abs=1e-5)
+    assert run.metric("pixel AUROC", COMMON)["value"] == pytest.approx(expected, abs=1e-5)
+    flagged_N = job.arrays["flagged/true"][-1] + job.arrays["flagged/false"][-1]
+    slow = [int((map_NYX >= float(t)).sum()) for t in job.arrays["thresholds"]]
+    np.testing.assert_array_equal(flagged_N, slow)
     assert run.metric("parameters")["value"] == sum(value.numel() for value in Small().parameters())
 
 
@@ -275,13 +370,14 @@ def test_weights_that_start_otherwise_are_other_weights(monkeypatch, tmp_path):
     found = []
     for start, digest in (("random, fine-tuned", ""), ("imagenet, frozen", "a1"), ("imagenet, frozen", "b2")):
         monkeypatch.setattr(localisation, "network", lambda *_, made=(Small, start, digest): made)
-        trained, facts = localisation.fit(category(), PARAMETERS, torch.device("cpu"))
+        train, facts = localisation.trainer(category(), PARAMETERS, torch.device("cpu"))
+        trained = train(1)
         assert facts["encoder"] == start
         assert facts.get("initial weights", "") == digest
         found.append(trained)
     assert len({trained.key for trained in found}) == 3
     assert not any(trained.reused for trained in found)
-    assert localisation.fit(category(), PARAMETERS, torch.device("cpu"))[0].reused
+    assert localisation.trainer(category(), PARAMETERS, torch.device("cpu"))[0](1).reused
 
 
 # --- the network of a recipe -----------------------------------------------------------------------------------------
@@ -297,9 +393,7 @@ def test_what_cannot_be_had_is_refused_before_images_are_read(monkeypatch):
     monkeypatch.setattr(localisation.mvtec, "load", lambda *_: pytest.fail("images were read"))
     chosen = {"recipe": "brongers2021", "initial": "imagenet", "encoder": "fine-tuned"}
     with pytest.raises(ValueError, match=r"^recipe='brongers2021' has a ResNet of its own"):
-        localisation.compute(
-            "mvtec15", chosen | {"category": "bottle", "data": "sample", "seed": 0}, torch.device("cpu")
-        )
+        localisation.compute(chosen | {"category": "bottle", "data": "sample", "seed": 0}, torch.device("cpu"))
 
 
 def test_imagenet_that_cannot_be_had_is_refused(monkeypatch):
@@ -473,107 +567,73 @@ def maps():
     }
 
 
-@pytest.fixture(scope="module")
-def held_out():
-    generator = torch.Generator().manual_seed(8)
-    return {name: torch.rand(2, SIDE, SIDE, generator=generator) for name in METHODS}
-
-
 def test_one_in_a_hundred_normal_pixels_exceeds_the_threshold():
     map_NYX = torch.randn(20, 50, 50, generator=torch.Generator().manual_seed(9)).exp()
     assert float((map_NYX > localisation.threshold(map_NYX)).float().mean()) == pytest.approx(0.01, abs=1e-4)
 
 
-def test_pixel_measures_are_scikit_learns(data, maps, held_out):
-    rows = localisation.pixel_rows(maps, held_out, data, seed=0)
-    truth = torch.stack(data.test_mask[1:]).flatten().numpy()
-    for name in METHODS:
-        score = maps[name][1:].flatten().numpy()
-        assert value(rows, "pixel AUROC", name) == pytest.approx(roc_auc_score(truth, score), abs=1e-6)
-        assert value(rows, "average precision", name) == pytest.approx(average_precision_score(truth, score), abs=1e-6)
-        flagged = score >= np.quantile(held_out[name].numpy(), 0.99)
-        expected = jaccard_score(truth, flagged)
-        if name in (ATTENTION, "reconstruction error"):
-            assert value(rows, "IoU, pooled, anomalous", name, "validation") == pytest.approx(expected, abs=1e-6)
-        if name in (ATTENTION, "reconstruction error"):
-            assert value(rows, "IoU, pooled, anomalous", name, "validation") == pytest.approx(expected, abs=1e-6)
-            both = jaccard_score(truth, flagged, average="macro")
-            assert value(rows, "IoU, pooled, both", name, "validation") == pytest.approx(both, abs=1e-6)
-    for name in BASELINES:
-        change = value(rows, "pixel AUROC", ATTENTION) - value(rows, "pixel AUROC", name)
-        assert value(rows, localisation.DIFFERENCE, f"attention − {name}") == pytest.approx(change, abs=1e-6)
-    assert value(rows, "anomalous pixels") == pytest.approx(truth.mean())
+def truth(data):
+    return localisation.truth_of(data)[1]
 
 
-def test_image_measures_are_scikit_learns(data, maps):
-    rows = localisation.image_rows(maps, data, seed=0)
-    defective = [defect != "good" for defect in DEFECTS]
-    for name in IMAGE_METHODS:
-        for how, score_N in {"mean": maps[name].mean((1, 2)), "maximum": maps[name].amax((1, 2))}.items():
-            expected = roc_auc_score(defective, score_N)
-            assert value(rows, "image AUROC", name, how) == pytest.approx(expected)
-    assert len(rows) == 2 * len(IMAGE_METHODS)
+def test_only_images_with_a_mask_have_a_truth(data):
+    image_M, truth = localisation.truth_of(data)
+    assert image_M.tolist() == truth.unit_N.tolist() == [1, 2, 3, 4, 5]
+    assert torch.equal(truth.truth_NYX, torch.stack(data.test_mask[1:]))
+    rows = localisation.anomalous_rows(truth.truth_NYX)
+    masks = truth.truth_NYX.numpy()
+    assert value(rows, "anomalous pixels") == pytest.approx(masks.mean())
+    assert value(rows, "anomalous pixels", "", "defective images") == pytest.approx(masks[[0, 3, 4]].mean())
 
 
 def test_measures_of_single_maps(data, maps):
-    rows = localisation.map_rows(maps, data)
+    defects = DEFECTS[1:]
     for name in METHODS:
+        rows = localisation.missed_rows(name, maps[name][1:], truth(data), defects)
         auroc = {i: roc_auc_score(data.test_mask[i].flatten(), maps[name][i].flatten()) for i in (1, 4, 5)}
         assert value(rows, "AUROC within images, mean", name, "broken") == pytest.approx(auroc[1])
         assert value(rows, "AUROC within images, mean", name, "stained") == pytest.approx((auroc[4] + auroc[5]) / 2)
-        assert value(rows, localisation.MISSED, name) == pytest.approx(np.mean([a < 0.5 for a in auroc.values()]))
+        assert value(rows, names.MISSED, name) == pytest.approx(np.mean([a < 0.5 for a in auroc.values()]))
+        assert [row["metric"] for row in localisation.missed_rows(name, maps[name][1:], truth(data))] == [names.MISSED]
     grey_NYX = data.test_NCYX.numpy().mean(1)
     likened = {
         SSIM: maps[SSIM].numpy(),
         "brightness": grey_NYX,
         "edges": np.stack([np.hypot(*np.gradient(x_YX)) for x_YX in grey_NYX]),
     }
+    others = {name: torch.from_numpy(np.asarray(other_NYX, dtype=np.float32)) for name, other_NYX in likened.items()}
+    rows = localisation.resemblance_rows(SHOWN, maps[ATTENTION], others)
     for name, other_NYX in likened.items():
         pairs = zip(maps[ATTENTION].numpy()[:, ::8, ::8], other_NYX[:, ::8, ::8], strict=True)
         expected = np.mean([spearmanr(ours.ravel(), other.ravel()).statistic for ours, other in pairs])
-        assert value(rows, "rank correlation with the attention", name) == pytest.approx(expected, abs=1e-3)
+        assert value(rows, "rank correlation with the attention", name, SHOWN) == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize(("common", "expected"), [(0.0, 1 / 6), (1.0, 1.0)])
-def test_the_share_that_all_images_share(data, maps, common, expected):
+def test_the_share_that_all_images_share(common, expected):
     """Of independent maps the mean of six has a sixth of the variance; of maps that are all alike all of it."""
     generator = torch.Generator().manual_seed(10)
     alike_YX, own_NYX = torch.randn(SIDE, SIDE, generator=generator), torch.randn(6, SIDE, SIDE, generator=generator)
     attention_NYX = common * alike_YX + (1 - common) * own_NYX
-    rows = localisation.map_rows(maps | {ATTENTION: attention_NYX}, data)
-    share = value(rows, "share of the attention's variance that all images share")
+    rows = localisation.resemblance_rows(SHOWN, attention_NYX, {})
+    share = value(rows, "share of the attention's variance that all images share", SHOWN)
     assert share == pytest.approx(expected, abs=0.01)
 
 
 def test_attention_that_is_zero_everywhere_shares_and_resembles_nothing(data, maps):
     """As where a layer is dead, or no channel raises a latent."""
-    rows = localisation.map_rows(maps | {ATTENTION: torch.zeros(6, SIDE, SIDE)}, data)
-    assert {row["metric"] for row in rows} == {localisation.MISSED, "AUROC within images, mean"}
-    assert value(rows, "AUROC within images, mean", ATTENTION, "broken") == 0.5
+    dead_NYX = torch.zeros(6, SIDE, SIDE)
+    assert localisation.resemblance_rows(SHOWN, dead_NYX, maps) == []
+    rows = localisation.missed_rows(SHOWN, dead_NYX[1:], truth(data), DEFECTS[1:])
+    assert {row["metric"] for row in rows} == {names.MISSED, "AUROC within images, mean"}
+    assert value(rows, "AUROC within images, mean", SHOWN, "broken") == 0.5
 
 
 def test_an_image_that_is_anomalous_all_over_is_not_missed(data, maps):
     masks = [*data.test_mask[:4], torch.ones(SIDE, SIDE, dtype=torch.bool), data.test_mask[5]]
-    rows = localisation.map_rows(maps, replace(data, test_mask=masks))
+    rows = localisation.missed_rows(SSIM, maps[SSIM][1:], truth(replace(data, test_mask=masks)), DEFECTS[1:])
     other = roc_auc_score(masks[5].flatten(), maps[SSIM][5].flatten())
     assert value(rows, "AUROC within images, mean", SSIM, "stained") == pytest.approx((0.5 + other) / 2)
-
-
-def test_layers_and_presets_are_compared_on_images_drawn_with_the_seed(small, data):
-    normal = explanation.normal_posterior(small, data.train_NCYX)
-    rows = localisation.layer_rows(small, data, normal, batch=8, seed=0)
-    again = localisation.layer_rows(small, data, normal, batch=8, seed=0)
-    assert rows == again
-    assert {row["n"] for row in rows} == {4}
-    known = [1, 2, 3, 4, 5]
-    candidates = [[i for i in known if i != left_out] for left_out in known]
-    map_NYX = explain(small, data.test_NCYX, LAYERS[3], "liu2020_paper", batch=8, seed=0)
-    scores = [
-        roc_auc_score(torch.stack([data.test_mask[i] for i in some]).flatten(), map_NYX[some].flatten())
-        for some in candidates
-    ]
-    found = value(rows, "pixel AUROC, layers and presets", LAYERS[3], "liu2020_paper")
-    assert min(abs(found - score) for score in scores) < 1e-5
 
 
 def test_what_the_latents_carry(small):
@@ -581,12 +641,13 @@ def test_what_the_latents_carry(small):
     _, held_out_NCYX = localisation.split(data)
     restored_NCYX = explanation.reconstruct(small, data.test_NCYX)
     mean_CYX = training.to_unit(data.train_NCYX).mean(0)
-    rows = localisation.latent_rows(small, data, mean_CYX, restored_NCYX)
+    rows, kl_I = localisation.latent_rows(small, data, mean_CYX, restored_NCYX)
     with torch.no_grad():
         mu_NI = small.encode(data.test_NCYX / 255)[0].numpy()
         mu_VI, logvar_VI = (values.double() for values in small.encode(held_out_NCYX / 255))
     kl = (mu_VI**2 + logvar_VI.exp() - 1 - logvar_VI).sum() / 2 / len(mu_VI)
     assert value(rows, "KL per image") == pytest.approx(float(kl), rel=1e-4)
+    np.testing.assert_allclose(kl_I, ((mu_VI**2 + logvar_VI.exp() - 1 - logvar_VI) / 2).mean(0), rtol=1e-3, atol=1e-5)
     assert value(rows, "active units") == (mu_NI.var(0, ddof=1) > 0.01).sum()
     x, p = held_out_NCYX.numpy() / 255, np.clip(mean_CYX.numpy().astype(float), 1e-4, 1 - 1e-4)
     constant = -(x * np.log(p) + (1 - x) * np.log(1 - p)).sum() / len(x)
@@ -604,7 +665,7 @@ def test_frozen_weights_count_as_parameters_that_are_not_trained():
     del model.encoder.conv1.weight
     model.encoder.conv1.register_buffer("weight", weight)
     model.register_buffer("running_mean", torch.zeros(5))
-    rows = localisation.latent_rows(model, only([]), torch.full((3, SIDE, SIDE), 0.5), torch.empty(0, 3, SIDE, SIDE))
+    rows, _ = localisation.latent_rows(model, only([]), torch.full((3, SIDE, SIDE), 0.5), torch.empty(0, 3, SIDE, SIDE))
     assert value(rows, "parameters") == total
     assert value(rows, "parameters, trained") == total - 4 * 3 * 4 * 4
 
@@ -612,38 +673,68 @@ def test_frozen_weights_count_as_parameters_that_are_not_trained():
 # --- the panel -------------------------------------------------------------------------------------------------------
 
 
-def drawn(seed):
-    """Titles and pictures of a panel of twelve defects, each of its own kind, and of two normal images."""
+def defects():
+    """Twelve defects, each of its own kind, the first without a mask, the last with an empty one; two normal ones."""
     kinds = [*(f"kind_{i}" for i in range(12)), "good", "good"]
     generator = torch.Generator().manual_seed(11)
     mask_NYX = torch.zeros(14, SIDE, SIDE, dtype=torch.bool)
-    mask_NYX[:11, 5:9] = True  # the last kind has a mask that is empty
+    mask_NYX[:11, 5:9] = True
     x_NCYX = torch.randint(0, 256, (14, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
-    maps = {ATTENTION: torch.rand(14, SIDE, SIDE, generator=generator)}
-    held_out = {ATTENTION: torch.rand(2, SIDE, SIDE, generator=generator)}
-    data = category(test_NCYX=x_NCYX, test_defect=kinds, test_mask=[None, *mask_NYX[1:]])
-    figure = localisation.panel(data, maps, held_out, training.to_unit(x_NCYX), seed)
+    map_NYX = torch.rand(14, SIDE, SIDE, generator=generator)
+    return category(test_NCYX=x_NCYX, test_defect=kinds, test_mask=[None, *mask_NYX[1:]]), map_NYX
+
+
+def test_the_panel_shows_four_defects_the_same_for_every_job():
+    data, map_NYX = defects()
+    figure = localisation.panel(data, map_NYX, training.to_unit(data.test_NCYX), 0.7)
     pictures = [np.asarray(axis.images[0].get_array()) for axis in figure.axes if axis.images]
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
-    return titles, pictures, x_NCYX, maps[ATTENTION], held_out[ATTENTION]
-
-
-def test_the_panel_shows_four_defects_drawn_with_the_seed():
-    titles, pictures, x_NCYX, map_NYX, held_out_NYX = drawn(0)
-    assert titles == drawn(0)[0]
-    assert any(titles != drawn(seed)[0] for seed in (1, 2, 3))
+    assert titles == [f"kind {i}" for i in localisation.shown(data)]
     assert len(set(titles)) == 4
-    for seed in range(5):
-        assert not {"good", "kind 0", "kind 11"} & set(drawn(seed)[0])
-    scale, threshold = np.quantile(map_NYX, 0.99), np.quantile(held_out_NYX, 0.99)
+    assert titles != [f"kind {i}" for i in (1, 2, 3, 4)]
+    assert not {"good", "kind 0", "kind 11"} & set(titles)
+    scale = np.quantile(map_NYX, 0.99)
     for column, title in enumerate(titles):
         i = int(title.removeprefix("kind "))
         image, mask, restored, attention, flagged = pictures[column : column + 20 : 4]
-        np.testing.assert_allclose(image, x_NCYX[i].permute(1, 2, 0) / 255, rtol=1e-5)
+        np.testing.assert_allclose(image, data.test_NCYX[i].permute(1, 2, 0) / 255, rtol=1e-5)
         np.testing.assert_allclose(restored, image)
         assert mask.sum() == 4 * SIDE
         np.testing.assert_allclose(attention, map_NYX[i] / scale, rtol=1e-5)
-        np.testing.assert_array_equal(flagged, map_NYX[i] >= threshold)
+        np.testing.assert_array_equal(flagged, map_NYX[i] >= 0.7)
+
+
+def test_flagged_pixels_are_those_of_a_slow_loop():
+    data, map_NYX = defects()
+    counts = localisation.flagged_counts(data, map_NYX)
+    assert len(counts["thresholds"]) == 100
+    assert counts["thresholds"][-1] == pytest.approx(np.quantile(map_NYX, 0.999))
+    known = [i for i, mask_YX in enumerate(data.test_mask) if mask_YX is not None]
+    groups = [*([i] for i in localisation.shown(data)), known]
+    for place, group in enumerate(groups):
+        score, truth = map_NYX[group], torch.stack([data.test_mask[i] for i in group])
+        assert counts["flagged/anomalous"][place] == truth.sum()
+        assert counts["flagged/normal"][place] == (~truth).sum()
+        for at, threshold in enumerate(counts["thresholds"]):
+            flagged = score.double() >= threshold
+            assert counts["flagged/true"][place, at] == (flagged & truth).sum()
+            assert counts["flagged/false"][place, at] == (flagged & ~truth).sum()
+    assert len(counts["flagged/true"]) == len(groups) == 5
+
+
+def test_maps_of_the_defects_shown_are_kept_of_the_trained_and_of_the_untrained_network(small, monkeypatch):
+    monkeypatch.setattr(measures, "PRESETS", ("liu2020_code",))
+    torch.manual_seed(12)
+    data, start = category(), Small().eval()
+    arrays = localisation.pictured(small, start, data)
+    kept = {f"{state}/{n}, liu2020_code" for state in ("trained", "untrained") for n in PICTURED}
+    assert arrays.keys() == kept | {f"{name}, peak" for name in kept}
+    x_BCYX = data.test_NCYX[localisation.shown(data)] / 255
+    for state, model in {"trained": small, "untrained": start}.items():
+        for layer in PICTURED:
+            expected = attention(model.encode, f"encoder.{layer}", x_BCYX, "liu2020_code").map_BIHW.mean(1)
+            ours, peak = (arrays[f"{state}/{layer}, liu2020_code{part}"] for part in ("", ", peak"))
+            np.testing.assert_allclose(ours.astype(float) * peak, expected, rtol=2**-10, atol=1e-6)
 
 
 # Which categories

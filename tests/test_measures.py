@@ -248,20 +248,44 @@ def test_every_layer_is_explained_by_every_preset(model, x_NCYX):
 def test_examples_are_the_maps_at_the_resolution_of_the_layer(model, x_NCYX):
     presets = ("liu2020_paper", "liu2020_code", "most_deviant")
     found = measures.examples(model, ("conv1", "conv2"), presets, x_NCYX[:3], NORMAL, 0)
-    assert found.keys() == {f"{layer}, {preset}" for layer in ("conv1", "conv2") for preset in presets}
+    maps = {f"{layer}, {preset}" for layer in ("conv1", "conv2") for preset in presets}
+    assert found.keys() == maps | {f"{name}, peak" for name in maps}
     for layer, side in (("conv1", 8), ("conv2", 4)):
         for preset in presets:
             method = PRESETS.get(preset, Method(score="most_deviant"))
             result = attention(model.encode, f"encoder.{layer}", x_NCYX[:3] / 255, method, normal=NORMAL)
             ours = found[f"{layer}, {preset}"]
             assert (ours.shape, ours.dtype) == ((3, side, side), np.float16)
-            np.testing.assert_allclose(ours, result.map_BIHW.mean(1), rtol=2**-10, atol=1e-6)
+            assert ours.max() == 1
+            restored = ours.astype(float) * found[f"{layer}, {preset}, peak"]
+            np.testing.assert_allclose(restored, result.map_BIHW.mean(1), rtol=2**-10, atol=1e-6)
     again = measures.examples(model, ("conv1",), ("normal_difference",), x_NCYX[:3], NORMAL, 0)
     same, other = (
         measures.examples(model, ("conv1",), ("normal_difference",), x_NCYX[:3], NORMAL, seed) for seed in (0, 1)
     )
     np.testing.assert_array_equal(again["conv1, normal_difference"], same["conv1, normal_difference"])
     assert not np.array_equal(same["conv1, normal_difference"], other["conv1, normal_difference"])
+
+
+def test_a_course_holds_the_measures_at_each_stage_and_the_mean_over_the_last():
+    score_NYX, truth = scene()
+    stages = [{"one": another(score_NYX, seed), "two": another(score_NYX, seed + 50)} for seed in range(4)]
+    course = measures.Course()
+    for steps, maps in zip((0, 5, 9, 20), stages, strict=True):
+        course.add(steps, maps.items(), truth)
+    arrays, flat = course.arrays(), truth.truth_NYX.flatten().numpy()
+    assert arrays.keys() == {"course/steps", "course/one", "course/two"}
+    assert arrays["course/steps"].tolist() == [0, 5, 9, 20]
+    for name in ("one", "two"):
+        aurocs = [roc_auc_score(flat, maps[name].flatten()) for maps in stages]
+        precisions = [average_precision_score(flat, maps[name].flatten()) for maps in stages]
+        np.testing.assert_allclose(arrays[f"course/{name}"][:, 0], aurocs, atol=1e-6)
+        np.testing.assert_allclose(arrays[f"course/{name}"][:, 1], precisions, atol=1e-6)
+        for metric, values in {"pixel AUROC": aurocs, "average precision": precisions}.items():
+            row = value(course.rows(), metric, name, "mean of the last stages")
+            assert row["value"] == pytest.approx(np.mean(values[-3:]), abs=1e-6)
+            assert (row["low"], row["n"]) == (None, 3)
+    assert len(course.rows()) == 2 * len(measures.FOLLOWED)
 
 
 def test_a_budget_counts_epochs_images_and_the_steps_of_a_slow_loop():

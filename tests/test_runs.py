@@ -58,9 +58,7 @@ def store(tmp_path, monkeypatch):
 def read_record(folder):
     """The record as JSON has it, with the names of the columns that a line for each row leaves out."""
     content = json.loads((folder / "record.json").read_text())
-    return content | {
-        "metrics": [dict(zip(runs.METRIC_COLUMNS, values, strict=True)) for values in content["metrics"]]
-    }
+    return content | {"metrics": [dict(zip(runs.METRIC_COLUMNS, values, strict=True)) for values in content["metrics"]]}
 
 
 def files(folder):

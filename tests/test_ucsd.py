@@ -281,12 +281,14 @@ def test_what_is_pictured_is_of_two_frames_with_and_two_without_an_anomaly(chapt
     arrays = chapter["pictured"](small, start, left, test_N, left.train_NYX[:, None])
     at = torch.cat([chapter["drawn"](left, test_N, flag)[:2] for flag in (True, False)])
     assert [left.test_anomalous[i] for i in at] == [True, True, False, False]
-    assert arrays.keys() == {f"{state}/{name}, liu2020_code" for state in ("trained", "untrained") for name in LAYERS}
+    kept = {f"{state}/{name}, liu2020_code" for state in ("trained", "untrained") for name in LAYERS}
+    assert arrays.keys() == kept | {f"{name}, peak" for name in kept}
     for state, model in {"trained": small, "untrained": start}.items():
         map_BHW = attention(model.encode, "encoder.conv2", left.test_NYX[at, None] / 255, "liu2020_code").map_BIHW.mean(
             1
         )
-        np.testing.assert_allclose(arrays[f"{state}/conv2, liu2020_code"], map_BHW, rtol=2**-10, atol=1e-6)
+        ours, peak = (arrays[f"{state}/conv2, liu2020_code{part}"] for part in ("", ", peak"))
+        np.testing.assert_allclose(ours.astype(float) * peak, map_BHW, rtol=2**-10, atol=1e-6)
 
 
 def test_every_switch_is_compared_with_the_case_without_it(chapter, clips, small, monkeypatch):

@@ -2,11 +2,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from IPython.display import Image
+from IPython.display import Image, Markdown
 
 from expvae import attention
 from expvae.models import MNISTVAE
-from expvae_book import figures
+from expvae_book import figures, runs
 
 
 def grid(scale=1.0, **options):
@@ -89,3 +89,15 @@ def test_show_takes_figures_and_stored_files(tmp_path):
     assert figures.show(tmp_path / "a.png").data == shown.data
     with pytest.raises(FileNotFoundError, match=r"b\.png"):
         figures.show(tmp_path / "b.png")
+
+
+def test_a_run_without_pictures_says_so(tmp_path):
+    run = runs.Run("ucsd", {"seed": 1}, {"git": {"commit": "", "dirty": False}}, tmp_path / "run")
+    missing = figures.kept(run, "frames")
+    assert isinstance(missing, Markdown)
+    assert missing.data.startswith("*This run keeps no pictures: those with seed 0 do")
+    (run.folder / "figures").mkdir(parents=True)
+    grid().savefig(run.folder / "figures" / "frames.png")
+    shown = figures.kept(run, "frames")
+    assert isinstance(shown, Image)
+    assert shown.data == (run.folder / "figures" / "frames.png").read_bytes()

@@ -4,10 +4,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
+import jupytext
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from sklearn.metrics import roc_auc_score
 from sklearn.neural_network import BernoulliRBM
 from torch.nn import functional as F
 
@@ -15,6 +17,7 @@ from expvae import Method, attention
 from expvae.models import RBM, ConvRBM, Stack
 from expvae.models import _rbm as rbm
 from expvae_book import checkpoints, contrastive, protocols, training, weights
+from expvae_book.chapters import BOOK
 from expvae_book.recipes import RBMRecipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -966,6 +969,50 @@ def test_where_the_cache_cannot_be_written_a_stack_is_trained_without(monkeypatc
     again = trained()
     assert_same_training((again.model, again.history[1]), (expected.model, expected.history[1]))
     assert "/file/cache (Not a directory): " in capsys.readouterr().err
+
+
+# --- the chapter ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("units", UNITS)
+def test_the_chapter_measures_each_layer_of_a_stack(units):
+    names = {}
+    for cell in jupytext.read(BOOK / "rbm.md", fmt="md:myst").cells:
+        if cell.cell_type == "code" and "remove-input" not in cell.metadata.get("tags", []):
+            if "chapters.run(" in cell.source:
+                break
+            exec(cell.source, names)
+    names["device"] = "cpu"
+    machines = [RBM(784, 12, units), RBM(12, 9, units), RBM(9, 4, units)]
+    stack = Stack([randomised(machine, 0.05).float() for machine in machines])
+    x_NCYX = torch.rand(20, 1, 28, 28, generator=seeded(1))
+    is_outlier_N = torch.arange(20) % 2 == 0
+    truth_NYX = torch.rand(10, 28, 28, generator=seeded(2)) > 0.9
+    held_out_NCYX = torch.randint(0, 256, (6, 1, 28, 28), generator=seeded(3), dtype=torch.uint8)
+    rows = names["layer_rows"](stack, x_NCYX, is_outlier_N, truth_NYX, held_out_NCYX)
+    got = {(row["metric"], row["method"]): row["value"] for row in rows}
+
+    expected = {}
+    v, held_out, levels = stack.visible(x_NCYX), stack.visible(held_out_NCYX / 255), held_out_NCYX / 255
+    with torch.no_grad():
+        for number, machine in enumerate(machines, 1):
+            energy_N = machine.free_energy(v)
+            expected["image AUROC", f"free energy, machine {number}"] = roc_auc_score(is_outlier_N, energy_N)
+            v, held_out = machine.activate(machine(v)), machine.activate(machine(held_out))
+            down = held_out
+            for below in reversed(machines[:number]):
+                p = below.visible_logits(down).sigmoid()
+                down = p if units == "binary" else 2 * p - 1
+            error = (p.view_as(levels) - levels).square().mean()
+            expected["reconstruction error", f"stacked RBM, layers up to {number}"] = float(error)
+    for number in (1, 2, 3):
+        for tensor in ("before", "after"):
+            how = Method(score="sum_of_means", normaliser="batch", channels="abs_of_sum", tensor=tensor)
+            map_NYX = attention(stack.encode, f"maps.{number - 1}", x_NCYX, how).map_BYX[is_outlier_N]
+            name = f"attention, layer {number}, {tensor} activation"
+            expected["pixel AUROC", name] = roc_auc_score(truth_NYX.flatten(), map_NYX.flatten())
+    assert got == pytest.approx(expected, abs=1e-5)
+    assert {row["subset"] for row in rows if row["metric"] != "reconstruction error"} == {"all outliers"}
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

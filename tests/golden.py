@@ -173,10 +173,10 @@ def workpieces() -> Numbers:
     patches = {
         "expvae_book.data.mvtec.load": fewer,
         "expvae_book.recipes.MVTEC": {"report1": replace(recipes.MVTEC["report1"], epsilon=library.EPSILON)},
-        "expvae_book.localisation.SHOWN_MAP": ("layer4.1.conv2", "liu2020_code"),
+        "expvae_book.defects.SHOWN_MAP": ("layer4.1.conv2", "liu2020_code"),
         "expvae_book.localisation.PICTURED": (),
-        "expvae_book.localisation.FOLLOWED": ((("liu2020_code",), ("layer4.1.conv2",)),),
-        "expvae_book.localisation.CASES": (
+        "expvae_book.defects.FOLLOWED": ((("liu2020_code",), ("layer4.1.conv2",)),),
+        "expvae_book.defects.CASES": (
             (("liu2020_code", "normal_difference"), ("layer4.1.conv2",), None),
             (("brongers2021",), ("conv1",), 3),
         ),

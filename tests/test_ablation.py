@@ -320,7 +320,7 @@ def workpieces(cache, monkeypatch):
     small = Small(channels=3).eval()
     small.encode(torch.zeros(1, 3, 16, 16))
     trained = weights.Trained(small, training.History(seconds=1.0, images=32), "key", "file", "cpu", "float32", True)
-    monkeypatch.setattr(localisation, "fit", lambda category, chosen, device: (trained, chosen))
+    monkeypatch.setattr(localisation, "trainer", lambda category, chosen, device: (lambda epochs: trained, {}))
     monkeypatch.setattr(ablation.mvtec, "load", lambda name, data: category())
     monkeypatch.setitem(ablation.LAYERS, "mvtec", "encoder.conv2")
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from expvae import attention, models
 from expvae.metrics import CONVENTIONS
-from expvae_book import baselines, explanation, localisation, measures, names, probes, recipes, runs, training
+from expvae_book import baselines, defects, explanation, localisation, measures, names, probes, recipes, runs, training
 from expvae_book.data import mvtec
 from expvae_book.data.card import DataCard
 from expvae_book.data.imagenet import ImageNet
@@ -107,9 +107,9 @@ def fewer_of_everything():
     """A hundred resamples, and four images for the paper's preset at early layers and for the choices of a rule."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measures, "RESAMPLES", 100)
-        patch.setattr(localisation, "FEW", 4)
-        cases = [(presets, layers, few and 4) for presets, layers, few in localisation.CASES]
-        patch.setattr(localisation, "CASES", cases)
+        patch.setattr(defects, "FEW", 4)
+        cases = [(presets, layers, few and 4) for presets, layers, few in defects.CASES]
+        patch.setattr(defects, "CASES", cases)
         yield
 
 
@@ -214,7 +214,7 @@ def test_what_is_measured_depends_on_what_is_at_hand(computed):
     always = LATENT_METRICS | SPREAD_METRICS
     assert {name: metrics(run) for name, run in computed.items()} == {
         "all": always | PIXEL_METRICS | {"image AUROC"},
-        "no masks": always,
+        "no masks": always | {"image AUROC"},
         "some masks": always | PIXEL_METRICS | {"image AUROC"},
         "no good": always | PIXEL_METRICS,
         "only good": always,
@@ -223,9 +223,7 @@ def test_what_is_measured_depends_on_what_is_at_hand(computed):
     figures = {name: sorted(path.name for path in (run.folder / "figures").iterdir()) for name, run in computed.items()}
     assert figures == {name: ["defects.png"] if name == "all" else [] for name in computed}  # of seed 0 alone
     masked = ("all", "some masks", "no good")
-    assert {name: run.maps for name, run in computed.items()} == {
-        name: run.maps if name in masked else [] for name, run in computed.items()
-    }
+    assert {name for name, run in computed.items() if run.maps} == {*masked, "no masks"}  # there whole images count
     assert sorted(computed["all"].maps) == sorted(MAPS)
     for name in masked:
         assert set(ALL_IMAGES) <= set(computed[name].maps)
@@ -269,7 +267,7 @@ def test_few_images_are_explained_where_each_latent_needs_a_pass(computed):
     rows = run.rows("pixel AUROC").query("subset == ''").set_index("method")
     assert {rows.loc[name, "n"] for name in ALL_IMAGES} == {6}
     assert {rows.loc[name, "n"] for name in [*FEW_IMAGES, f"mean of {FEW_IMAGES[0]}"]} == {4}
-    some_N = localisation.some_of(6, 4)
+    some_N = defects.some_of(6, 4)
     trained = probes_model(run)
     map_NYX = explain(trained, category().test_NCYX[some_N], "conv1", "liu2020_paper", batch=8, seed=0)
     truth_NYX = torch.stack([category().test_mask[i] for i in some_N])
@@ -279,12 +277,12 @@ def test_few_images_are_explained_where_each_latent_needs_a_pass(computed):
 
 @pytest.mark.parametrize(("count", "few"), [(10, 4), (3, 4), (5, None), (0, 4)])
 def test_some_are_drawn_at_random_and_the_same_for_every_job(count, few):
-    some_K = localisation.some_of(count, few)
+    some_K = defects.some_of(count, few)
     assert some_K.tolist() == sorted(set(some_K.tolist()) & set(range(count)))
     assert len(some_K) == min(count, count if few is None else few)
-    assert torch.equal(some_K, localisation.some_of(count, few))
-    assert localisation.some_of(10, 4).tolist() != [0, 1, 2, 3]
-    assert set(localisation.some_of(10, 4).tolist()) <= set(localisation.some_of(10, 5).tolist())
+    assert torch.equal(some_K, defects.some_of(count, few))
+    assert defects.some_of(10, 4).tolist() != [0, 1, 2, 3]
+    assert set(defects.some_of(10, 4).tolist()) <= set(defects.some_of(10, 5).tolist())
 
 
 def test_images_without_a_mask_do_not_count_among_pixels(computed):
@@ -323,7 +321,7 @@ def test_the_record_says_how_it_was_trained(computed):
     }
     pictured |= {f"{name}, peak" for name in pictured}
     followed = {
-        f"{layer}, {preset}" for presets, layers in localisation.FOLLOWED for preset, layer in product(presets, layers)
+        f"{layer}, {preset}" for presets, layers in defects.FOLLOWED for preset, layer in product(presets, layers)
     }
     course = {"course/steps", *(f"course/{name}" for name in followed)}
     assert computed["all"].arrays.keys() == always | resamples | flagged | pictured | course
@@ -332,7 +330,7 @@ def test_the_record_says_how_it_was_trained(computed):
         "resamples",
         "course",
     }  # not of seed 0
-    assert computed["no masks"].arrays.keys() == always
+    assert {name.partition("/")[0] for name in computed["no masks"].arrays} == always | {"resamples"}
     assert computed["no test"].arrays.keys() == {"kl_per_latent"}
     assert computed["all"].state.startswith("verified at ")
     assert "probe" not in computed["no test"].record
@@ -538,7 +536,7 @@ def test_baseline_maps_are_those_of_the_library_in_every_batch(small):
     x_NCYX = torch.cat([category().train_NCYX, category().test_NCYX, category().test_NCYX])
     restored_NCYX = explanation.reconstruct(small, x_NCYX)
     mean_CYX = training.to_unit(category().train_NCYX).mean(0)
-    maps = localisation.baseline_maps(x_NCYX, restored_NCYX, mean_CYX)
+    maps = defects.baseline_maps(x_NCYX, restored_NCYX, mean_CYX)
     assert {COMMON, *maps} == set(BASELINES)
     for i in (0, 15, 16, 21):
         x_BCYX, restored_BCYX = x_NCYX[i : i + 1] / 255, restored_NCYX[i : i + 1]
@@ -569,32 +567,34 @@ def maps():
 
 def test_one_in_a_hundred_normal_pixels_exceeds_the_threshold():
     map_NYX = torch.randn(20, 50, 50, generator=torch.Generator().manual_seed(9)).exp()
-    assert float((map_NYX > localisation.threshold(map_NYX)).float().mean()) == pytest.approx(0.01, abs=1e-4)
+    assert float((map_NYX > defects.threshold(map_NYX)).float().mean()) == pytest.approx(0.01, abs=1e-4)
 
 
 def truth(data):
-    return localisation.truth_of(data)[1]
+    return defects.Seen.of(data, torch.arange(len(data.test_defect))).truth
 
 
 def test_only_images_with_a_mask_have_a_truth(data):
-    image_M, truth = localisation.truth_of(data)
-    assert image_M.tolist() == truth.unit_N.tolist() == [1, 2, 3, 4, 5]
+    seen = defects.Seen.of(data, torch.arange(6))
+    truth = seen.truth
+    assert seen.known_N.tolist() == [False, *[True] * 5]
+    assert truth.unit_N.tolist() == [1, 2, 3, 4, 5]
     assert torch.equal(truth.truth_NYX, torch.stack(data.test_mask[1:]))
-    rows = localisation.anomalous_rows(truth.truth_NYX)
+    rows = defects.anomalous_rows(truth.truth_NYX)
     masks = truth.truth_NYX.numpy()
     assert value(rows, "anomalous pixels") == pytest.approx(masks.mean())
     assert value(rows, "anomalous pixels", "", "defective images") == pytest.approx(masks[[0, 3, 4]].mean())
 
 
 def test_measures_of_single_maps(data, maps):
-    defects = DEFECTS[1:]
+    kinds = DEFECTS[1:]
     for name in METHODS:
-        rows = localisation.missed_rows(name, maps[name][1:], truth(data), defects)
+        rows = defects.missed_rows(name, maps[name][1:], truth(data), kinds)
         auroc = {i: roc_auc_score(data.test_mask[i].flatten(), maps[name][i].flatten()) for i in (1, 4, 5)}
         assert value(rows, "AUROC within images, mean", name, "broken") == pytest.approx(auroc[1])
         assert value(rows, "AUROC within images, mean", name, "stained") == pytest.approx((auroc[4] + auroc[5]) / 2)
         assert value(rows, names.MISSED, name) == pytest.approx(np.mean([a < 0.5 for a in auroc.values()]))
-        assert [row["metric"] for row in localisation.missed_rows(name, maps[name][1:], truth(data))] == [names.MISSED]
+        assert [row["metric"] for row in defects.missed_rows(name, maps[name][1:], truth(data))] == [names.MISSED]
     grey_NYX = data.test_NCYX.numpy().mean(1)
     likened = {
         SSIM: maps[SSIM].numpy(),
@@ -602,7 +602,7 @@ def test_measures_of_single_maps(data, maps):
         "edges": np.stack([np.hypot(*np.gradient(x_YX)) for x_YX in grey_NYX]),
     }
     others = {name: torch.from_numpy(np.asarray(other_NYX, dtype=np.float32)) for name, other_NYX in likened.items()}
-    rows = localisation.resemblance_rows(SHOWN, maps[ATTENTION], others)
+    rows = defects.resemblance_rows(SHOWN, maps[ATTENTION], others)
     for name, other_NYX in likened.items():
         pairs = zip(maps[ATTENTION].numpy()[:, ::8, ::8], other_NYX[:, ::8, ::8], strict=True)
         expected = np.mean([spearmanr(ours.ravel(), other.ravel()).statistic for ours, other in pairs])
@@ -615,7 +615,7 @@ def test_the_share_that_all_images_share(common, expected):
     generator = torch.Generator().manual_seed(10)
     alike_YX, own_NYX = torch.randn(SIDE, SIDE, generator=generator), torch.randn(6, SIDE, SIDE, generator=generator)
     attention_NYX = common * alike_YX + (1 - common) * own_NYX
-    rows = localisation.resemblance_rows(SHOWN, attention_NYX, {})
+    rows = defects.resemblance_rows(SHOWN, attention_NYX, {})
     share = value(rows, "share of the attention's variance that all images share", SHOWN)
     assert share == pytest.approx(expected, abs=0.01)
 
@@ -623,15 +623,15 @@ def test_the_share_that_all_images_share(common, expected):
 def test_attention_that_is_zero_everywhere_shares_and_resembles_nothing(data, maps):
     """As where a layer is dead, or no channel raises a latent."""
     dead_NYX = torch.zeros(6, SIDE, SIDE)
-    assert localisation.resemblance_rows(SHOWN, dead_NYX, maps) == []
-    rows = localisation.missed_rows(SHOWN, dead_NYX[1:], truth(data), DEFECTS[1:])
+    assert defects.resemblance_rows(SHOWN, dead_NYX, maps) == []
+    rows = defects.missed_rows(SHOWN, dead_NYX[1:], truth(data), DEFECTS[1:])
     assert {row["metric"] for row in rows} == {names.MISSED, "AUROC within images, mean"}
     assert value(rows, "AUROC within images, mean", SHOWN, "broken") == 0.5
 
 
 def test_an_image_that_is_anomalous_all_over_is_not_missed(data, maps):
     masks = [*data.test_mask[:4], torch.ones(SIDE, SIDE, dtype=torch.bool), data.test_mask[5]]
-    rows = localisation.missed_rows(SSIM, maps[SSIM][1:], truth(replace(data, test_mask=masks)), DEFECTS[1:])
+    rows = defects.missed_rows(SSIM, maps[SSIM][1:], truth(replace(data, test_mask=masks)), DEFECTS[1:])
     other = roc_auc_score(masks[5].flatten(), maps[SSIM][5].flatten())
     assert value(rows, "AUROC within images, mean", SSIM, "stained") == pytest.approx((0.5 + other) / 2)
 
@@ -673,7 +673,7 @@ def test_frozen_weights_count_as_parameters_that_are_not_trained():
 # --- the panel -------------------------------------------------------------------------------------------------------
 
 
-def defects():
+def twelve_defects():
     """Twelve defects, each of its own kind, the first without a mask, the last with an empty one; two normal ones."""
     kinds = [*(f"kind_{i}" for i in range(12)), "good", "good"]
     generator = torch.Generator().manual_seed(11)
@@ -685,7 +685,7 @@ def defects():
 
 
 def test_the_panel_shows_four_defects_the_same_for_every_job():
-    data, map_NYX = defects()
+    data, map_NYX = twelve_defects()
     figure = localisation.panel(data, map_NYX, training.to_unit(data.test_NCYX), 0.7)
     pictures = [np.asarray(axis.images[0].get_array()) for axis in figure.axes if axis.images]
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
@@ -705,7 +705,7 @@ def test_the_panel_shows_four_defects_the_same_for_every_job():
 
 
 def test_flagged_pixels_are_those_of_a_slow_loop():
-    data, map_NYX = defects()
+    data, map_NYX = twelve_defects()
     counts = localisation.flagged_counts(data, map_NYX)
     assert len(counts["thresholds"]) == 100
     assert counts["thresholds"][-1] == pytest.approx(np.quantile(map_NYX, 0.999))

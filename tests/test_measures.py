@@ -31,6 +31,10 @@ def scene(seed=0, subset="", unit_N=UNIT_N):
     return torch.from_numpy(score_NYX), measures.Truth(torch.from_numpy(truth_NYX), unit_N, subset)
 
 
+def whole(truth):
+    return measures.Truth(truth.truth_NYX.flatten(1).any(1), truth.unit_N)
+
+
 def another(score_NYX, seed=9):
     noise = torch.randn(score_NYX.shape, generator=torch.Generator().manual_seed(seed))
     return score_NYX + 0.7 * noise
@@ -57,6 +61,7 @@ def test_rows_of_a_map_are_scikit_learns():
     score_NYX, truth = scene(subset="test clips")
     measured = measures.Measured()
     measured.add("conv1, ours", score_NYX, truth, THRESHOLD)
+    measured.images("conv1, ours", score_NYX, whole(truth))
     flat = truth.truth_NYX.flatten().numpy(), score_NYX.flatten().numpy()
     expected = vars(exact(score_NYX.numpy(), truth.truth_NYX.numpy(), regions=True, threshold=THRESHOLD))
     assert measures.FIELDS.keys() <= expected.keys()
@@ -102,7 +107,10 @@ def test_whole_images_are_not_measured_where_none_is_normal():
     score_NYX, truth = scene()
     kept = truth.truth_NYX.flatten(1).any(1)
     measured = measures.Measured()
-    measured.add("map", score_NYX[kept], measures.Truth(truth.truth_NYX[kept], truth.unit_N[kept]), THRESHOLD)
+    defective = measures.Truth(truth.truth_NYX[kept], truth.unit_N[kept])
+    measured.add("map", score_NYX[kept], defective, THRESHOLD)
+    measured.images("map", score_NYX[kept], whole(defective))
+    measured.images("map", score_NYX[~kept], measures.Truth(kept[~kept], truth.unit_N[~kept]))
     assert not [row for row in measured.rows if row["metric"] == "image AUROC"]
     drawn = measured.replicates(["map"])["resamples/map"]
     lacking = [measure.startswith("image AUROC") for measure in measures.PAIRED]
@@ -122,6 +130,7 @@ def test_what_a_resample_gave_is_what_slow_resampling_gives():
     score_NYX, truth = scene()
     measured = measures.Measured()
     measured.add("map", score_NYX, truth, THRESHOLD)
+    measured.images("map", score_NYX, whole(truth))
     drawn = measured.replicates(["map"])
     assert drawn.keys() == {"resamples/map"}
     assert drawn["resamples/map"].dtype == np.float16

@@ -81,7 +81,7 @@ class Measured:
     measured: dict[str, dict[str, tuple[Interval, Float[np.ndarray, " r"]]]] = field(default_factory=dict)
 
     def add(self, name: str, map_NYX: Float[Tensor, "n y x"], truth: Truth, threshold: float) -> None:
-        """Measure a map: its pixels by every measure and the IoU by every convention, and whole images.
+        """Measure the pixels of a map by every measure, and the IoU by every convention.
 
         Args:
             name: Name of the map.
@@ -95,12 +95,11 @@ class Measured:
         )
         for (average, classes, choice), measured in conventions.items():
             self.rows.append(runs.row(f"IoU, {average}, {classes}", method=name, subset=choice, **vars(measured)))
-        anomalous_N = truth.truth_NYX.flatten(1).any(1)
-        if not anomalous_N.all():
-            self.images(name, map_NYX, Truth(anomalous_N, truth.unit_N))
 
     def images(self, name: str, map_NYX: Float[Tensor, "n y x"], truth: Truth) -> None:
-        """Measure whole images, anomalous or not, by the mean and by the maximum of the map."""
+        """Measure whole images by the mean and by the maximum of the map, where some are anomalous and some are not."""
+        if not truth.truth_NYX.any() or truth.truth_NYX.all():
+            return
         for how, score_N in {"mean": map_NYX.mean((1, 2)), "maximum": map_NYX.amax((1, 2))}.items():
             self._keep(name, truth.count(score_N), truth, {"auroc": (IMAGE_AUROC, how)})
 
@@ -269,7 +268,9 @@ class Course:
     values: dict[str, list[list[float]]] = field(default_factory=dict)
 
     def add(self, steps: int, maps: Iterable[tuple[str, Float[Tensor, "n y x"]]], truth: Truth) -> None:
-        """Measure the maps of a stage."""
+        """Measure the maps of a stage, if there is an anomaly to be found."""
+        if not truth.truth_NYX.any():
+            return
         self.steps.append(steps)
         for name, map_NYX in maps:
             scores = vars(truth.count(map_NYX).compute())
@@ -278,7 +279,7 @@ class Course:
     def arrays(self) -> dict[str, np.ndarray]:
         """The steps, and by map the measures of FOLLOWED at each of them, in its order."""
         curves = {f"course/{name}": np.array(values, dtype=np.float32) for name, values in self.values.items()}
-        return {"course/steps": np.array(self.steps), **curves}
+        return {"course/steps": np.array(self.steps), **curves} if self.steps else {}
 
     def rows(self) -> list[dict]:
         """Of each measure the mean over the last stages, by which a run is judged that swings while it trains."""

@@ -3,7 +3,11 @@
 The plain loop is what one would write first, and what public code of FactorVAE does: a Dataset that makes two images
 per item, a DataLoader, the networks and Adam as they come, and the loss of each step read to be printed. Its step
 computes what one of expvae_book.factorvae does. Public code differs in one point, which would take it longer: it lets
-the discriminator's loss through the encoder.
+the discriminator's loss through the encoder. In bfloat16 the plain loop has the same mixed precision, one autocast
+around its losses.
+
+Of ours in each precision, the rate at which convolutions and products of matrices are computed is given as a share of
+the rate of one large product in that precision, measured in the same rounds. Counted is what a step needs.
 """
 
 import random
@@ -15,11 +19,14 @@ from benchmarks import timing
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
+from expvae import elbo_terms
 from expvae.models import DSpritesVAE, discriminator
 from expvae_book import devices, factorvae, runs
 from expvae_book.data import dsprites
 from expvae_book.data.card import DataCard
+from expvae_book.devices import PRECISIONS
 from expvae_book.factorvae import VARIANTS, Candidate
 from expvae_book.recipes import DSPRITES, StepRecipe
 from expvae_book.training import build
@@ -30,6 +37,7 @@ GAMMA = 40.0
 IMAGES = 2560  # in memory, as many for the plain loop as for ours
 STEPS = {1: 6, 4: 4, 10: 3}  # of each model in one turn, by the number of models
 GPU_STEPS = 20  # times as many there, where a step takes milliseconds
+SIDE = 2048  # of the matrices whose product is the peer of a step's operations
 PLAIN, ADDED = "plain loop, 1 model", "1 model, AD-FactorVAE"
 
 
@@ -69,6 +77,7 @@ def plain_step(
     optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
     x: Tensor,
     other: Tensor,
+    precision: str,
 ) -> tuple[float, float]:
     """One step of both networks on two batches of images.
 
@@ -76,18 +85,19 @@ def plain_step(
         The loss of the VAE and that of the discriminator.
     """
     vae_optimizer, critic_optimizer = optimizers
-    mu, logvar = vae.encode(x)
-    z = mu + (0.5 * logvar).exp() * torch.randn_like(mu)
-    reconstruction = F.binary_cross_entropy_with_logits(vae.decode(z), x, reduction="sum") / len(x)
-    kl = -0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).sum(1).mean()
-    logits = critic(z)
-    vae_loss = reconstruction + kl + GAMMA * (logits[:, 0] - logits[:, 1]).mean()
+    with devices.mixed(precision, x.device):
+        mu, logvar = vae.encode(x)
+        z = mu + (0.5 * logvar).exp() * torch.randn_like(mu)
+        reconstruction = F.binary_cross_entropy_with_logits(vae.decode(z), x, reduction="sum") / len(x)
+        kl = -0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).sum(1).mean()
+        logits = critic(z)
+        vae_loss = reconstruction + kl + GAMMA * (logits[:, 0] - logits[:, 1]).mean()
 
-    mu, logvar = vae.encode(other)
-    permuted = permute(mu + (0.5 * logvar).exp() * torch.randn_like(mu)).detach()
-    zeros = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    joint_loss = F.cross_entropy(critic(z.detach()), zeros)
-    critic_loss = 0.5 * (joint_loss + F.cross_entropy(critic(permuted), torch.ones_like(zeros)))
+        mu, logvar = vae.encode(other)
+        permuted = permute(mu + (0.5 * logvar).exp() * torch.randn_like(mu)).detach()
+        zeros = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        joint_loss = F.cross_entropy(critic(z.detach()), zeros)
+        critic_loss = 0.5 * (joint_loss + F.cross_entropy(critic(permuted), torch.ones_like(zeros)))
 
     vae_optimizer.zero_grad()
     vae_loss.backward()
@@ -98,7 +108,9 @@ def plain_step(
     return vae_loss.item(), critic_loss.item()  # to print them, as such loops do
 
 
-def plain_loop(x_NYX: np.ndarray, recipe: StepRecipe, device: torch.device, steps: int) -> Callable[[], None]:
+def plain_loop(
+    x_NYX: np.ndarray, recipe: StepRecipe, device: torch.device, precision: str, steps: int
+) -> Callable[[], None]:
     """So many steps of the plain loop, which goes on at the next call."""
     vae = build(lambda: DSpritesVAE(recipe.latent_dim), seed=0).to(device)
     critic = build(lambda: discriminator(recipe.latent_dim), seed=0).to(device)
@@ -111,7 +123,7 @@ def plain_loop(x_NYX: np.ndarray, recipe: StepRecipe, device: torch.device, step
     def turn() -> None:
         for _ in range(steps):
             x, other = next(batches)
-            plain_step(vae, critic, optimizers, x.to(device), other.to(device))
+            plain_step(vae, critic, optimizers, x.to(device), other.to(device), precision)
 
     return turn
 
@@ -144,39 +156,63 @@ def side_by_side(
     return turn
 
 
-def measure(sprites: dsprites.Sprites, recipe: StepRecipe, device: torch.device, rounds: int) -> list[dict]:
-    """Steps per second, those of all models added up, and the ratios to the plain loop.
+def operations(recipe: StepRecipe) -> int:
+    """Multiplications and additions of convolutions and products in one step of one model.
 
-    All in float32, and where the library would train in bfloat16, ours in that as well. AD-FactorVAE, for which there
-    is no plain loop here, is compared to FactorVAE.
+    Both passes of the VAE for one batch, the encoder's first for the other, and both of the discriminator for both.
+    """
+    count, latent_dim = recipe.batch_size, recipe.latent_dim
+    vae, critic = DSpritesVAE(latent_dim), discriminator(latent_dim)
+    x_BCYX = torch.zeros(count, 1, factorvae.SIDE, factorvae.SIDE)
+    with FlopCounterMode(display=False) as counter:
+        reconstruction_B, kl_B = elbo_terms(vae, x_BCYX, torch.Generator())
+        (reconstruction_B + kl_B).sum().backward()
+        critic(torch.zeros(2 * count, latent_dim, requires_grad=True)).sum().backward()
+        with torch.no_grad():
+            vae.encode(x_BCYX)
+    return counter.get_total_flops()
+
+
+def measure(sprites: dsprites.Sprites, recipe: StepRecipe, device: torch.device, rounds: int) -> list[dict]:
+    """Steps per second, those of all models added up, their ratios to the plain loop, and shares of a product's rate.
+
+    AD-FactorVAE, for which there is no plain loop here, is compared to FactorVAE.
     """
     index_N = torch.randperm(len(sprites), generator=torch.Generator().manual_seed(0))[:IMAGES]
     x_NYX = sprites.images(index_N).squeeze(1).cpu().numpy()
     steps = {count: number * (1 if device.type == "cpu" else GPU_STEPS) for count, number in STEPS.items()}
-    grids = {
-        _name(count, precision): (_grid(count), precision)
-        for precision in dict.fromkeys(["float32", devices.choose_precision("auto", device)])
-        for count in STEPS
-    }
+    grids = {_name(count, precision): (_grid(count), precision) for precision in PRECISIONS for count in STEPS}
     grids[ADDED] = (_grid(1, attention_weight=1.0, penalty=VARIANTS["liu2020"]), "float32")
 
-    contestants = {PLAIN: plain_loop(x_NYX, recipe, device, steps[1])}
-    done = {PLAIN: steps[1]}
+    contestants, done, products = {}, {}, {}
+    for precision in PRECISIONS:
+        name = _in(PLAIN, precision)
+        contestants[name], done[name] = plain_loop(x_NYX, recipe, device, precision, steps[1]), steps[1]
+        factor = torch.randn(SIDE, SIDE, device=device, dtype=getattr(torch, precision))
+        products[precision] = lambda factor=factor: factor @ factor
     for name, (candidates, precision) in grids.items():
         number = steps[len(candidates)]
         contestants[name] = side_by_side(candidates, sprites, index_N, recipe, device, precision, number)
         done[name] = number * len(candidates)
 
-    seconds = timing.race(contestants, rounds, device)
-    rows = timing.rows("steps/s", {name: [done[name] / s for s in values] for name, values in seconds.items()})
-    rates = {row["method"]: row["value"] for row in rows}
-    peers = {name: _name(1, "float32") if name == ADDED else PLAIN for name in grids}
-    return [*rows, *(runs.row("ratio", rates[name] / rates[peer], f"{name} / {peer}") for name, peer in peers.items())]
+    seconds = timing.race(contestants | products, rounds, device)
+    rows = timing.rows("steps/s", {name: [number / s for s in seconds[name]] for name, number in done.items()})
+    rates, per_step = {row["method"]: row["value"] for row in rows}, operations(recipe)
+    for name, (_, precision) in grids.items():
+        peer = _name(1, precision) if name == ADDED else _in(PLAIN, precision)
+        rows.append(runs.row("ratio", rates[name] / rates[peer], f"{name} / {peer}"))
+        if name != ADDED:  # its products for L_AD are not counted
+            product = 2 * SIDE**3 / min(seconds[precision])
+            rows.append(runs.row("share of the rate of a product", rates[name] * per_step / product, name))
+    return rows
 
 
 def _name(count: int, precision: str) -> str:
-    models = "1 model" if count == 1 else f"{count} models side by side"
-    return models if precision == "float32" else f"{models}, {precision}"
+    return _in("1 model" if count == 1 else f"{count} models side by side", precision)
+
+
+def _in(name: str, precision: str) -> str:
+    return name if precision == "float32" else f"{name}, {precision}"
 
 
 def _grid(count: int, **choices: object) -> list[Candidate]:

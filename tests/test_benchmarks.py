@@ -142,19 +142,19 @@ def test_the_plain_loop_of_factorvae_takes_the_steps_of_ours(monkeypatch):
     monkeypatch.setattr(torch, "randperm", lambda _count: orders.pop(0))
     step = benchmark.plain_step
 
-    def replayed(vae, critic, optimizers, _x, _other):
+    def replayed(vae, critic, optimizers, _x, _other, precision):
         """The plain step, with the images, the noise and the permutations of ours."""
         pairs = index_N[torch.randint(len(index_N), (12,), generator=drawn)]
         noises.extend(torch.randn(2, 6, 10, generator=drawn))
         orders.extend(torch.rand(6, 10, generator=drawn).argsort(0).T)
         torch.randint(10, (2,), generator=drawn)
-        losses.append(step(vae, critic, optimizers, *sprites.images(pairs).float().chunk(2)))
+        losses.append(step(vae, critic, optimizers, *sprites.images(pairs).float().chunk(2), precision))
         weights.update({"encoder": vae.encoder, "decoder": vae.decoder, "discriminator": critic})
 
     monkeypatch.setattr(benchmark, "plain_step", replayed)
     monkeypatch.setattr(benchmark, "_endless", lambda _loader: iter([torch.empty(2, 0)] * 3))
     weights = {}
-    benchmark.plain_loop(sprites.images(index_N).squeeze(1).numpy(), recipe, CPU, steps=3)()
+    benchmark.plain_loop(sprites.images(index_N).squeeze(1).numpy(), recipe, CPU, "float32", steps=3)()
     for vae_loss, critic_loss in losses:
         parts = factorvae.step(group, sprites.images, index_N, 6, "float32")
         total = parts["reconstruction"] + parts["kl"] + benchmark.GAMMA * parts["total_correlation"]
@@ -173,14 +173,16 @@ def test_pairs_are_an_image_and_one_at_random(monkeypatch):
     assert torch.equal(second, torch.tensor(x_NYX[2:], dtype=torch.float32))
 
 
-def test_the_steps_of_models_side_by_side_are_added_up(monkeypatch):
+def test_the_steps_of_models_side_by_side_are_added_up_and_set_beside_peers_in_the_same_precision(monkeypatch):
     benchmark = load("factorvae")
     monkeypatch.setattr(benchmark, "STEPS", {1: 2, 3: 1})
     monkeypatch.setattr(benchmark, "IMAGES", 8)
-    monkeypatch.setattr(devices, "choose_precision", lambda name, _device: {"auto": "bfloat16"}[name])
+    monkeypatch.setattr(benchmark, "SIDE", 64)
     calls = []
     plain_step, step = benchmark.plain_step, factorvae.step
-    monkeypatch.setattr(benchmark, "plain_step", lambda *given: calls.append("plain") or plain_step(*given))
+    monkeypatch.setattr(
+        benchmark, "plain_step", lambda *given: calls.append(("plain", given[-1])) or plain_step(*given)
+    )
     monkeypatch.setattr(
         factorvae,
         "step",
@@ -194,22 +196,42 @@ def test_the_steps_of_models_side_by_side_are_added_up(monkeypatch):
             turn()
             done[name] = calls[before:]
         assert list(done.values()) == [
-            ["plain"] * 2,
+            [("plain", "float32")] * 2,
+            [("plain", "bfloat16")] * 2,
             [(1, "float32")] * 2,
             [(3, "float32")],
             [(1, "bfloat16")] * 2,
             [(3, "bfloat16")],
             [(1, "float32")] * 2,
+            [],
+            [],
         ]
-        return {name: [0.5] * rounds for name in contestants}
+        return {name: [0.25 if name == in_bfloat16 else 0.5] * rounds for name in contestants}
 
     monkeypatch.setattr(benchmark.timing, "race", race)
-    rows = benchmark.measure(dsprites.load("sample"), replace(benchmark.RECIPE, batch_size=4), CPU, 1)
+    in_bfloat16 = f"{benchmark.PLAIN}, bfloat16"
+    recipe = replace(benchmark.RECIPE, batch_size=4)
+    rows = benchmark.measure(dsprites.load("sample"), recipe, CPU, 1)
     names = ["1 model", "3 models side by side", "1 model, bfloat16", "3 models side by side, bfloat16"]
     rates = dict(zip(names, [4, 6, 4, 6], strict=True))
-    assert values(rows, "steps/s") == {benchmark.PLAIN: 4} | rates | {benchmark.ADDED: 4}
-    ratios = {f"{name} / {benchmark.PLAIN}": rate / 4 for name, rate in rates.items()}
-    assert values(rows, "ratio") == ratios | {f"{benchmark.ADDED} / 1 model": 1}
+    assert values(rows, "steps/s") == {benchmark.PLAIN: 4, in_bfloat16: 8} | rates | {benchmark.ADDED: 4}
+    ratios = [1, 1.5, 0.5, 0.75]
+    peers = [benchmark.PLAIN] * 2 + [in_bfloat16] * 2
+    assert values(rows, "ratio") == {
+        f"{name} / {peer}": ratio for name, peer, ratio in zip(names, peers, ratios, strict=True)
+    } | {f"{benchmark.ADDED} / 1 model": 1}
+    # By hand, without biases and for one image: five convolutions, the posterior, their mirror images (the images have
+    # no gradient), the encoder once more, and six fully connected layers for two draws.
+    encoder = 32 * 16 * 32**2 + 32 * 32 * 16 * 16**2 + 32 * 64 * 16 * 8**2 + 64 * 64 * 16 * 4**2 + 64 * 128 * 16
+    decoder, first = encoder + 128 * 10, 32 * 16 * 32**2
+    encoder += 128 * 20
+    layers = 10 * 1000 + 4 * 1000**2 + 1000 * 2
+    each = 2 * 4 * (3 * (encoder + decoder) - first + encoder + 2 * 3 * layers)
+    assert benchmark.operations(recipe) == each
+    product = 2 * 64**3 / 0.5
+    assert values(rows, "share of the rate of a product") == pytest.approx(
+        {name: rate * each / product for name, rate in rates.items()}
+    )
 
 
 def test_the_change_of_precision_is_set_beside_the_spread_between_seeds(monkeypatch, tmp_path):

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from expvae.models import DSPRITES_LAYERS, DSpritesVAE, SideBySide, discriminator
-from expvae.models._pixels import ToPixels, to_pixels
+from expvae.models._layers import ToPixels, to_pixels
 from expvae_book.training import build
 
 # Channels in, channels out and kernel of each convolution: the first report's Figure 5c, with D latents.

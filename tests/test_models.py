@@ -10,6 +10,7 @@ from torchvision.models import ResNet18_Weights, resnet18
 from torchvision.transforms.functional import normalize
 
 from expvae.models import MNISTVAE, UCSDVAE, BrongersMVTecVAE, BrongersUCSDVAE, MVTecVAE, imagenet_weights
+from expvae.models._layers import ConvTranspose2d
 from expvae_book import training
 from expvae_book.recipes import MVTEC
 
@@ -503,3 +504,22 @@ def test_a_frozen_vae_that_was_cut_off_goes_on(tmp_path):
     assert history.kl == expected.kl
     for name, value in resumed.items():
         assert torch.equal(value, uninterrupted[name]), name
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("kernel_size", [4, 5])
+def test_a_transposed_convolution_is_pytorchs_with_all_its_gradients(kernel_size, precision, tolerance):
+    theirs = nn.ConvTranspose2d(5, 3, kernel_size, stride=2, padding=1).to(memory_format=torch.channels_last)
+    ours = ConvTranspose2d(5, 3, kernel_size, stride=2, padding=1).to(memory_format=torch.channels_last)
+    ours.load_state_dict(theirs.state_dict())
+    x_BCYX = torch.randn(4, 5, 7, 7, generator=torch.Generator().manual_seed(0))
+    found = []
+    for layer in (theirs, ours):
+        inputs = x_BCYX.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            output = layer(inputs)
+        assert output.dtype == precision
+        output.square().sum().backward()
+        found.append([output, inputs.grad, layer.weight.grad, layer.bias.grad])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from expvae.models._pixels import ToPixels, to_pixels
+from expvae.models._layers import ToPixels, to_pixels
 
 DSPRITES_LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")  # 32x32, 16x16, 8x8, 4x4 and 1x1 positions
 
@@ -160,7 +160,9 @@ class SideBySide(nn.Module):
             elif isinstance(layer, ToPixels):
                 x = to_pixels(x, weight, bias, self.count)
             elif isinstance(layer, nn.ConvTranspose2d):
-                x = F.conv_transpose2d(x, weight, bias, layer.stride, layer.padding, groups=self.count)
+                # The bias apart for the reason that `_layers.ConvTranspose2d` gives.
+                x = F.conv_transpose2d(x, weight, None, layer.stride, layer.padding, groups=self.count)
+                x = x.add_(bias[:, None, None])
             else:
                 x = F.conv2d(_channels_last(x), weight, bias, layer.stride, layer.padding, groups=self.count)
         return x

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from expvae.models._pixels import ToPixels
+from expvae.models._layers import ConvTranspose2d, ToPixels
 
 
 class MNISTVAE(nn.Module):
@@ -42,7 +42,7 @@ class MNISTVAE(nn.Module):
                 linear2=nn.Linear(1024, 128 * 7 * 7),
                 relu2=nn.ReLU(),
                 unflatten=nn.Unflatten(1, (128, 7, 7)),
-                deconv1=nn.ConvTranspose2d(128, 64, kernel_size=4, stride=2, padding=1),
+                deconv1=ConvTranspose2d(128, 64, kernel_size=4, stride=2, padding=1),
                 relu3=nn.ReLU(),
                 deconv2=ToPixels(64, 1, kernel_size=4, stride=2, padding=1),
             )

@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights, resnet18
 
+from expvae.models._layers import ConvTranspose2d
+
 DECODER_CHANNELS = (1024, 512, 256, 128, 64, 32)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -153,10 +155,10 @@ def _decoder(**first: nn.Module) -> nn.Sequential:
     """The layers given, which end in 1024x4x4, and transposed convolutions from there to an image of 256x256."""
     layers = OrderedDict(first)
     for number, (wide, narrow) in enumerate(pairwise(DECODER_CHANNELS), start=1):
-        layers[f"deconv{number}"] = nn.ConvTranspose2d(wide, narrow, kernel_size=4, stride=2, padding=1)
+        layers[f"deconv{number}"] = ConvTranspose2d(wide, narrow, kernel_size=4, stride=2, padding=1)
         layers[f"bn{number}"] = nn.BatchNorm2d(narrow)
         layers[f"relu{number}"] = nn.ReLU()
-    layers[f"deconv{len(DECODER_CHANNELS)}"] = nn.ConvTranspose2d(32, 3, kernel_size=4, stride=2, padding=1)
+    layers[f"deconv{len(DECODER_CHANNELS)}"] = ConvTranspose2d(32, 3, kernel_size=4, stride=2, padding=1)
     return nn.Sequential(layers)
 
 

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from expvae.models._pixels import ToPixels
+from expvae.models._layers import ConvTranspose2d, ToPixels
 
 
 class UCSDVAE(nn.Module):
@@ -46,9 +46,9 @@ class UCSDVAE(nn.Module):
                 relu2=nn.ReLU(),
                 unflatten=nn.Unflatten(1, (256, 12, 12)),
                 # conv3 rounds 25 down to 12; kernel 5 leads back from 12 to 25, where kernel 4 gives 24.
-                deconv1=nn.ConvTranspose2d(256, 128, kernel_size=5, stride=2, padding=1),
+                deconv1=ConvTranspose2d(256, 128, kernel_size=5, stride=2, padding=1),
                 relu3=nn.ReLU(),
-                deconv2=nn.ConvTranspose2d(128, 64, kernel_size=4, stride=2, padding=1),
+                deconv2=ConvTranspose2d(128, 64, kernel_size=4, stride=2, padding=1),
                 relu4=nn.ReLU(),
                 deconv3=ToPixels(64, 1, kernel_size=4, stride=2, padding=1),
             )
@@ -111,10 +111,10 @@ class BrongersUCSDVAE(nn.Module):
                 relu2=nn.ReLU(),
                 unflatten=nn.Unflatten(1, (96, 12, 12)),
                 norm1=nn.BatchNorm2d(96),
-                deconv1=nn.ConvTranspose2d(96, 144, kernel_size=4, stride=2, padding=1),
+                deconv1=ConvTranspose2d(96, 144, kernel_size=4, stride=2, padding=1),
                 relu3=nn.ReLU(),
                 norm2=nn.BatchNorm2d(144),
-                deconv2=nn.ConvTranspose2d(144, 192, kernel_size=4, stride=2, padding=1),
+                deconv2=ConvTranspose2d(144, 192, kernel_size=4, stride=2, padding=1),
                 relu4=nn.ReLU(),
                 norm3=nn.BatchNorm2d(192),
                 deconv3=ToPixels(192, 1, kernel_size=4, stride=2, padding=1),

@@ -552,6 +552,18 @@ def test_run_computes_unless_the_book_is_rendered(stored, monkeypatch):
     assert chapters.run("small", {"digit": 2}, lambda: "computed") == "computed"
 
 
+def test_run_finds_a_current_job_where_it_may(stored, monkeypatch):
+    monkeypatch.delenv("EXPVAE_MODE", raising=False)
+    assert chapters.run("small", {"digit": 2}, must_not_compute, find=True).parameters == {"digit": 2}
+    assert chapters.run("small", {"digit": 3}, lambda: "computed", find=True) == "computed"
+    record = json.loads(stored.read_text())
+    stored.write_text(json.dumps(record | {"protocols": {"PIXEL": 0}}))
+    assert chapters.run("small", {"digit": 2}, lambda: "computed", find=True) == "computed"
+    stored.write_text(json.dumps(record | {"data": record["data"] | {"kind": "partial"}}))
+    monkeypatch.setattr(runs, "_data_digest", lambda name: "other files")
+    assert chapters.run("small", {"digit": 2}, lambda: "computed", find=True) == "computed"
+
+
 def test_run_only_reads_while_the_book_is_rendered(stored, monkeypatch, capsys):
     monkeypatch.setenv("EXPVAE_MODE", "read")
     run = chapters.run("small", {"digit": 2}, must_not_compute)

@@ -78,7 +78,9 @@ class ChapterHandler:
         return path
 
 
-def run(chapter: str, parameters: Mapping[str, Value], compute: Callable[[], "Run"]) -> "Run | None":
+def run(
+    chapter: str, parameters: Mapping[str, Value], compute: Callable[[], "Run"], *, find: bool = False
+) -> "Run | None":
     """The run of a chapter: computed under papermill or Jupyter, only looked up while Jupyter Book renders.
 
     While Jupyter Book renders, a missing run stops the page (see `stop_page`): the call has to be the last statement
@@ -89,6 +91,7 @@ def run(chapter: str, parameters: Mapping[str, Value], compute: Callable[[], "Ru
         chapter: The chapter's name, such as "mnist".
         parameters: The parameters that tell its runs apart.
         compute: Makes the run, stores it and returns it.
+        find: Whether a run that is stored and current is taken as it is, for a job that a page shows a part of.
 
     Returns:
         The run, or None where the page has been stopped.
@@ -97,7 +100,8 @@ def run(chapter: str, parameters: Mapping[str, Value], compute: Callable[[], "Ru
 
     if not runs.reading():
         _require_devices(parameters)
-        return compute()
+        stored = runs.load(chapter, parameters) if find else None
+        return stored if _current(stored) else compute()
     run = runs.load(chapter, parameters)
     again = f"Make it {'again ' if run else ''}with\n\n```bash\n{command(chapter, parameters)}\n```"
     if run is None:
@@ -156,7 +160,7 @@ def run_all(
     names = [", ".join(str(one[name]) for name in told_by) for one in wanted]
     if not runs.reading():
         _require_devices(*wanted)
-        missing = [i for i, run in enumerate(found) if run is None or run.outdated or not run.of_data_at_hand]
+        missing = [i for i, run in enumerate(found) if not _current(run)]
         made = compute([dict(wanted[place]) for place in missing]) if missing else []
         for place, run in zip(missing, made, strict=True):
             found[place] = run or found[place]  # an outdated run rather than none
@@ -168,6 +172,10 @@ def run_all(
         said = f"These runs are outdated, because they were made by earlier protocols: {'; '.join(old)}."
         _notice_outdated(said, "Run the chapter again.")
     return found
+
+
+def _current(run: "Run | None") -> bool:
+    return run is not None and not run.outdated and run.of_data_at_hand
 
 
 def command(chapter: str, parameters: Mapping[str, Value]) -> str:

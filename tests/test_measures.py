@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from expvae import PRESETS, Method, attention
 from expvae.metrics import CONVENTIONS
-from expvae_book import explanation, measures, recipes
+from expvae_book import explanation, measures, recipes, weights
 from maps import anomaly_maps, exact
 
 SIDE, RESAMPLES, THRESHOLD = 16, 100, 0.75
@@ -307,3 +308,49 @@ def test_a_budget_counts_epochs_images_and_the_steps_of_a_slow_loop():
     assert of == {"unit": "epochs", "asked": 3, "used": 2} | counts
     of = measures.budget("images", recipe, asked=asked, used=used)
     assert of == {"unit": "images", "asked": 300, "used": 130} | counts
+
+
+# --- over a training --------------------------------------------------------------------------------------------------
+
+
+class Fit:
+    """Stands for a training: what it was asked for, with a cache of epochs, and an end that it does not go beyond."""
+
+    def __init__(self, cached=(), end=None):
+        self.asked, self.cached, self.end = [], cached, end
+
+    def __call__(self, epochs):
+        if not weights._may_train.get():
+            if epochs not in self.cached:
+                raise weights.NotCachedError("not there")
+        elif epochs not in self.cached:
+            self.asked.append(epochs)
+        done = epochs if self.end is None else min(epochs, self.end)
+        return SimpleNamespace(history=SimpleNamespace(kl=[0.0] * done))
+
+
+def test_a_training_goes_to_its_end_by_way_of_stages():
+    fit = Fit()
+    assert [done for done, _ in measures.stages(fit, 100)] == [0, 2, 5, 10, 20, 40, 60, 80, 90, 100] == fit.asked
+    assert [done for done, _ in measures.stages(Fit(), 2)] == [0, 1, 2]
+    assert [done for done, _ in measures.stages(Fit(), 0)] == [0]
+
+
+def test_a_training_that_ends_early_has_its_last_stage_there():
+    fit = Fit(end=13)
+    assert [done for done, _ in measures.stages(fit, 100)] == [0, 2, 5, 10, 13]
+    assert fit.asked == [0, 2, 5, 10, 20]
+
+
+def test_nothing_is_trained_where_the_end_is_in_the_cache():
+    fit = Fit(cached=(10, 100))
+    assert [done for done, _ in measures.stages(fit, 100)] == [10, 100]
+    assert fit.asked == []
+
+
+def test_a_course_without_an_anomaly_is_empty():
+    score_NYX, truth = scene()
+    course = measures.Course()
+    course.add(0, [("map", score_NYX)], measures.Truth(truth.truth_NYX & False, truth.unit_N))
+    assert course.arrays() == {}
+    assert course.rows() == []

@@ -542,3 +542,13 @@ def test_too_large_a_learning_rate_stops_with_a_sentence(tmp_path):
         fit(checkpoint, recipe=replace(RECIPE, learning_rate=1e3), checkpoint_seconds=0.0)
     tensors, _ = checkpoints.read_tensors(checkpoint)
     assert all(value.isfinite().all() for name, value in tensors.items() if name.startswith("model/"))
+
+
+def test_trainings_under_one_clock_share_their_minutes(monkeypatch):
+    monkeypatch.setenv("EXPVAE_MINUTES", "0.01")  # 0.6 s
+    with checkpoints.one_clock():
+        time.sleep(0.7)
+        with checkpoints.told_to_end(True) as due:
+            assert due()
+    with checkpoints.told_to_end(True) as due:
+        assert not due()

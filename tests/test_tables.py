@@ -196,3 +196,26 @@ def test_the_papers_line_in_the_literature_is_the_mean_of_its_table():
     given = given[given["dataset"] == "MVTec AD"]
     assert table.loc["VAE, gradient attention", "Pixel AUROC"] == f"{given['value'].mean():.3f}"
     assert len(given) == 15
+
+
+def test_the_second_reports_runs_are_all_there():
+    table = publications.report2_runs()
+    runs = table.groupby(["gamma", "lambda", "seed"])["step"]
+    assert runs.ngroups == 50
+    assert runs.max().unstack("lambda").max().to_dict() == {0: 300_000, 0.5: 150_000, 1: 150_000, 1.5: 150_000}
+    assert (table["step"] == runs.cumcount().add(1) * 1500).all()
+    scores = table[table["step"] == 150_000].groupby("lambda")["metric_score"]
+    stated = {0: (0.761, 0.095, 10), 0.5: (0.718, 0.071, 10), 1: (0.769, 0.054, 20), 1.5: (0.757, 0.059, 10)}
+    found = scores.agg(["mean", "std", "size"]).round(3)
+    assert {weight: tuple(row) for weight, row in zip(found.index, found.to_numpy(), strict=True)} == stated
+
+
+def test_a_file_that_holds_no_runs_says_so(tmp_path):
+    file, head = tmp_path / "runs.csv", "gamma,lambda,seed,step,metric_score\n"
+    file.write_text("gamma,lambda\n10,1\n")
+    with pytest.raises(ValueError, match=r"runs\.csv: the columns must be gamma,lambda,seed,step,metric_score"):
+        publications.report2_runs(file)
+    for rows in ("10,,1,1500,1.5\n", "10,,1,1500,\n", "10,,1,1500,0.5\n10,0,1,1500,0.6\n"):
+        file.write_text(head + rows)
+        with pytest.raises(ValueError, match=r"runs\.csv: every run needs one metric_score in \[0, 1\]"):
+            publications.report2_runs(file)

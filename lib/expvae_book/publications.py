@@ -24,6 +24,13 @@ COLUMNS = (
 )
 NUMBER = r"(-?[0-9]+(\.[0-9]+)?(e-?[0-9]+)?)?"  # finite, or blank
 PAIRS = r"([^;]*=[^;]*(;[^;]*=[^;]*)*)?"
+RUN_COLUMNS = (
+    "gamma",
+    "lambda",
+    "seed",
+    "step",
+    "metric_score",
+)  # of the runs that were published with Report 2's code
 RECORD_PREFIX = "record:"  # our_metric "record:recipe.batch_size" is an entry of the record, not a row of its metrics
 
 
@@ -58,6 +65,29 @@ def read(folder: str | Path | None = None) -> pd.DataFrame:
     numbers = _numbers(table)
     table["published"] = [_as_published(row) for row in table.to_dict("records")]
     return table.assign(**numbers)[[*COLUMNS, "published", "table"]]
+
+
+def report2_runs(file: str | Path | None = None) -> pd.DataFrame:
+    """Read the runs on dSprites that were published with the second report's code (Jesus et al. 2021, MIT License).
+
+    Args:
+        file: The CSV file; by default `book/reported/report2/dsprites_metric.csv`, which lies beside its licence.
+
+    Returns:
+        One row per run and step at which their metric was taken: gamma, lambda (0 is FactorVAE), seed, step, and
+        metric_score in [0, 1].
+
+    Raises:
+        ValueError: If the file does not hold such rows; the sentence names it.
+    """
+    file = repository() / "book" / "reported" / "report2" / "dsprites_metric.csv" if file is None else Path(file)
+    table = pd.read_csv(file)
+    if tuple(table.columns) != RUN_COLUMNS:
+        raise ValueError(f"{file.name}: the columns must be {','.join(RUN_COLUMNS)}")
+    table = table.fillna({"lambda": 0.0})
+    if not table["metric_score"].between(0, 1).all() or table.duplicated(list(RUN_COLUMNS[:-1])).any():
+        raise ValueError(f"{file.name}: every run needs one metric_score in [0, 1] at each of its steps")
+    return table
 
 
 def select(table: pd.DataFrame, /, **entries: str) -> pd.DataFrame:

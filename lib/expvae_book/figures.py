@@ -315,6 +315,30 @@ def tradeoff(table: pd.DataFrame, *, x: str, y: str) -> Figure:
 
 
 @styled
+def power_curves(lines: Mapping[str, pd.DataFrame], *, target: float, marks: Mapping[str, int]) -> Figure:
+    """The power of a comparison over the number of seeds: a line for each difference, with its band.
+
+    Args:
+        lines: Name of the difference -> columns seeds, power, low, high and simulated, which is drawn as points.
+        target: The power that is asked for; drawn as a dashed line.
+        marks: Name of a design -> its number of seeds; drawn as dotted lines.
+    """
+    figure, axis = _panels(7.0, 3.6)
+    axis.axhline(target, color="0.4", linestyle="--", linewidth=1)
+    for name, seeds in marks.items():
+        axis.axvline(seeds, color="0.4", linestyle=":", linewidth=1)
+        axis.annotate(name, (seeds, 1), (2, 0), textcoords="offset points", rotation=90, va="top", fontsize=8)
+    for (name, line), colour, linestyle, marker in zip(lines.items(), COLOURS, LINES, MARKERS, strict=False):
+        axis.fill_between(line["seeds"], line["low"], line["high"], color=colour, alpha=0.2, linewidth=0)
+        axis.plot(line["seeds"], line["power"], color=colour, linestyle=linestyle, label=name)
+        axis.plot(line["seeds"], line["simulated"], marker, color=colour, markersize=3, label=f"{name}, simulated")
+    axis.set(xlabel="seeds per arm", ylabel="power", ylim=(0, 1.03))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.legend(title="difference in the metric", loc="lower right", fontsize=8)
+    return figure
+
+
+@styled
 def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float | int], Sequence[float]]]], *, x: str) -> Figure:
     """Lines over a common axis, a panel for each quantity.
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from expvae_book import judging, names, publications
+from expvae_book import judging, names, power, publications
 from expvae_book.names import COLLAPSED, METRIC, OVERLAP, PAIRS, PUBLISHED, REFERENCE, SPATIAL
 from expvae_book.report import cells
 from expvae_book.runs import Run, order
@@ -97,6 +97,128 @@ def seed_spread() -> float:
     """How far the seeds of one FactorVAE of Brongers et al. lie apart in their metric."""
     table = publications.select(publications.read(), source="brongers", metric="disentanglement metric")
     return float(np.ptp(table[table["setting"].str.startswith("FactorVAE")]["value"]))
+
+
+def replicates() -> dict[str, pd.DataFrame]:
+    """Published runs that differ within a group by nothing but chance, as far as their code is known.
+
+    Columns: score and group. Those of Report 2's code are taken at the last step that all of them reached. λ never
+    reached the gradient there, so that AD-FactorVAE of one γ is one algorithm whatever its λ.
+    """
+    table = publications.report2_runs().rename(columns={"metric_score": "score"})
+    last = table.groupby(["gamma", "lambda", "seed"])["step"].max().min()
+    table = table[table["step"] == last].assign(group=lambda runs: runs["gamma"].astype(str))
+    trained = table[table["lambda"] > 0]
+    theirs = publications.select(publications.read(), source="brongers", metric="disentanglement metric")
+    return {
+        "Report 2's code, AD-FactorVAE of equal γ": trained,
+        "the same, of equal γ and λ": trained.assign(group=trained["group"] + ", " + trained["lambda"].astype(str)),
+        "Report 2's code, FactorVAE of equal γ": table[table["lambda"] == 0],
+        "Brongers et al., models of equal γ, λ and layer": pd.DataFrame(
+            {"score": theirs["value"], "group": theirs["setting"].str.partition(", seed")[0]}
+        ),
+    }
+
+
+def spreads() -> dict[str, power.Spread]:
+    """The standard deviation of the metric among each of the published replicates."""
+    return {
+        name: power.pooled_spread(runs["score"].to_numpy(), runs["group"].to_numpy())
+        for name, runs in replicates().items()
+    }
+
+
+def spread_lines() -> pd.DataFrame:
+    """The spread of each of the published replicates, as a table."""
+    interval = f"SD [{100 * power.LEVEL:.0f} % interval]"
+    return pd.DataFrame(
+        {"Replicates": name, "Runs": len(runs), interval: str(spread), "Degrees of freedom": spread.freedom}
+        for (name, runs), spread in zip(replicates().items(), spreads().values(), strict=True)
+    )
+
+
+def paper_differences() -> dict[int, float]:
+    """γ -> how much higher the paper's AD-FactorVAE scores than its FactorVAE."""
+    rows = publications.select(publications.read(), source="paper", metric="disentanglement metric")
+    score = rows.set_index("setting")["value"]
+    settings = [setting for setting in score.index if setting.startswith("AD-")]
+    return {int(name.rpartition(" ")[2]): float(score[name] - score[name.removeprefix("AD-")]) for name in settings}
+
+
+def seeds_to_find(spread: power.Spread) -> pd.DataFrame:
+    """How many seeds an arm would need for the paper's differences, at a spread and at the ends of its interval."""
+
+    def needed(delta: float, paired: bool) -> str:
+        at, low, high = (power.seeds_needed(delta, sd, paired=paired) for sd in (spread.sd, spread.low, spread.high))
+        return f"{at} ({low}–{high})"
+
+    return pd.DataFrame(
+        {
+            "γ": gamma,
+            "Paper's difference": f"{delta:.3f}",
+            "Seeds, two-sample interval": needed(delta, False),
+            "Seeds, paired interval": needed(delta, True),
+        }
+        for gamma, delta in paper_differences().items()
+    )
+
+
+def designs() -> list[tuple[str, int, bool]]:
+    """The published designs: what is compared, in how many runs an arm, and whether these are pairs."""
+    printed = publications.select(publications.read(), dataset="dSprites", metric="seeds").set_index("source")["value"]
+    second, third = int(printed["R2"]), int(printed["brongers"])
+    runs = publications.report2_runs()
+    shared = set(runs["gamma"][runs["lambda"] == 0]) & set(runs["gamma"][runs["lambda"] == 1])
+    return [
+        ("Paper, one γ (it prints no number of seeds, and one point)", 1, False),
+        ("Paper, its γ as pairs", len(paper_differences()), True),
+        ("Report 2, one γ", second, False),
+        ("Report 2, its first experiment, γ and seeds as pairs", second * len(shared), True),
+        ("Brongers et al., one λ and layer", third, False),
+    ]
+
+
+def findable(named: dict[str, power.Spread]) -> pd.DataFrame:
+    """The least difference that each published design would find, at each of these spreads."""
+
+    def least(spread: power.Spread, seeds: int, paired: bool) -> str:
+        at, low, high = (
+            power.smallest_difference(sd, seeds, paired=paired) for sd in (spread.sd, spread.low, spread.high)
+        )
+        return f"{at:.3f} ({low:.3f}–{high:.3f})" if np.isfinite(at) else "none: one run has no interval"
+
+    return pd.DataFrame(
+        {"Design": name, "Runs per arm": seeds}
+        | {f"at the spread of {whose}": least(spread, seeds, paired) for whose, spread in named.items()}
+        for name, seeds, paired in designs()
+    )
+
+
+def power_curves(most: int = 20) -> dict[str, pd.DataFrame]:
+    """Power over seeds for the paper's greatest and least difference, at the spread of Report 2's AD-FactorVAE.
+
+    Returns:
+        Name of the difference -> columns seeds, power, low and high (at the ends of the spread's interval), and
+        simulated, from the errors of these runs as they are.
+    """
+    runs = next(iter(replicates().values()))
+    spread = next(iter(spreads().values()))
+    error_N = power.errors(runs["score"].to_numpy(), runs["group"].to_numpy())
+    differences = paper_differences()
+    ends = [max(differences, key=differences.__getitem__), min(differences, key=differences.__getitem__)]
+    return {
+        f"{differences[gamma]:.3f}, the paper's at γ {gamma}": pd.DataFrame(
+            {
+                "seeds": seeds,
+                "power": power.power(differences[gamma], spread.sd, seeds),
+                "low": power.power(differences[gamma], spread.high, seeds),
+                "high": power.power(differences[gamma], spread.low, seeds),
+                "simulated": power.simulated_power(differences[gamma], error_N, seeds),
+            }
+            for seeds in range(2, most + 1)
+        )
+        for gamma in ends
+    }
 
 
 def points(found: Sequence[Run]) -> pd.DataFrame:

@@ -113,6 +113,9 @@ def mnist() -> Numbers:
     patches = ONE_EPOCH | {
         "expvae_book.measures.PRESETS": ("liu2020_code", "most_deviant"),
         "expvae_book.choices.CHOICES": {"normaliser": ("none", "batch")},
+        "expvae_book.jobs.mnist.MAPS": [
+            f"{layer}, {preset}" for layer in ("conv1", "conv2") for preset in ("liu2020_code", "most_deviant")
+        ],
     }
     kept = r"(?!.*digit \d)(?!.*strict)(?!less.*(input|mean|centre|random))(?!IoU, p.*(grid|best))"
     kept += "(?!(AUPRO|average precision|.*IoU|FPR).*(input|mean image|centre|random|reconstruction))"
@@ -157,8 +160,15 @@ def walkway() -> Numbers:
 
     presets = ("liu2020_code", "normal_difference")
     patches = {"expvae_book.data.ucsd.load": fewer, "expvae_book.measures.PRESETS": presets}
+    patches |= {"expvae_book.jobs.ucsd.EVERY": 1, "expvae_book.jobs.ucsd.FOLLOWED_EVERY": 2}
+    patches |= {
+        "expvae_book.jobs.slips.EVERY": 3,
+        "expvae_book.jobs.ucsd.MAPS": [
+            f"{layer}, {preset}" for layer in ("conv1", "conv2", "conv3") for preset in presets
+        ],
+    }
     kept = "(?!IoU, per)(?!(pixel|best).*, change)(?!.*(input|random|centre|conv[13], normal))"
-    return chapter("ucsd", SAMPLE | {"epochs": 1}, patches, {"EVERY": "3"}, kept)
+    return chapter("ucsd", SAMPLE | {"epochs": 1}, patches, {}, kept)
 
 
 def workpieces() -> Numbers:
@@ -176,9 +186,11 @@ def workpieces() -> Numbers:
         "expvae_book.defects.SHOWN_MAP": ("layer4.1.conv2", "liu2020_code"),
         "expvae_book.localisation.PICTURED": (),
         "expvae_book.defects.FOLLOWED": ((("liu2020_code",), ("layer4.1.conv2",)),),
+        "expvae_book.defects.FEW": 3,
+        "expvae_book.defects.RANDOMISED": ((("liu2020_code",), ("layer4.1.conv2",)),),
         "expvae_book.defects.CASES": (
-            (("liu2020_code", "normal_difference"), ("layer4.1.conv2",), None),
-            (("brongers2021",), ("conv1",), 3),
+            (("liu2020_code", "normal_difference"), ("layer4.1.conv2",), 1.0),
+            (("brongers2021",), ("conv1",), 0.0),
         ),
     }
     given = {"categories": "bottle", "augmented": 4, "epochs": 1, "initial": "random", "precision": "float32"}

@@ -15,11 +15,23 @@ from torch import nn
 
 from expvae import attention, models
 from expvae.metrics import CONVENTIONS
-from expvae_book import baselines, defects, explanation, localisation, measures, names, probes, recipes, runs, training
+from expvae_book import (
+    baselines,
+    defects,
+    explanation,
+    localisation,
+    measures,
+    names,
+    probes,
+    randomised,
+    recipes,
+    runs,
+    training,
+)
 from expvae_book.data import mvtec
 from expvae_book.data.card import DataCard
 from expvae_book.data.imagenet import ImageNet
-from expvae_book.names import ATTENTION, BASELINES, COMMON, FIELDS, LAYERS, METHODS, SSIM
+from expvae_book.names import ATTENTION, BASELINES, COMMON, LAYERS, METHODS, SSIM
 
 SIDE = 64
 DEFECTS = ["broken", "broken", "good", "good", "stained", "stained"]
@@ -37,12 +49,12 @@ PARAMETERS = {
 }
 SHOWN = "layer2.1.conv1, liu2020_code"
 PICTURED = localisation.PICTURED
-SIMPLE = [name for name in BASELINES if name != COMMON]
+SIMPLE = [name for name in BASELINES if name != COMMON] + [names.PRIOR]
 # Every layer by every preset; by that of the paper, which needs a backward pass for each latent, on few images before
-# the second stage.
+# the last stage.
 ALL_IMAGES = [f"{layer}, {preset}" for preset in measures.PRESETS[1:] for layer in LAYERS]
-ALL_IMAGES += [f"{layer}, liu2020_paper" for layer in LAYERS[3:]]
-FEW_IMAGES = [f"{layer}, liu2020_paper" for layer in LAYERS[:3]]
+ALL_IMAGES += [f"{layer}, liu2020_paper" for layer in LAYERS[5:]]
+FEW_IMAGES = [f"{layer}, liu2020_paper" for layer in LAYERS[:5]]
 MAPS = ALL_IMAGES + FEW_IMAGES
 LATENT_METRICS = {
     "parameters",
@@ -58,6 +70,7 @@ PIXEL_METRICS = {
     names.CHANGE,
     "best IoU (oracle), change",
     names.MISSED,
+    names.KEPT_RANKS,
     "anomalous pixels",
     "AUROC within images, mean",
     "share of the attention's variance that all images share",
@@ -108,8 +121,6 @@ def fewer_of_everything():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measures, "RESAMPLES", 100)
         patch.setattr(defects, "FEW", 4)
-        cases = [(presets, layers, few and 4) for presets, layers, few in defects.CASES]
-        patch.setattr(defects, "CASES", cases)
         yield
 
 
@@ -234,12 +245,13 @@ def test_every_map_has_its_rows(computed):
     commons = [f"mean of {name}" for name in MAPS]
     measured = {*MAPS, *SIMPLE}
     for title in measures.FIELDS.values():
-        expected = measured | set(commons) if title in FIELDS.values() else measured
+        expected = measured | set(commons) if title in defects.PLAIN.values() else measured
         assert set(run.rows(title)["method"]) == expected
     assert set(run.rows(names.MISSED)["method"]) == measured
     pairs = {f"{name} − {other}" for name in ALL_IMAGES for other in SIMPLE}
     pairs |= {f"{name} − mean of {name}" for name in MAPS}
-    assert set(run.rows(names.DIFFERENCE)["method"]) == pairs
+    last = run.rows(names.DIFFERENCE)["subset"] == names.LAST
+    assert set(run.rows(names.DIFFERENCE)[~last]["method"]) == pairs
     images = {(row.method, row.subset) for row in run.rows("image AUROC").itertuples()}
     assert images == {(name, how) for name in measured for how in ("mean", "maximum")}
     for average, classes in CONVENTIONS:
@@ -256,9 +268,10 @@ def test_every_map_has_its_rows(computed):
     others = [*SIMPLE, "brightness", "edges", f"mean of {SHOWN}"]
     assert likened[likened["subset"] == SHOWN]["method"].tolist() == others
     shown = run.at("layer2.1.conv1", "liu2020_code")
-    for title in (*FIELDS.values(), names.DIFFERENCE):
+    for title in (*defects.PLAIN.values(), names.DIFFERENCE):
         methods = shown.rows(title).query("subset == ''")["method"].tolist()
-        expected = METHODS if title != names.DIFFERENCE else [f"attention − {name}" for name in BASELINES]
+        beside = [*SIMPLE, COMMON]
+        expected = [ATTENTION, *beside] if title != names.DIFFERENCE else [f"attention − {name}" for name in beside]
         assert sorted(methods) == sorted(expected)
 
 
@@ -267,7 +280,7 @@ def test_few_images_are_explained_where_each_latent_needs_a_pass(computed):
     rows = run.rows("pixel AUROC").query("subset == ''").set_index("method")
     assert {rows.loc[name, "n"] for name in ALL_IMAGES} == {6}
     assert {rows.loc[name, "n"] for name in [*FEW_IMAGES, f"mean of {FEW_IMAGES[0]}"]} == {4}
-    some_N = defects.some_of(6, 4)
+    some_N = defects.some_of(6)
     trained = probes_model(run)
     map_NYX = explain(trained, category().test_NCYX[some_N], "conv1", "liu2020_paper", batch=8, seed=0)
     truth_NYX = torch.stack([category().test_mask[i] for i in some_N])
@@ -275,14 +288,16 @@ def test_few_images_are_explained_where_each_latent_needs_a_pass(computed):
     assert rows.loc["conv1, liu2020_paper", "value"] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize(("count", "few"), [(10, 4), (3, 4), (5, None), (0, 4)])
-def test_some_are_drawn_at_random_and_the_same_for_every_job(count, few):
-    some_K = defects.some_of(count, few)
+@pytest.mark.parametrize(
+    ("count", "share", "drawn"), [(10, 0.0, 4), (3, 0.0, 3), (5, 1.0, 5), (0, 0.5, 0), (30, 0.3, 9)]
+)
+def test_some_are_drawn_at_random_and_the_same_for_every_job(count, share, drawn):
+    some_K = defects.some_of(count, share)
     assert some_K.tolist() == sorted(set(some_K.tolist()) & set(range(count)))
-    assert len(some_K) == min(count, count if few is None else few)
-    assert torch.equal(some_K, defects.some_of(count, few))
-    assert defects.some_of(10, 4).tolist() != [0, 1, 2, 3]
-    assert set(defects.some_of(10, 4).tolist()) <= set(defects.some_of(10, 5).tolist())
+    assert len(some_K) == drawn
+    assert torch.equal(some_K, defects.some_of(count, share))
+    assert defects.some_of(10).tolist() != [0, 1, 2, 3]
+    assert set(defects.some_of(10).tolist()) <= set(defects.some_of(10, 0.5).tolist())
 
 
 def test_images_without_a_mask_do_not_count_among_pixels(computed):
@@ -294,12 +309,12 @@ def test_images_without_a_mask_do_not_count_among_pixels(computed):
 def test_the_record_says_how_it_was_trained(computed):
     record = computed["all"].record
     assert record["parameters"] == PARAMETERS
-    steps, steps_used = (-(-images // recipes.MVTEC["report1"].batch_size) for images in (10_000, 12))
+    steps, steps_used = (-(-images // recipes.MVTEC["report1"].batch_size) for images in (8, 12))
     assert record["budget"] == {
         "unit": "images",
-        "asked": 300 * 10_000,
+        "asked": 300 * 8,
         "used": 12,
-        "images": {"asked": 300 * 10_000, "used": 12},
+        "images": {"asked": 300 * 8, "used": 12},
         "steps": {"asked": 300 * steps, "used": steps_used},
     }
     assert record["recipe"] == json.loads(json.dumps(vars(recipes.MVTEC["report1"])))
@@ -323,12 +338,21 @@ def test_the_record_says_how_it_was_trained(computed):
     followed = {
         f"{layer}, {preset}" for presets, layers in defects.FOLLOWED for preset, layer in product(presets, layers)
     }
-    course = {"course/steps", *(f"course/{name}" for name in followed)}
-    assert computed["all"].arrays.keys() == always | resamples | flagged | pictured | course
+    seen = {*followed, names.PRIOR}
+    course = {"course/steps", *(f"{part}/{name}" for part in ("course", "judged") for name in seen)}
+    compared = {
+        f"compared/{layer}, {preset}{part}"
+        for presets, layers in defects.RANDOMISED
+        for preset, layer in product(presets, layers)
+        for part in ("", ", peak")
+    }
+    assert computed["all"].arrays.keys() == always | resamples | flagged | pictured | course | compared
     assert computed["all"].arrays["course/steps"].tolist() == [0, steps_used]
     assert {name.partition("/")[0] for name in computed["no good"].arrays} == always | {
         "resamples",
         "course",
+        "judged",
+        "compared",
     }  # not of seed 0
     assert {name.partition("/")[0] for name in computed["no masks"].arrays} == always | {"resamples"}
     assert computed["no test"].arrays.keys() == {"kl_per_latent"}
@@ -604,7 +628,8 @@ def test_measures_of_single_maps(data, maps):
     others = {name: torch.from_numpy(np.asarray(other_NYX, dtype=np.float32)) for name, other_NYX in likened.items()}
     rows = defects.resemblance_rows(SHOWN, maps[ATTENTION], others)
     for name, other_NYX in likened.items():
-        pairs = zip(maps[ATTENTION].numpy()[:, ::8, ::8], other_NYX[:, ::8, ::8], strict=True)
+        step = SIDE // randomised.SIDE
+        pairs = zip(maps[ATTENTION].numpy()[:, ::step, ::step], other_NYX[:, ::step, ::step], strict=True)
         expected = np.mean([spearmanr(ours.ravel(), other.ravel()).statistic for ours, other in pairs])
         assert value(rows, "rank correlation with the attention", name, SHOWN) == pytest.approx(expected, abs=1e-3)
 

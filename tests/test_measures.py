@@ -12,7 +12,7 @@ from torch import nn
 
 from expvae import PRESETS, Method, attention
 from expvae.metrics import CONVENTIONS
-from expvae_book import explanation, measures, recipes, weights
+from expvae_book import explanation, measures, names, recipes, weights
 from maps import anomaly_maps, exact
 
 SIDE, RESAMPLES, THRESHOLD = 16, 100, 0.75
@@ -277,25 +277,52 @@ def test_examples_are_the_maps_at_the_resolution_of_the_layer(model, x_NCYX):
     assert not np.array_equal(same["conv1, normal_difference"], other["conv1, normal_difference"])
 
 
-def test_a_course_holds_the_measures_at_each_stage_and_the_mean_over_the_last():
+def test_a_course_holds_the_measures_at_each_stage_and_what_verdicts_pair(monkeypatch):
+    monkeypatch.setattr(measures, "RESAMPLES", 100)
     score_NYX, truth = scene()
-    stages = [{"one": another(score_NYX, seed), "two": another(score_NYX, seed + 50)} for seed in range(4)]
+    prior_NYX = another(score_NYX, 99)
+    stages = [
+        {"one": another(score_NYX, seed), "two": another(score_NYX, seed + 50), names.PRIOR: prior_NYX}
+        for seed in range(4)
+    ]
     course = measures.Course()
     for steps, maps in zip((0, 5, 9, 20), stages, strict=True):
         course.add(steps, maps.items(), truth)
     arrays, flat = course.arrays(), truth.truth_NYX.flatten().numpy()
-    assert arrays.keys() == {"course/steps", "course/one", "course/two"}
+    kept = {f"{part}/{name}" for part in ("course", "judged") for name in ("one", "two", names.PRIOR)}
+    assert arrays.keys() == {"course/steps"} | kept
     assert arrays["course/steps"].tolist() == [0, 5, 9, 20]
-    for name in ("one", "two"):
-        aurocs = [roc_auc_score(flat, maps[name].flatten()) for maps in stages]
+    rows, aurocs = course.rows(), {}
+    for name in ("one", "two", names.PRIOR):
+        aurocs[name] = [roc_auc_score(flat, maps[name].flatten()) for maps in stages]
         precisions = [average_precision_score(flat, maps[name].flatten()) for maps in stages]
-        np.testing.assert_allclose(arrays[f"course/{name}"][:, 0], aurocs, atol=1e-6)
+        np.testing.assert_allclose(arrays[f"course/{name}"][:, 0], aurocs[name], atol=1e-6)
         np.testing.assert_allclose(arrays[f"course/{name}"][:, 1], precisions, atol=1e-6)
-        for metric, values in {"pixel AUROC": aurocs, "average precision": precisions}.items():
-            row = value(course.rows(), metric, name, "mean of the last stages")
+        for metric, values in {"pixel AUROC": aurocs[name], "average precision": precisions}.items():
+            row = value(rows, metric, name, "mean of the last stages")
             assert row["value"] == pytest.approx(np.mean(values[-3:]), abs=1e-6)
-            assert (row["low"], row["n"]) == (None, 3)
-    assert len(course.rows()) == 2 * len(measures.FOLLOWED)
+            best = value(rows, metric, name, "best of the stages (oracle)")
+            assert best["value"] == pytest.approx(max(values), abs=1e-6)
+        # The resamples of each stage are those of the same seed, so that stages are paired.
+        drawn_SR = np.array([truth.count(maps[name]).resampled_aurocs(measures.SEED, 100) for maps in stages])
+        judged = np.array([drawn_SR[0], drawn_SR[1:].mean(0)])
+        np.testing.assert_allclose(arrays[f"judged/{name}"], judged, atol=2**-11)
+        row = value(rows, "pixel AUROC, difference", f"{name} − untrained", "mean of the last stages")
+        assert row["value"] == pytest.approx(np.mean(aurocs[name][-3:]) - aurocs[name][0], abs=1e-6)
+        low, high = np.percentile(judged[1] - judged[0], [2.5, 97.5])
+        assert (row["low"], row["high"]) == pytest.approx((low, high), abs=1e-6)
+    row = value(rows, "pixel AUROC, difference", f"one − {names.PRIOR}", "mean of the last stages")
+    assert row["value"] == pytest.approx(np.mean(aurocs["one"][-3:]) - aurocs[names.PRIOR][-1], abs=1e-6)
+
+
+def test_a_course_that_did_not_see_the_untrained_network_compares_nothing_with_it():
+    score_NYX, truth = scene()
+    course = measures.Course("strokes")
+    for steps in (5, 9):
+        course.add(steps, [("one", another(score_NYX, steps))], truth)
+    assert np.isnan(course.arrays()["strokes/judged/one"][0]).all()
+    assert all(row["metric"] != "pixel AUROC, difference" for row in course.rows())
+    assert {row["subset"].partition(", ")[2] for row in course.rows()} == {"strokes"}
 
 
 def test_a_budget_counts_epochs_images_and_the_steps_of_a_slow_loop():
@@ -344,8 +371,8 @@ def test_a_training_that_ends_early_has_its_last_stage_there():
 
 def test_nothing_is_trained_where_the_end_is_in_the_cache():
     fit = Fit(cached=(10, 100))
-    assert [done for done, _ in measures.stages(fit, 100)] == [10, 100]
-    assert fit.asked == []
+    assert [done for done, _ in measures.stages(fit, 100)] == [0, 10, 100]
+    assert fit.asked == [0]  # the untrained network, which is no training
 
 
 def test_a_course_without_an_anomaly_is_empty():

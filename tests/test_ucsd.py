@@ -1,4 +1,4 @@
-"""The UCSD chapter: its code as it stands on the page, against captum and scikit-learn."""
+"""The job of UCSD Ped1 and the published slips, against captum and scikit-learn."""
 
 import dataclasses
 import inspect
@@ -9,7 +9,6 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 
-import jupytext
 import numpy as np
 import pytest
 import torch
@@ -25,21 +24,21 @@ from expvae_book import measures
 from expvae_book.chapters import BOOK
 from expvae_book.data import ucsd
 from expvae_book.data.card import DataCard
+from expvae_book.jobs import slips
+from expvae_book.jobs import ucsd as job
 
 LAYERS = ("conv1", "conv2", "conv3")
 SIDE = 20
 
 
-@pytest.fixture(scope="module")
-def chapter():
-    """Names that the chapter's own cells define, up to its run."""
-    names = {}
-    for cell in jupytext.read(BOOK / "ucsd.md", fmt="md:myst").cells:
-        if cell.cell_type == "code" and "remove-input" not in cell.metadata.get("tags", []):
-            if "chapters.run(" in cell.source:
-                break
-            exec(cell.source, names)
-    return names
+def footage(clips, validation=(1,), every=1, batch=32):
+    """What a job sees of these clips: the frames of some clips choose the threshold, all others are measured."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "EVERY", every)
+        left = job.thinned(clips)
+    validation_N = torch.isin(left.test_clip_N, torch.tensor(validation))
+    train_NCYX = left.train_NYX[:, None]
+    return job.Footage(clips, left, train_NCYX, train_NCYX[:10], validation_N, ~validation_N, batch)
 
 
 @pytest.fixture(autouse=True)
@@ -77,9 +76,9 @@ def clips():
 
 
 @pytest.fixture(scope="module")
-def maps(chapter, clips):
+def maps(clips):
     generator = torch.Generator().manual_seed(3)
-    names = [chapter["SHOWN"], "mean image difference", "reconstruction", "reconstruction error"]
+    names = ["conv2, liu2020_code", "mean image difference", "reconstruction", "reconstruction error"]
     return {name: torch.rand(40, SIDE, SIDE, generator=generator) for name in names}
 
 
@@ -89,7 +88,7 @@ def masked(clips):
 
 
 class Small(nn.Module):
-    """A VAE with the layers of the chapter's, for the small frames of `clips`."""
+    """A VAE with the layers of the job's, for the small frames of `clips`."""
 
     def __init__(self):
         super().__init__()
@@ -122,13 +121,13 @@ def found(rows, metric, method, subset="test clips"):
     return next(row for row in rows if (row["metric"], row["method"], row["subset"]) == (metric, method, subset))
 
 
-def test_layers_give_different_maps_and_each_is_captums(chapter, model, x_BCYX):
-    maps = {name: chapter["gradcam"](model, name, x_BCYX, first_stored=False) for name in LAYERS}
+def test_layers_give_different_maps_and_each_is_captums(model, x_BCYX):
+    maps = {name: slips.gradcam(model, name, x_BCYX, first_stored=False) for name in LAYERS}
     for name, map_BYX in maps.items():
         captum = LayerGradCam(lambda x: model.encode(x)[0].sum(1), getattr(model.encoder, name))
         theirs_B1HW = captum.attribute(x_BCYX).detach()
         theirs_BYX = torch.nn.functional.interpolate(theirs_B1HW, (100, 100), mode="bilinear").abs()[:, 0]
-        # The chapter's are divided by the size of the gradient over the batch.
+        # Those of the slips are divided by the size of the gradient over the batch.
         torch.testing.assert_close(map_BYX / map_BYX.max(), theirs_BYX / theirs_BYX.max(), rtol=1e-4, atol=1e-5)
         ours = attention(model.encode, f"encoder.{name}", x_BCYX, "liu2020_code")
         torch.testing.assert_close(map_BYX, ours.map_BYX, rtol=1e-4, atol=1e-6)
@@ -136,38 +135,39 @@ def test_layers_give_different_maps_and_each_is_captums(chapter, model, x_BCYX):
         assert np.corrcoef(maps[one].flatten(), maps[other].flatten())[0, 1] < 0.99
 
 
-def test_the_slip_gives_one_map_for_all_layers(chapter, model, x_BCYX):
-    slipped = [chapter["gradcam"](model, name, x_BCYX, first_stored=True) for name in LAYERS]
-    right = chapter["gradcam"](model, "conv1", x_BCYX, first_stored=False)
+def test_the_slip_gives_one_map_for_all_layers(model, x_BCYX):
+    slipped = [slips.gradcam(model, name, x_BCYX, first_stored=True) for name in LAYERS]
+    right = slips.gradcam(model, "conv1", x_BCYX, first_stored=False)
     assert all(torch.equal(map_BYX, right) for map_BYX in slipped)
 
 
 MEASURED = ("conv2, liu2020_code", "mean image difference")
 
 
-def test_clips_without_masks_are_left_out(chapter, clips):
-    kept, left = masked(clips), chapter["with_masks"](clips)
-    assert len(kept) == 32
+@pytest.mark.parametrize("every", (1, 2, 3))
+def test_clips_without_masks_are_left_out_and_frames_between(clips, every):
+    kept = [i for i in masked(clips) if i % 8 % every == 0]  # a clip has eight frames
+    left = footage(clips, every=every).clips
+    assert len(kept) == 4 * -(-8 // every)
     torch.testing.assert_close(left.test_NYX, clips.test_NYX[kept])
     assert left.test_clip_N.tolist() == clips.test_clip_N[kept].tolist()
     assert all(one is clips.test_mask[i] for one, i in zip(left.test_mask, kept, strict=True))
     assert torch.equal(left.train_NYX, clips.train_NYX)
 
 
-def measured_maps(chapter, clips, maps):
-    """What the chapter measures of two maps, with the first clip for validation, and the frames that count."""
-    kept, left = masked(clips), chapter["with_masks"](clips)
-    validation_N = left.test_clip_N == 1
+def measured_maps(clips, maps):
+    """What a job measures of two maps, with the first clip for validation, and the frames that count."""
+    kept = masked(clips)
     given = ((name, maps[name][kept]) for name in MEASURED)
-    measured, moving = chapter["map_rows"](given, left, left.test_NYX > 180, validation_N, ~validation_N)
+    measured, moving = job.map_rows(given, footage(clips))
     return measured, moving, [i for i in kept if clips.test_clip_N[i] != 1]
 
 
-def test_scores_are_scikit_learns(chapter, clips, maps):
-    measured, moving, kept = measured_maps(chapter, clips, maps)
+def test_scores_are_scikit_learns(clips, maps):
+    measured, moving, kept = measured_maps(clips, maps)
     rows, mask_N, clip_N = measured.rows + moving, clips.test_mask, clips.test_clip_N
     truth_MYX = torch.stack([mask_N[i] for i in kept]).numpy()
-    moving_NYX = clips.test_NYX > 180
+    moving_NYX = (clips.test_NYX / 255 - (clips.train_NYX / 255).mean(0)).abs() >= 0.1
     for name in MEASURED:
         score_MYX = maps[name][kept].numpy()
         flat = truth_MYX.ravel(), score_MYX.ravel()
@@ -190,8 +190,8 @@ def test_scores_are_scikit_learns(chapter, clips, maps):
             assert row["value"] == pytest.approx(roc_auc_score(flag_M, score_M), abs=1e-6)
 
 
-def test_the_threshold_comes_from_the_validation_clips(chapter, clips, maps):
-    measured, _, kept = measured_maps(chapter, clips, maps)
+def test_the_threshold_comes_from_the_validation_clips(clips, maps):
+    measured, _, kept = measured_maps(clips, maps)
 
     def iou(score_YX, truth_YX, threshold):
         flagged = score_YX >= threshold
@@ -210,12 +210,12 @@ def test_the_threshold_comes_from_the_validation_clips(chapter, clips, maps):
     assert expected <= found(measured.rows, "best IoU (oracle)", MEASURED[0])["value"]
 
 
-def test_frames_are_drawn_from_as_many_clips_as_there_are(chapter, clips):
-    test_N = clips.test_clip_N != 1
+def test_frames_are_drawn_from_as_many_clips_as_there_are(clips):
+    seen = footage(clips)
     for anomalous in (True, False):
-        at = chapter["drawn"](clips, test_N, anomalous)
-        assert [clips.test_anomalous[i] for i in at] == [anomalous] * 4
-        assert set(clips.test_clip_N[at][:3].tolist()) == {3, 4, 5}
+        at = job.drawn(seen, anomalous)
+        assert [seen.clips.test_anomalous[i] for i in at] == [anomalous] * 4
+        assert set(seen.clips.test_clip_N[at][:3].tolist()) == {3, 4, 5}
         assert len(set(at.tolist())) == 4
 
 
@@ -226,33 +226,33 @@ def auroc(map_NYX, mask_N, normal=False):
     return roc_auc_score(truth.flatten(), map_NYX[kept].flatten())
 
 
-def test_every_map_of_a_job_is_that_of_the_library(chapter, clips, small):
-    normal = (torch.zeros(16), torch.zeros(16))
-    maps = dict(chapter["explained"](small, clips.test_NYX, normal))
-    assert list(maps) == chapter["MAPS"] == [f"{layer}, {by}" for layer in LAYERS for by in measures.PRESETS]
+def test_every_map_of_a_job_is_that_of_the_library(clips, small):
+    seen = footage(clips)
+    maps = dict(seen.explain(small, torch.arange(len(seen.clips.test_NYX)), LAYERS, measures.PRESETS))
+    assert list(maps) == job.MAPS == [f"{layer}, {by}" for layer in LAYERS for by in measures.PRESETS]
     for name in ("conv1, liu2020_paper", "conv3, liu2020_code"):
         layer, preset = name.split(", ")
         parts = [
             attention(small.encode, f"encoder.{layer}", x_BCYX / 255, preset).map_BYX
-            for x_BCYX in clips.test_NYX[:, None].split(32)
+            for x_BCYX in seen.clips.test_NYX[:, None].split(32)
         ]
         torch.testing.assert_close(maps[name], torch.cat(parts), rtol=1e-4, atol=1e-6)
 
 
-def test_differences_are_those_of_the_maps(chapter, clips, monkeypatch):
+def test_differences_are_those_of_the_maps(clips, monkeypatch):
     monkeypatch.setattr(measures, "PRESETS", ("liu2020_code",))
     names = [f"{layer}, liu2020_code" for layer in LAYERS]
-    monkeypatch.setitem(chapter, "MAPS", names)
-    kept, left = masked(clips), chapter["with_masks"](clips)
+    monkeypatch.setattr(job, "MAPS", names)
+    kept, left = masked(clips), footage(clips).clips
     generator = torch.Generator().manual_seed(8)
-    baseline = list(chapter["baselines"].NAMES)
+    baseline = job.SIMPLE
     maps = {name: torch.rand(len(kept), SIDE, SIDE, generator=generator) for name in [*names, *baseline]}
     truth = measures.Truth(torch.stack(left.test_mask), left.test_clip_N, "test clips")
     measured = measures.Measured()
     for name, map_NYX in maps.items():
         measured.pixels(name, map_NYX, truth, {"auroc": "pixel AUROC"})
     scores = {name: auroc(map_NYX, left.test_mask) for name, map_NYX in maps.items()}
-    rows = chapter["difference_rows"](measured)
+    rows = job.difference_rows(measured)
     pairs = [(f"{one} − {other}", one, other) for one in names for other in baseline]
     pairs += [
         (f"liu2020_code, {one} − {other}", f"{one}, liu2020_code", f"{other}, liu2020_code")
@@ -266,20 +266,19 @@ def test_differences_are_those_of_the_maps(chapter, clips, monkeypatch):
         assert row["n"] == 4
 
 
-def test_where_no_frame_is_anomalous_no_choice_is_judged(chapter, clips, small):
-    left = chapter["with_masks"](clips)
-    normal_N = torch.tensor([not mask.any() for mask in left.test_mask])
-    assert chapter["change_rows"](small, left, normal_N, None) == []
+def test_where_no_frame_is_anomalous_no_choice_is_judged(clips, small):
+    normal = [None if mask is None else torch.zeros_like(mask) for mask in clips.test_mask]
+    assert job.change_rows(small, footage(dataclasses.replace(clips, test_mask=normal))) == []
 
 
-def test_what_is_pictured_is_of_two_frames_with_and_two_without_an_anomaly(chapter, clips, small, monkeypatch):
+def test_what_is_pictured_is_of_two_frames_with_and_two_without_an_anomaly(clips, small, monkeypatch):
     monkeypatch.setattr(measures, "PRESETS", ("liu2020_code",))
-    left = chapter["with_masks"](clips)
-    test_N = left.test_clip_N != 1
+    seen = footage(clips)
+    left = seen.clips
     torch.manual_seed(9)
     start = Small().eval()
-    arrays = chapter["pictured"](small, start, left, test_N, left.train_NYX[:, None])
-    at = torch.cat([chapter["drawn"](left, test_N, flag)[:2] for flag in (True, False)])
+    arrays = job.pictured(small, start, seen)
+    at = torch.cat([job.drawn(seen, flag)[:2] for flag in (True, False)])
     assert [left.test_anomalous[i] for i in at] == [True, True, False, False]
     kept = {f"{state}/{name}, liu2020_code" for state in ("trained", "untrained") for name in LAYERS}
     assert arrays.keys() == kept | {f"{name}, peak" for name in kept}
@@ -291,11 +290,10 @@ def test_what_is_pictured_is_of_two_frames_with_and_two_without_an_anomaly(chapt
         np.testing.assert_allclose(ours.astype(float) * peak, map_BHW, rtol=2**-10, atol=1e-6)
 
 
-def test_every_switch_is_compared_with_the_case_without_it(chapter, clips, small, monkeypatch):
-    monkeypatch.setitem(chapter, "EVERY", 1)
+def test_every_switch_is_compared_with_the_case_without_it(clips, small, monkeypatch):
+    monkeypatch.setattr(slips, "EVERY", 1)
     cut = dataclasses.replace(clips, test_mask=[None if m is None else m & m.roll(1, 0) for m in clips.test_mask])
-    monkeypatch.setitem(chapter, "load_clips", lambda mask_resize: {"truncated": cut}[mask_resize])
-    rows = chapter["switches"](small, clips, None)
+    rows = slips.rows(small, clips, cut, 32)
     x_NCYX = clips.test_NYX[:, None] / 255
     score = partial(auroc, mask_N=clips.test_mask)
 
@@ -313,7 +311,7 @@ def test_every_switch_is_compared_with_the_case_without_it(chapter, clips, small
     expected["masks", "the release's only, others normal"] = auroc(corrected, released, normal=True)
     for name in LAYERS:
         for slip, first in (("as asked", False), ("first stored", True)):
-            parts = [chapter["gradcam"](small, name, x, first) for x in x_NCYX.split(32)]
+            parts = [slips.gradcam(small, name, x, first) for x in x_NCYX.split(32)]
             expected[f"hook, {slip}", name] = score(torch.cat(parts))
     got = {(row["method"], row["subset"]): row["value"] for row in rows if row["metric"] == "switch"}
     assert got == pytest.approx(expected, abs=1e-6)
@@ -331,29 +329,31 @@ def test_every_switch_is_compared_with_the_case_without_it(chapter, clips, small
     assert expected["hook, first stored", "conv3"] == expected["hook, as asked", "conv1"]
 
 
-def test_where_all_clips_have_masks_those_of_the_release_are_taken(chapter, clips, small, monkeypatch):
-    monkeypatch.setitem(chapter, "EVERY", 1)
+def test_where_all_clips_have_masks_those_of_the_release_are_taken(clips, small, monkeypatch):
+    monkeypatch.setattr(slips, "EVERY", 1)
     complete = [torch.zeros(SIDE, SIDE, dtype=torch.bool) if m is None else m for m in clips.test_mask]
     masked = dataclasses.replace(clips, test_mask=complete)
-    monkeypatch.setitem(chapter, "load_clips", lambda _mask_resize: masked)
-    rows = chapter["switches"](small, masked, None)
+    rows = slips.rows(small, masked, masked, 32)
     assert found(rows, "switch", "masks", "the release's only")["n"] == 2  # 3 and 4 of the clips 1 to 5
     assert found(rows, "switch", "masks", "the release's only, others normal")["n"] == 5
 
 
-def test_the_noise_of_a_frame_does_not_depend_on_the_batch(chapter, clips, small):
-    how = Method(score="normal_difference")
-    normal = (torch.zeros(16), torch.zeros(16))
-    one_frame = clips.test_NYX[:1].repeat(40, 1, 1)
-    maps = [chapter["explain"](small, one_frame, {"map": how}, normal=normal, batch=batch)["map"] for batch in (8, 40)]
-    torch.testing.assert_close(*maps)
-    assert (maps[0] - maps[0][0]).flatten(1).abs().amax(1)[1:].min() > 0
+def test_the_noise_of_a_frame_does_not_depend_on_the_batch(clips, small):
+    alike = dataclasses.replace(clips, test_NYX=clips.test_NYX[:1].repeat(40, 1, 1))
+    frame_N = torch.arange(32)
+    maps = [
+        dict(footage(alike, batch=batch).explain(small, frame_N, ["conv2"], ["normal_difference"])) for batch in (8, 32)
+    ]
+    one, two = (each["conv2, normal_difference"] for each in maps)
+    torch.testing.assert_close(one, two)
+    assert (one - one[0]).flatten(1).abs().amax(1)[1:].min() > 0
 
 
-def test_what_the_latents_carry(chapter, clips, small):
-    restored_NYX = torch.rand(40, SIDE, SIDE, generator=torch.Generator().manual_seed(6))
-    mean_CYX = torch.full((1, SIDE, SIDE), 0.5)
-    rows, latents = chapter["latent_rows"](small, clips.train_NYX[:10, None], clips.test_NYX, restored_NYX, mean_CYX)
+def test_what_the_latents_carry(clips, small):
+    seen = footage(clips)
+    restored_NYX = torch.rand(32, SIDE, SIDE, generator=torch.Generator().manual_seed(6))
+    rows, latents = job.latent_rows(small, seen, restored_NYX)
+    clips = seen.clips
     with torch.no_grad():
         mu_NI = small.encode(clips.test_NYX[:, None] / 255)[0].numpy()
     np.testing.assert_allclose(latents["variance_of_mu_per_latent"], mu_NI.var(0, ddof=1), rtol=1e-4)
@@ -365,8 +365,9 @@ def test_what_the_latents_carry(chapter, clips, small):
         assert found(rows, metric, name, "masked clips")["value"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_panels_hold_eight_frames_and_a_clip_in_motion(chapter, clips, maps, tmp_path):
-    figures = chapter["panels"](clips, maps, clips.test_clip_N != 1)
+def test_panels_hold_eight_frames_and_a_clip_in_motion(clips, maps, tmp_path):
+    kept = masked(clips)
+    figures = job.panels(footage(clips), {name: map_NYX[kept] for name, map_NYX in maps.items()})
     assert figures.keys() == {"frames", "clip"}
     figures["clip"].save(tmp_path / "clip.gif", writer="pillow")
     with Image.open(tmp_path / "clip.gif") as animation:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from expvae_book.names import SSIM
@@ -61,6 +61,21 @@ def mean_image_difference(x_BCYX: Float[Tensor, "b c y x"], mean_CYX: Float[Tens
         mean_CYX: The mean training image in the same units, ``training.to_unit(train_NCYX).mean(0)``.
     """
     return reconstruction_error(x_BCYX, mean_CYX.expand_as(x_BCYX))
+
+
+def position_prior(train_NCYX: UInt8[Tensor, "n c y x"]) -> Float[Tensor, "1 y x"]:
+    """That anomalies lie where images vary: M = 1/C Σ_c Var_n x_nc, the same for every test image.
+
+    It has seen no test image, so that a map which does no better has told nothing about one.
+
+    Args:
+        train_NCYX: Training images, 0…255; their variance is that of intensities in [0, 1].
+    """
+    count, total_CYX, square_CYX = len(train_NCYX), 0.0, 0.0
+    for x_BCYX in train_NCYX.split(256):  # in double precision, which all images at once would be too large for
+        x_BCYX = x_BCYX.double() / 255
+        total_CYX, square_CYX = total_CYX + x_BCYX.sum(0), square_CYX + x_BCYX.square().sum(0)
+    return (square_CYX / count - (total_CYX / count) ** 2).clamp(min=0).mean(0, keepdim=True).float()
 
 
 def centre_prior(y: int, x: int) -> Float[Tensor, "1 y x"]:

@@ -113,7 +113,7 @@ class Measured:
     ) -> None:
         """Measure the pixels of a map by some fields of `expvae.metrics.PixelScores`, which rows give these titles."""
         titles = {field: (title, truth.subset) for field, title in fields.items()}
-        self._keep(name, truth.count(map_NYX, regions=True), truth, titles, threshold)
+        self._keep(name, truth.count(map_NYX, regions="aupro" in fields), truth, titles, threshold)
 
     def _keep(
         self,
@@ -141,7 +141,7 @@ class Measured:
             rows.append(runs.row(DIFFERENCE, method=f"{one} − {other}", subset=subset, **vars(interval)))
         return rows
 
-    def replicates(self, maps: Sequence[str]) -> dict[str, Float16[np.ndarray, "m r"]]:
+    def replicates(self, maps: Iterable[str]) -> dict[str, Float16[np.ndarray, "m r"]]:
         """What every resample gave for each of PAIRED, by map; NaN where a map has no such measure."""
         lacking = (None, np.full(RESAMPLES, np.nan))
         return {
@@ -245,7 +245,7 @@ def stages(fit: Callable[[int], Trained], epochs: int) -> Iterator[tuple[int, Tr
     with checkpoints.one_clock():
         for asked in sorted({math.ceil(share * epochs) for share in STAGES}):
             try:
-                with known():
+                with known() if asked else nullcontext():  # the untrained network needs no cache
                     trained = fit(asked)
             except weights.NotCachedError:
                 continue
@@ -257,35 +257,75 @@ def stages(fit: Callable[[int], Trained], epochs: int) -> Iterator[tuple[int, Tr
 
 @dataclass
 class Course:
-    """Some measures of maps over a training, at its stages.
+    """Some measures of maps over a training, at its stages, on some test images.
 
     Attributes:
-        steps: Optimiser steps before each stage.
+        truth: What they are measured by, where a job has several truths.
+        steps: Optimiser steps before each stage; the first has none where the untrained network was seen.
         values: By map, the measures of FOLLOWED at each stage.
+        drawn: By map, the pixel AUROC of every resample at each stage.
+        units: How many units are resampled.
     """
 
+    truth: str = ""
     steps: list[int] = field(default_factory=list)
     values: dict[str, list[list[float]]] = field(default_factory=dict)
+    drawn: dict[str, list[Float[np.ndarray, " r"]]] = field(default_factory=dict)
+    units: int = 0
 
     def add(self, steps: int, maps: Iterable[tuple[str, Float[Tensor, "n y x"]]], truth: Truth) -> None:
         """Measure the maps of a stage, if there is an anomaly to be found."""
         if not truth.truth_NYX.any():
             return
         self.steps.append(steps)
+        self.units = len(truth.unit_N.unique())
         for name, map_NYX in maps:
-            scores = vars(truth.count(map_NYX).compute())
+            counts = truth.count(map_NYX)
+            scores = vars(counts.compute())
             self.values.setdefault(name, []).append([scores[field] for field in FOLLOWED])
+            self.drawn.setdefault(name, []).append(counts.resampled_aurocs(SEED, RESAMPLES))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The steps, and by map the measures of FOLLOWED at each of them, in its order."""
-        curves = {f"course/{name}": np.array(values, dtype=np.float32) for name, values in self.values.items()}
-        return {"course/steps": np.array(self.steps), **curves} if self.steps else {}
+        """The steps; by map the measures of FOLLOWED at each; and what verdicts pair (see `judged`), in float16."""
+        if not self.steps:
+            return {}
+        mark = f"{self.truth}/" if self.truth else ""
+        kept = {f"{mark}course/steps": np.array(self.steps)}
+        for name, values in self.values.items():
+            kept[f"{mark}course/{name}"] = np.array(values, dtype=np.float32)
+            kept[f"{mark}judged/{name}"] = self.judged(name).astype(np.float16)
+        return kept
+
+    def judged(self, name: str) -> Float[np.ndarray, "2 r"]:
+        """The pixel AUROC of every resample: of the untrained network, NaN if it was not seen, and of the last stages.
+
+        The latter is the mean over the last stages, by which a run is judged: measures swing while a network trains.
+        """
+        drawn_SR = np.array(self.drawn[name])
+        untrained_R = drawn_SR[0] if self.steps[0] == 0 else np.full(drawn_SR.shape[1], np.nan)
+        return np.array([untrained_R, drawn_SR[-LAST:].mean(0)])
 
     def rows(self) -> list[dict]:
-        """Of each measure the mean over the last stages, by which a run is judged that swings while it trains."""
-        rows = []
+        """By map: the mean over the last stages, the best stage, and the paired difference from two others.
+
+        These are the untrained network, and the map that looks at no test image.
+        """
+        found, mark = [], f", {self.truth}" if self.truth else ""
         for name, values in self.values.items():
-            means = np.mean(values[-LAST:], axis=0)
-            for metric, mean in zip(FOLLOWED.values(), means, strict=True):
-                rows.append(runs.row(metric, float(mean), name, "mean of the last stages", n=len(values[-LAST:])))
-        return rows
+            values_SF = np.array(values)
+            means, best = values_SF[-LAST:].mean(0), values_SF.max(0)
+            untrained_R, last_R = self.judged(name)
+            for metric, mean, highest in zip(FOLLOWED.values(), means, best, strict=True):
+                ends = self._ends(float(mean), last_R) if metric == AUROC else {"value": float(mean)}
+                found.append(runs.row(metric, method=name, subset=names.LAST + mark, **ends))
+                found.append(runs.row(metric, float(highest), name, names.BEST_STAGE + mark))
+            others = {names.UNTRAINED: (values_SF[0, 0], untrained_R)} if self.steps[0] == 0 else {}
+            if names.PRIOR in self.values and name != names.PRIOR:
+                others[names.PRIOR] = (self.values[names.PRIOR][-1][0], self.judged(names.PRIOR)[1])
+            for other, (value, other_R) in others.items():
+                ends = self._ends(float(means[0] - value), last_R - other_R)
+                found.append(runs.row(DIFFERENCE, method=f"{name} − {other}", subset=names.LAST + mark, **ends))
+        return found
+
+    def _ends(self, value: float, drawn_R: Float[np.ndarray, " r"]) -> dict[str, Any]:
+        return vars(percentile_interval(value, drawn_R, LEVEL, self.units))

@@ -19,6 +19,11 @@ NOT_AT_HAND = "data not at hand"
 CHOICES = {"validation": "held-out normal images", "grid": "best of 99 (oracle)", "best": "best of all (oracle)"}
 PRINTED = {AUROC: AUROC, "IoU": names.BEST_IOU}  # what the publications print, and our number beside it
 
+CONTROLS = {
+    "untrained": "Networks that were never trained: pixel AUROC, its mean over networks and the least and greatest.",
+    "baselines": "Maps that take no VAE, with 95 % intervals.",
+}
+
 Found = Mapping[str, Run | None]
 
 
@@ -84,7 +89,7 @@ def results(report: str, found: Found, command: Callable[[str], str]) -> pd.Data
 def methods(found: Found, metric: str) -> pd.DataFrame:
     """A measure of the attention map and of every baseline, by category, and their means."""
     lines = [
-        {"Category": category} | {name: run.text(metric, name, form=".2f") for name in METHODS}
+        {"Category": category} | {name: run.text(metric, name, form=".2f", lacking="–") for name in METHODS}
         for category, run in _there(found, metric).items()
     ]
     if lines:
@@ -281,3 +286,26 @@ def _relative_cost(run: Run) -> float:
 
 def _decimals(value: float) -> str:
     return "" if np.isnan(value) else f"{value:.3f}"
+
+
+def untrained(run: Run) -> pd.DataFrame:
+    """The pixel AUROC of the maps of untrained networks: mean, least and greatest over the networks of a kind."""
+    rows = run.rows(AUROC)
+    start_seed = rows["subset"].str.extract(r"^(?P<start>\w+), seed \d+(?P<statistics>.*)$")
+    rows = rows.assign(Network=start_seed["start"] + start_seed["statistics"])
+    table = rows.groupby(["method", "Network"], sort=False)["value"].agg(["mean", "min", "max", "count"]).reset_index()
+    digits = {name: "{:.3f}".format for name in ("mean", "min", "max")}
+    table = table.assign(**{name: table[name].map(form) for name, form in digits.items()})
+    return table.rename(
+        columns={"method": "Map", "mean": "Mean", "min": "Least", "max": "Greatest", "count": "Networks"}
+    )
+
+
+def without_vae(run: Run) -> pd.DataFrame:
+    """The maps that take no VAE, by pixel and by image."""
+    columns = [AUROC, "average precision", "AUPRO", names.BEST_IOU]
+    lines = []
+    for name in run.rows(AUROC)["method"]:
+        line = {"Map": name} | {title: run.text(title, name) for title in columns}
+        lines.append(line | {"image AUROC": run.text(names.IMAGE_AUROC, name, "maximum", lacking="–")})
+    return pd.DataFrame(lines)

@@ -48,7 +48,7 @@ class History:
     images: int = 0
 
 
-def to_unit(x_BCYX: UInt8[Tensor, "b c y x"]) -> Float[Tensor, "b c y x"]:
+def to_unit(x_BCYX: UInt8[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
     """Grey levels 0…255 as float32 in [0, 1]."""
     return x_BCYX.to(torch.float32).div_(255)
 

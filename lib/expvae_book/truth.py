@@ -1,11 +1,13 @@
-"""A pixel truth for MNIST, which has none: the ink of a digit that its nearest training inlier lacks.
+"""Pixel truths for MNIST, which has none: ink that the nearest training inlier lacks, and strokes that were planted.
 
-The definition is ours, not the paper's or a report's. It depends on no model, and so favours no kind of map.
+The definitions are ours, not the paper's or a report's. They depend on no model, and so favour no kind of map.
 """
+
+from typing import Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64, Shaped
+from jaxtyping import Bool, Int64, Shaped, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,6 +15,9 @@ Array = np.ndarray | Tensor
 
 INK = 0.5  # intensity from which a pixel counts as ink
 IMAGES_PER_CHUNK = 512  # distances to 60 000 inliers then take 120 MB
+Stroke = Literal["strokes added", "strokes erased"]
+STROKES = get_args(Stroke)
+LENGTH, RADIUS = 8.0, 1.3  # of a planted stroke, in pixels
 
 
 def nearest_inlier(x_NYX: Shaped[Array, "n y x"], inlier_MYX: Shaped[Array, "m _ _"]) -> Int64[Tensor, " n"]:
@@ -71,6 +76,50 @@ def ink_truth(
     nearest_NYX = inlier_MYX.to(x_NYX.device)[nearest_inlier(x_NYX, inlier_MYX)]
     reach_NYX = F.max_pool2d(nearest_NYX[:, None], kernel_size=2 * tolerance + 1, stride=1, padding=tolerance)[:, 0]
     return (x_NYX >= INK) & (reach_NYX < INK)
+
+
+def planted(
+    x_NYX: UInt8[Tensor, "n y x"], kind: Stroke, seed: int
+) -> tuple[UInt8[Tensor, "n y x"], Bool[Tensor, "n y x"]]:
+    """Images with one straight stroke each, and exactly the pixels that it changed.
+
+    A stroke is all pixels within a radius of a segment of random direction. "strokes added": what is less than half
+    ink becomes ink (255), around such a pixel in the middle half of the image. "strokes erased": all ink goes (0),
+    around a pixel of ink. An image that the stroke leaves as it was has no anomalous pixel.
+
+    Args:
+        x_NYX: Images, 0…255.
+        kind: Which of STROKES.
+        seed: Fixes places and directions.
+
+    Raises:
+        ValueError: If the kind is unknown.
+    """
+    if kind not in STROKES:
+        raise ValueError(f"kind={kind!r} is unknown; choose one of: {', '.join(STROKES)}")
+    chance = torch.Generator().manual_seed(seed)
+    n, y, x = x_NYX.shape
+    ink_NYX = x_NYX >= 255 * INK
+    place_Y, place_X = torch.arange(y), torch.arange(x)
+    if kind == "strokes added":
+        within_YX = torch.outer((place_Y - (y - 1) / 2).abs() < y / 4, (place_X - (x - 1) / 2).abs() < x / 4)
+        start_NYX = within_YX & ~ink_NYX
+    else:
+        start_NYX = ink_NYX
+    # The highest of independent numbers falls on each of the pixels allowed with the same chance.
+    middle_N = torch.where(start_NYX, torch.rand(n, y, x, generator=chance), -1.0).flatten(1).argmax(1)
+    angle_N11 = torch.pi * torch.rand(n, 1, 1, generator=chance)
+    down_NYX = (place_Y[:, None] - (middle_N // x)[:, None, None]).expand(n, y, x)
+    right_NYX = (place_X - (middle_N % x)[:, None, None]).expand(n, y, x)
+    along_NYX = down_NYX * angle_N11.sin() + right_NYX * angle_N11.cos()
+    excess_NYX = along_NYX - along_NYX.clamp(-LENGTH / 2, LENGTH / 2)
+    across_NYX = down_NYX * angle_N11.cos() - right_NYX * angle_N11.sin()
+    stroke_NYX = torch.hypot(across_NYX, excess_NYX) <= RADIUS
+    if kind == "strokes added":
+        changed_NYX = torch.where(stroke_NYX & ~ink_NYX, 255, x_NYX)
+    else:
+        changed_NYX = torch.where(stroke_NYX & ink_NYX.any((1, 2), keepdim=True), 0, x_NYX)
+    return changed_NYX.to(torch.uint8), changed_NYX != x_NYX
 
 
 def _intensities(name: str, image_NYX: Shaped[Array, "n y x"]) -> Shaped[Tensor, "n y x"]:

@@ -1,0 +1,241 @@
+"""What needs no VAE to be trained: untrained networks, and what a practitioner would use, by the same measures.
+
+A record holds a data set's, or a category's, untrained networks. That of seed s is what the training of seed s started
+from, so that the two are paired; further seeds show what chance alone gives. Another record holds its baselines.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64, UInt8
+from torch import Tensor, nn
+
+from expvae_book import (
+    baselines,
+    defects,
+    devices,
+    explanation,
+    features,
+    localisation,
+    measures,
+    randomised,
+    recipes,
+    runs,
+    training,
+)
+from expvae_book.data import imagenet, mvtec
+from expvae_book.data.card import DataCard
+from expvae_book.jobs import digits, mnist, ucsd
+from expvae_book.names import FIELDS, LAYERS, PRIOR
+
+NETWORKS = {"mnist": 5, "ucsd": 5, "mvtec": 3}  # untrained ones of each kind
+KEPT = ("pixel AUROC", "average precision", "best IoU (oracle)")  # of these every resample
+PLAIN_STATISTICS = "mean 0 and variance 1"
+Cases = Sequence[tuple[Sequence[str], Sequence[str], float]]  # presets, layers, and the share of the images
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A data set, or a category, as its untrained networks see it.
+
+    Attributes:
+        train_NCYX: Training images.
+        test_NCYX: Test images.
+        measured_N: Which of them have a truth by pixel.
+        truth: That of those.
+        anomalous_N: Which test images are anomalous.
+        networks: By what they start from, how to build them.
+        cases: From the place of a network among those of its kind to what is explained.
+        batch: Images at a time.
+        options: Further ones of `measures.layers_and_presets`.
+        card: What the data are.
+    """
+
+    train_NCYX: UInt8[Tensor, "t c y x"]
+    test_NCYX: UInt8[Tensor, "n c y x"]
+    measured_N: Bool[Tensor, " n"]
+    truth: measures.Truth
+    anomalous_N: Bool[Tensor, " n"]
+    networks: Mapping[str, Callable[[], nn.Module]]
+    cases: Callable[[int], Cases]
+    batch: int
+    card: DataCard
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def some(self, some_N: Int64[Tensor, " k"]) -> "Subject":
+        """The same with some of the test images."""
+        place_N = torch.cumsum(self.measured_N, 0) - 1
+        among_M = place_N[some_N[self.measured_N[some_N]]]
+        truth = replace(self.truth, truth_NYX=self.truth.truth_NYX[among_M], unit_N=self.truth.unit_N[among_M])
+        return replace(
+            self,
+            test_NCYX=self.test_NCYX[some_N],
+            measured_N=self.measured_N[some_N],
+            truth=truth,
+            anomalous_N=self.anomalous_N[some_N],
+        )
+
+
+def subject(parameters: Mapping[str, Any]) -> Subject:
+    """The data that the parameters name: dataset, digit or category, recipe and data."""
+    return {"mnist": _digits, "ucsd": _footage, "mvtec": _category}[parameters["dataset"]](parameters)
+
+
+def recipe_of(parameters: Mapping[str, Any]) -> recipes.Recipe:
+    """The recipe whose network is looked at."""
+    tables = {"mnist": recipes.MNIST, "ucsd": recipes.UCSD, "mvtec": recipes.MVTEC}
+    return tables[parameters["dataset"]][parameters["recipe"]]
+
+
+def _digits(parameters: Mapping[str, Any]) -> Subject:
+    seen = digits.load(parameters["data"], parameters["digit"], parameters["recipe"])
+    at = seen.outlier_N
+    return Subject(
+        seen.inlier_NCYX,
+        seen.test_NYX[:, None],
+        at,
+        measures.Truth(seen.truths["truth"][at], torch.nonzero(at)[:, 0]),
+        at,
+        {"random": mnist.network(parameters["recipe"])},
+        lambda place: [(measures.PRESETS, mnist.LAYERS, 1.0)],
+        seen.batch,
+        seen.images.card,
+    )
+
+
+def _footage(parameters: Mapping[str, Any]) -> Subject:
+    seen = ucsd.load(parameters["data"], parameters["recipe"])
+    some_N, truth = seen.truth()
+    return Subject(
+        seen.train_NCYX,
+        seen.clips.test_NYX[some_N][:, None],
+        torch.ones(len(some_N), dtype=torch.bool),
+        replace(truth, subset=""),
+        truth.truth_NYX.flatten(1).any(1),
+        {"random": ucsd.network(parameters["recipe"])},
+        lambda place: [(measures.PRESETS, ucsd.LAYERS, 1.0)],
+        seen.batch,
+        seen.clips.card,
+    )
+
+
+def _category(parameters: Mapping[str, Any]) -> Subject:
+    category, recipe = mvtec.load(parameters["category"], parameters["data"]), parameters["recipe"]
+    seen = defects.Seen.of(category, torch.arange(len(category.test_NCYX)))
+    own = recipe in localisation.OWN_NETWORKS
+    starts = ["random"] if own or imagenet.load() is None else ["random", "imagenet"]
+    few = [(presets, layers, defects.THIRD) for presets, layers in defects.FOLLOWED]
+    return Subject(
+        localisation.split(category)[0],
+        category.test_NCYX,
+        seen.known_N,
+        seen.truth,
+        torch.tensor([kind != "good" for kind in seen.defects]),
+        {start: localisation.network(recipe, start, "fine-tuned")[0] for start in starts},
+        lambda place: few if place else [case for case in defects.CASES if case[1] != LAYERS[:3]],
+        recipe_of(parameters).batch_size,
+        category.card,
+        {"shuffled": True},
+    )
+
+
+def measure(model: nn.Module, seen: Subject, cases: Cases, subset: str) -> measures.Measured:
+    """The measures of a network's maps, in rows of this subset."""
+    measured, normal = measures.Measured(), explanation.normal_posterior(model, seen.train_NCYX)
+    fields = {name: title for name, title in FIELDS.items() if title in KEPT}
+    options = {"batch": seen.batch, "seed": measures.SEED, "normal": normal, **seen.options}
+    for presets, layers, share in cases:
+        whole = share == 1
+        some_N = torch.arange(len(seen.test_NCYX)) if whole else defects.some_of(len(seen.test_NCYX), share)
+        few = seen.some(some_N)
+        if not few.truth.truth_NYX.any():
+            continue
+        for name, map_NYX in measures.layers_and_presets(model, layers, presets, few.test_NCYX, **options):
+            measured.pixels(name, map_NYX[few.measured_N], replace(few.truth, subset=subset), fields)
+    return measured
+
+
+def untrained(parameters: Mapping[str, Any], device: torch.device) -> runs.Run:
+    """Measure the untrained networks of a data set, or of a category, and store the run.
+
+    Args:
+        parameters: What determines it; see `subject`.
+        device: Where to compute.
+    """
+    started, seen = time.monotonic(), subject(parameters)
+    rows, arrays = [], {}
+    for start, make in seen.networks.items():
+        for seed in range(NETWORKS[parameters["dataset"]]):
+            model = training.build(make, seed).eval().to(device)
+            states = {f"{start}, seed {seed}": randomised.settle(model, seen.train_NCYX)}
+            if seed == 0 and start == "random" and randomised.normalised(model):
+                states[f"{start}, seed {seed}, {PLAIN_STATISTICS}"] = training.build(make, seed).eval().to(device)
+            for subset, one in states.items():
+                measured = measure(one, seen, seen.cases(seed), subset)
+                rows += measured.rows
+                arrays |= {
+                    f"{subset}/{name}": drawn[: len(KEPT)]
+                    for name, drawn in measured.replicates(measured.measured).items()
+                }
+    return _save(parameters, seen, device, started, rows, arrays, KEPT)
+
+
+def without_vae(parameters: Mapping[str, Any], device: torch.device) -> runs.Run:
+    """Measure the maps of a data set, or of a category, that take no VAE, and store the run.
+
+    Args:
+        parameters: What determines it; see `subject`.
+        device: Where to compute.
+    """
+    started, seen = time.monotonic(), subject(parameters)
+    measured = measures.Measured()
+    everything = measures.Truth(seen.anomalous_N, torch.arange(len(seen.test_NCYX)))
+    for name, map_NYX in _maps(seen, device):
+        measured.pixels(name, map_NYX[seen.measured_N], seen.truth, FIELDS)
+        measured.images(name, map_NYX, everything)
+    arrays = measured.replicates(measured.measured)
+    return _save(parameters, seen, device, started, measured.rows, arrays, measures.PAIRED)
+
+
+def _maps(seen: Subject, device: torch.device) -> Iterator[tuple[str, Float[Tensor, "n y x"]]]:
+    """Name and maps of each baseline."""
+    x_NCYX, count = training.to_unit(seen.test_NCYX), len(seen.test_NCYX)
+    yield PRIOR, baselines.position_prior(seen.train_NCYX).expand(count, -1, -1)
+    yield "centre prior", baselines.centre_prior(*x_NCYX.shape[2:]).expand(count, -1, -1)
+    yield "input intensity", baselines.input_intensity(x_NCYX)
+    mean_CYX = training.to_unit(seen.train_NCYX).mean(0)
+    yield "mean image difference", baselines.mean_image_difference(x_NCYX, mean_CYX)
+    for initial in ["random"] if imagenet.load() is None else features.INITIALS:
+        network = features.backbone(initial, seen.train_NCYX, measures.SEED, device=device)
+        for name, method in {"PaDiM": features.padim, "nearest neighbour": features.nearest_neighbour}.items():
+            map_NYX = method(seen.train_NCYX, seen.test_NCYX, network, seed=measures.SEED)
+            yield f"{name}, {initial} features", map_NYX.cpu()
+
+
+def _save(
+    parameters: Mapping[str, Any],
+    seen: Subject,
+    device: torch.device,
+    started: float,
+    rows: list[dict],
+    arrays: Mapping[str, np.ndarray],
+    kept: Sequence[str],
+) -> runs.Run:
+    return runs.save(
+        "sanity",
+        parameters,
+        metrics=rows,
+        losses={},
+        arrays=arrays,
+        figures={},
+        card=seen.card,
+        recipe=recipe_of(parameters),
+        budget={"unit": "epochs", "asked": 0, "used": 0},
+        seconds={"evaluation": time.monotonic() - started},
+        device=devices.describe_device(device),
+        extra={"resamples": {"seed": measures.SEED, "measures": kept}},
+    )

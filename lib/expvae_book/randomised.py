@@ -1,0 +1,149 @@
+"""What maps depend on: networks whose weights are random, all of them or those of some layers.
+
+After Adebayo et al. (2018), "Sanity checks for saliency maps": where a map shows what a network has learned, it changes
+when what was learned is taken away. A network that was never trained is the whole of it; layer after layer, from the
+latents down or from the image up, shows where it comes from.
+
+The statistics of batch normalisation are no weights: in an untrained network they are those of the training images, for
+its layers would otherwise see values of a scale that the network was not made for.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from scipy.stats import rankdata
+from torch import Tensor, nn
+
+from expvae_book import measures, runs, training
+from expvae_book.names import AUROC, KEPT_RANKS
+
+COMPARED = 16  # images whose maps are kept, to be compared between seeds
+SIDE = 32  # pixels along either side of a kept map, or a little more
+OTHER = 1_000_000  # what is added to a seed for weights that have nothing to do with those it started from
+BATCHES, BATCH = 8, 32  # of training images, for the statistics of batch normalisation
+
+Maps = dict[str, Float[Tensor, "n y x"]]
+
+
+def other(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A network with random weights that are not those which the seed starts a training from."""
+    return training.build(make, seed + OTHER).eval()
+
+
+def normalised(model: nn.Module) -> list[nn.Module]:
+    """The layers of batch normalisation of a network."""
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def settle(model: nn.Module, train_NCYX: UInt8[Tensor, "n c y x"]) -> nn.Module:
+    """Give the layers of batch normalisation the mean and variance of training images, in place; returns the model.
+
+    The mean over batches drawn at random, with the network as it is.
+    """
+    norms = normalised(model)
+    if not norms:
+        return model
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean
+        norm.train()
+    order_N = torch.randperm(len(train_NCYX), generator=torch.Generator().manual_seed(measures.SEED))
+    where = next(model.parameters()).device
+    with torch.no_grad():
+        for chosen_B in order_N[: BATCHES * BATCH].split(BATCH):
+            model.encode(training.to_unit(train_NCYX[chosen_B].to(where)))
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+    return model
+
+
+def groups(model: nn.Module) -> dict[str, list[str]]:
+    """The parameters and statistics that lead to the latents, by layer, from the image to the latents.
+
+    A stage of a ResNet is one layer, a normalisation belongs to the convolution before it, and the two linear layers
+    that give mean and log-variance are one.
+    """
+    found: dict[str, list[str]] = {}
+    for name in model.state_dict():
+        if not name.startswith("decoder"):
+            layer = name.removeprefix("encoder.").split(".")[0]
+            layer = "latents" if layer in ("mu", "logvar") else re.sub(r"^(bn|norm)(?=\d)", "conv", layer)
+            found.setdefault(layer, []).append(name)
+    return found
+
+
+def randomise(model: nn.Module, start: nn.Module, names: list[str]) -> nn.Module:
+    """A copy of the model with the tensors of these names from another network."""
+    mixed = copy.deepcopy(model)
+    theirs = start.state_dict()
+    mixed.load_state_dict({name: theirs[name] for name in names}, strict=False)
+    return mixed.eval()
+
+
+def steps(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
+    """What is randomised, in words, and the names of its tensors: from the latents down, and from the image up."""
+    by_layer = groups(model)
+    for order, layers in (("from the latents", list(by_layer)[::-1]), ("from the image", list(by_layer))):
+        for count in range(1, len(layers) + (order == "from the latents")):  # all of them once
+            yield f"{order} to {layers[count - 1]}", [name for layer in layers[:count] for name in by_layer[layer]]
+
+
+def rank_correlation(map_NYX: Float[Tensor, "n y x"], other_NYX: Float[Tensor, "n y x"]) -> Float[np.ndarray, " n"]:
+    """Spearman's ρ of the pixels of each image in two maps; NaN where one of them is the same everywhere."""
+    ranks_NP = [rankdata(maps_NYX.flatten(1).numpy(), axis=1) for maps_NYX in (map_NYX, other_NYX)]
+    one_NP, two_NP = (rank_NP - rank_NP.mean(1, keepdims=True) for rank_NP in ranks_NP)
+    scale_N = np.sqrt((one_NP**2).sum(1) * (two_NP**2).sum(1))
+    return np.divide((one_NP * two_NP).sum(1), scale_N, out=np.full(len(one_NP), np.nan), where=scale_N > 0)
+
+
+def thinned(map_NYX: Float[Tensor, "n y x"]) -> Float[Tensor, "n h w"]:
+    """Every so many pixels of maps, so that SIDE of them or a few more are left along either side."""
+    step = max(1, map_NYX.shape[-1] // SIDE)
+    return map_NYX[:, ::step, ::step]
+
+
+def cascade(
+    model: nn.Module,
+    start: nn.Module,
+    train_NCYX: UInt8[Tensor, "t c y x"],
+    explain: Callable[[nn.Module], Maps],
+    truth: measures.Truth,
+) -> tuple[list[dict], dict[str, np.ndarray]]:
+    """Randomise the layers of a trained network one after the other, and see what is left of its maps.
+
+    Args:
+        model: The trained VAE.
+        start: One of the same kind with random weights; see `other`.
+        train_NCYX: Training images, for the statistics of batch normalisation.
+        explain: The maps of test images by name, of any such network.
+        truth: What the maps are measured by.
+
+    Returns:
+        Rows of the pixel AUROC and of the rank correlation with the trained map, and the trained maps of some images,
+        by which runs that differ in the seed are compared (`resemblance`).
+    """
+    trained = explain(model)
+    found = []
+    for step, names in steps(model):
+        mixed = settle(randomise(model, start.to(next(model.parameters()).device), names), train_NCYX)
+        for name, map_NYX in explain(mixed).items():
+            if truth.truth_NYX.any():
+                found.append(runs.row(AUROC, truth.count(map_NYX).compute().auroc, name, f"random {step}"))
+            rank_N = rank_correlation(thinned(map_NYX), thinned(trained[name]))
+            if not np.isnan(rank_N).all():
+                found.append(runs.row(KEPT_RANKS, float(np.nanmean(rank_N)), name, f"random {step}", n=len(rank_N)))
+    return found, compared(trained)
+
+
+def compared(maps: Maps) -> dict[str, np.ndarray]:
+    """The maps of some images in float16, by "compared/" and their names."""
+    kept = {}
+    for name, map_NYX in maps.items():
+        kept |= measures.halved(f"compared/{name}", thinned(map_NYX)[:: max(1, len(map_NYX) // COMPARED)][:COMPARED])
+    return kept

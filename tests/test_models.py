@@ -9,13 +9,22 @@ from torch.nn import functional as F
 from torchvision.models import ResNet18_Weights, resnet18
 from torchvision.transforms.functional import normalize
 
-from expvae.models import MNISTVAE, UCSDVAE, BrongersMVTecVAE, BrongersUCSDVAE, MVTecVAE, imagenet_weights
+from expvae import attention
+from expvae.models import (
+    MNISTVAE,
+    UCSDVAE,
+    BrongersMVTecVAE,
+    BrongersUCSDVAE,
+    MVTecVAE,
+    Report2MVTecVAE,
+    imagenet_weights,
+)
 from expvae.models._layers import ConvTranspose2d
-from expvae_book import training
+from expvae_book import explanation, training
 from expvae_book.recipes import MVTEC
 
 IMAGE = {MNISTVAE: (1, 28, 28), UCSDVAE: (1, 100, 100), BrongersUCSDVAE: (1, 96, 96)}
-IMAGE |= dict.fromkeys([MVTecVAE, BrongersMVTecVAE], (3, 256, 256))
+IMAGE |= dict.fromkeys([MVTecVAE, BrongersMVTecVAE, Report2MVTecVAE], (3, 256, 256))
 
 
 def rows(*blocks):
@@ -124,7 +133,7 @@ def outputs(module, run):
     return found
 
 
-# First report, Table 1; Brongers et al. publish the layers only, which the next tests add up.
+# First report, Table 1; of the others the layers alone are published, which the next tests add up.
 @pytest.mark.parametrize(
     ("build", "total"),
     [
@@ -133,6 +142,7 @@ def outputs(module, run):
         (BrongersUCSDVAE, 29_761_537),
         (MVTecVAE, 72_803_363),
         (BrongersMVTecVAE, 39_207_459),
+        (Report2MVTecVAE, 18_004_160),
     ],
 )
 def test_vaes_have_the_published_number_of_parameters(build, total):
@@ -163,6 +173,19 @@ def test_parameters_of_the_resnet_vae_of_brongers_in_closed_form(latents):
     assert parameters(model.encoder) == encoder
     assert parameters(model) == encoder + linear + deconvolutions
     assert latents != 32 or encoder + linear + deconvolutions == 39_207_459
+
+
+@pytest.mark.parametrize("latents", [1, 32])
+def test_parameters_of_the_second_reports_network_in_closed_form(latents):
+    model, resnet = without_numbers(Report2MVTecVAE, latents), without_numbers(resnet18)
+    heads = parameters(model.mu) + parameters(model.logvar)
+    assert parameters(model.encoder) == parameters(resnet) - parameters(resnet.fc)
+    assert heads == 2 * (512 + 1) * latents
+    stages = list(pairwise((512, 256, 128, 64, 64)))
+    doubling = sum(9 * a * a + 2 * a + (9 + 1) * a * b + 2 * 2 * b for a, b in stages)
+    plain = sum(2 * 9 * b * b + 2 * 2 * b for _, b in stages)
+    decoder = (latents + 1) * 512 * 4 * 4 + doubling + plain + 9 * 64 * 3
+    assert parameters(model) == parameters(model.encoder) + heads + decoder
 
 
 @pytest.mark.parametrize(
@@ -226,6 +249,20 @@ def test_resnet_of_brongers_has_the_published_shapes():
     assert "``encoder.layer2.1.conv1``, the one that its code explains, is 128x64x64" in " ".join(
         BrongersMVTecVAE.__doc__.split()
     )
+
+
+def test_second_reports_network_has_the_documented_shapes():
+    model = without_numbers(Report2MVTecVAE)
+    found = outputs(model.encoder, lambda: model.encode(torch.empty(2, 3, 256, 256, device="meta")))
+    blocks = [(64, 64, 64)] * 4 + [(128, 32, 32)] * 4 + [(256, 16, 16)] * 4 + [(512, 8, 8)] * 4
+    assert [shape for name, _, shape in found if name[-5:] in ("conv1", "conv2")] == [(64, 128, 128), *blocks]
+    assert "``encoder.layer1.0.conv2``, the one that its code explains, is 64x64x64" in Report2MVTecVAE.__doc__
+    # The code explains the second of the modules, from nought, whose names have "conv" in them.
+    convolutions = [name for name, _ in model.encoder.named_modules() if "conv" in name]
+    assert convolutions[2] == "layer1.0.conv2"
+    found = outputs(model.decoder, lambda: model.decode(torch.empty(2, 32, device="meta")))
+    doubled = [shape for name, kind, shape in found if kind == "Upsample" and "downsample" not in name]
+    assert doubled == [(512, 8, 8), (512, 16, 16), (256, 32, 32), (128, 64, 64), (64, 128, 128), (64, 256, 256)]
 
 
 def convolve(weights, x, name, function, padding=1):
@@ -321,6 +358,33 @@ def brongers_mvtec_rewritten(weights, x_BCYX, z_BI):
     return hidden[:, :latents], hidden[:, latents:], convolve(weights, logits, "decoder.deconv6", F.conv_transpose2d)
 
 
+def report2_mvtec_rewritten(weights, x_BCYX, z_BI):
+    """The VAE of the second report's code: torchvision's own ResNet-18, the rest as function calls."""
+    resnet = resnet18().eval()
+    resnet.fc = nn.Identity()
+    resnet.load_state_dict({name: weights[f"encoder.{name}"] for name in resnet.state_dict()})
+
+    def doubled(values):
+        return values.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    def block(values, name, doubles):
+        between = normalise(weights, F.conv2d(values, weights[f"{name}.conv1.weight"], padding=1), f"{name}.bn1")
+        between, second = between.clamp(min=0), f"{name}.conv2.weight"
+        if doubles:
+            between, second = doubled(between), f"{name}.conv2.1.weight"
+            values = F.conv2d(doubled(values), weights[f"{name}.downsample.1.weight"])
+            values = normalise(weights, values, f"{name}.downsample.2")
+        between = normalise(weights, F.conv2d(between, weights[second], padding=1), f"{name}.bn2")
+        return (between + values).clamp(min=0)
+
+    values = doubled(multiply(weights, z_BI, "decoder.linear").reshape(len(z_BI), 512, 4, 4))
+    for number in (1, 2, 3, 4):
+        values = block(values, f"decoder.layer{number}.0", True)
+        values = block(values, f"decoder.layer{number}.1", False)
+    t_BCYX = F.conv2d(doubled(values), weights["decoder.conv1.weight"], padding=1)
+    return *heads(weights, resnet(normalize(x_BCYX, [0.5] * 3, [0.5] * 3))), 0.5 + t_BCYX / 2
+
+
 @pytest.mark.parametrize(
     ("build", "latent_dim", "rewritten"),
     [
@@ -330,6 +394,7 @@ def brongers_mvtec_rewritten(weights, x_BCYX, z_BI):
         (BrongersUCSDVAE, 10, brongers_rewritten),
         (MVTecVAE, 10, mvtec_rewritten),
         (BrongersMVTecVAE, 10, brongers_mvtec_rewritten),
+        (Report2MVTecVAE, 10, report2_mvtec_rewritten),
     ],
 )
 def test_vaes_equal_their_definition(build, latent_dim, rewritten):
@@ -351,6 +416,56 @@ def test_vaes_equal_their_definition(build, latent_dim, rewritten):
     assert logits_BCYX.min() < 0  # logits, not probabilities
     for ours, theirs in zip((mu_BI, logvar_BI, logits_BCYX), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def of_report2():
+    return training.build(lambda: Report2MVTecVAE(4), 0).eval()
+
+
+def test_attention_at_the_layer_of_the_second_reports_code(of_report2):
+    """The map of the sum of the means, by autograd on the parts of the network."""
+    x_BCYX = torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(9))
+    map_BYX = attention(of_report2.encode, "encoder.layer1.0.conv2", x_BCYX, "liu2020_code").map_BYX
+    encoder = of_report2.encoder
+    with torch.no_grad():
+        below_BCHW = encoder.maxpool(encoder.relu(encoder.bn1(encoder.conv1(2 * x_BCYX - 1))))
+        block = encoder.layer1[0]
+        A_BCHW = block.conv2(block.relu(block.bn1(block.conv1(below_BCHW))))
+    A_BCHW.requires_grad_()
+    above_BCHW = encoder.layer1[1](block.relu(block.bn2(A_BCHW) + below_BCHW))
+    top_BCHW = encoder.layer4(encoder.layer3(encoder.layer2(above_BCHW)))
+    score = of_report2.mu(top_BCHW.mean((2, 3))).sum()
+    (gradient_BCHW,) = torch.autograd.grad(score, A_BCHW)
+    alpha_BC11 = (gradient_BCHW / (gradient_BCHW.square().mean().sqrt() + 1e-5)).mean((2, 3), keepdim=True)
+    expected = F.interpolate((alpha_BC11 * A_BCHW).sum(1, keepdim=True), size=(256, 256), mode="bilinear")
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(map_BYX, expected[:, 0].abs().detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_pixels_of_the_second_reports_network_are_reconstructed_and_measured_as_they_are(of_report2):
+    x_NCYX, mean_CYX = PIXELS[:2], PIXELS[2:].float().mean(0) / 255
+    with torch.no_grad():
+        pixels_NCYX = of_report2.decode(of_report2.encode(x_NCYX / 255)[0])
+        mu_NI, logvar_NI = of_report2.encode(x_NCYX / 255)
+        noise_NI = torch.randn(mu_NI.shape, generator=torch.Generator().manual_seed(0))
+        sampled_NCYX = of_report2.decode(mu_NI + (logvar_NI / 2).exp() * noise_NI)
+    torch.testing.assert_close(explanation.reconstruct(of_report2, x_NCYX), pixels_NCYX.clamp(0, 1))
+    rows = explanation.learned_rows(of_report2, x_NCYX, {"mean": mean_CYX})
+    found = {row["metric"]: row["value"] for row in rows}
+    images_NCYX = 2 * (x_NCYX / 255) - 1
+    expected = F.mse_loss(2 * sampled_NCYX - 1, images_NCYX).item()
+    assert found["reconstruction per image"] == pytest.approx(expected, rel=1e-4)
+    of_mean = F.mse_loss((2 * mean_CYX - 1).expand_as(images_NCYX), images_NCYX).item()
+    assert found["reconstruction per image, mean"] == pytest.approx(of_mean, rel=1e-4)
+
+
+def test_second_reports_network_starts_from_pytorchs_weights():
+    """Those of its convolutions are uniform within 1/√(weights of an output)."""
+    for module in training.build(Report2MVTecVAE, 0).modules():
+        if isinstance(module, nn.Conv2d):
+            bound = module.weight[0].numel() ** -0.5
+            assert 0.95 * bound < module.weight.abs().max() <= bound
 
 
 def test_resnet_of_the_mvtec_vae_is_torchvisions_without_its_classifier():

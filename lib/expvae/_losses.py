@@ -41,12 +41,19 @@ def elbo_terms(
 
     -ELBO(x) = -log p(x|z) + KL(q(z|x) || N(0, I)),  z ~ q(z|x).
 
+    Args:
+        model: A module with encode(x) -> (mu, logvar) and decode(z) -> logits; or, where the module has a function
+            reconstruction_loss(y, x) of its own, decode(z) -> y, the pixels themselves.
+        x_BCYX: Images in [0, 1].
+        generator: Source of the noise.
+
     Returns:
-        Reconstruction loss and KL divergence of each image, in nats.
+        Reconstruction loss of each image, in nats unless it is the model's own, and its KL divergence in nats.
     """
     mu_BI, logvar_BI = model.encode(x_BCYX)
-    logits_BCYX = model.decode(sample_latents(mu_BI, logvar_BI, generator))
-    return reconstruction_loss(logits_BCYX, x_BCYX), kl_divergence(mu_BI, logvar_BI).sum(1)
+    decoded_BCYX = model.decode(sample_latents(mu_BI, logvar_BI, generator))
+    loss = getattr(model, "reconstruction_loss", reconstruction_loss)
+    return loss(decoded_BCYX, x_BCYX), kl_divergence(mu_BI, logvar_BI).sum(1)
 
 
 def total_correlation(logits_MB2: Float[Tensor, "m b 2"]) -> Float[Tensor, " m"]:

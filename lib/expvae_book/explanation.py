@@ -87,7 +87,8 @@ def reconstruct(model: nn.Module, x_NCYX: UInt8[Tensor, "n c y x"]) -> Float[Ten
     where = next(model.parameters()).device
     with torch.no_grad():
         parts = [model.decode(model.encode(training.to_unit(x_BCYX.to(where)))[0]) for x_BCYX in x_NCYX.split(16)]
-    return torch.cat(parts).sigmoid().cpu()
+    decoded_NCYX = torch.cat(parts).cpu()
+    return decoded_NCYX.clamp(0, 1) if hasattr(model, "reconstruction_loss") else decoded_NCYX.sigmoid()
 
 
 def auroc_rows(
@@ -122,7 +123,9 @@ def learned_rows(
     means: Mapping[str, Float[Tensor, "c y x"]] | None = None,
     method: str = "",
 ) -> list[dict]:
-    """Rows of a model's size, and of what a held-out image costs to encode and to reconstruct, in nats.
+    """Rows of a model's size, and of what a held-out image costs to encode and to reconstruct.
+
+    Costs are in nats; that of a reconstruction is the model's own loss where it has one (see `expvae.elbo_terms`).
 
     Args:
         model: The trained VAE; frozen weights, which are buffers, count among its parameters.
@@ -135,9 +138,10 @@ def learned_rows(
     parameters = sum(value.numel() for value in (*model.parameters(), *frozen))
     costs = {"KL per image": kl, "reconstruction per image": reconstruction}
     x_NCYX = training.to_unit(held_out_NCYX)
+    own = getattr(model, "reconstruction_loss", None)
     for name, mean_CYX in (means or {}).items():
-        constant_NCYX = torch.logit(mean_CYX, eps=1e-4).expand_as(x_NCYX)
-        costs[f"reconstruction per image, {name}"] = float(reconstruction_loss(constant_NCYX, x_NCYX).mean())
+        constant_NCYX = (mean_CYX if own else torch.logit(mean_CYX, eps=1e-4)).expand_as(x_NCYX)
+        costs[f"reconstruction per image, {name}"] = float((own or reconstruction_loss)(constant_NCYX, x_NCYX).mean())
     rows = [runs.row(metric, value, method, n=len(x_NCYX)) for metric, value in costs.items()]
     return [runs.row("parameters", parameters, method), *rows]
 

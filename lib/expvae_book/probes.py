@@ -27,6 +27,7 @@ from expvae.models import (
     ConvRBM,
     DSpritesVAE,
     MVTecVAE,
+    Report2MVTecVAE,
     Stack,
 )
 from expvae_book import protocols, provenance, runs, weights
@@ -38,7 +39,8 @@ COUNT = 64  # images
 GRID = 8  # rows and columns of a coarse map
 BATCH = 16
 METHOD = "liu2020_code"  # one backward pass for all latents
-VAES = {kind.__name__: kind for kind in (MNISTVAE, UCSDVAE, BrongersUCSDVAE, MVTecVAE, BrongersMVTecVAE, DSpritesVAE)}
+OF_MVTEC = (MVTecVAE, BrongersMVTecVAE, Report2MVTecVAE)
+VAES = {kind.__name__: kind for kind in (MNISTVAE, UCSDVAE, BrongersUCSDVAE, *OF_MVTEC, DSpritesVAE)}
 Draw = Callable[[Int64[Tensor, " b"]], UInt8[Tensor, "b c y x"]]
 
 

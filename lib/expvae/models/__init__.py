@@ -1,4 +1,7 @@
-"""The networks of the book: plain modules with encode(x) -> (mu, logvar) and decode(z) -> logits."""
+"""The networks of the book: plain modules with encode(x) -> (mu, logvar) and decode(z) -> logits.
+
+Report2MVTecVAE, whose loss is a squared error, decodes to pixels.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from expvae.models._mvtec import (
         BrongersMVTecVAE as BrongersMVTecVAE,
         MVTecVAE as MVTecVAE,
+        Report2MVTecVAE as Report2MVTecVAE,
         imagenet_weights as imagenet_weights,
     )
     from expvae.models._rbm import (
@@ -35,7 +39,7 @@ __getattr__, __all__ = attach(
     {
         "_dsprites": ["DSPRITES_LAYERS", "DSpritesVAE", "SideBySide", "discriminator"],
         "_mnist": ["MNISTVAE"],
-        "_mvtec": ["BrongersMVTecVAE", "MVTecVAE", "imagenet_weights"],
+        "_mvtec": ["BrongersMVTecVAE", "MVTecVAE", "Report2MVTecVAE", "imagenet_weights"],
         "_rbm": [
             "RBM",
             "ConvRBM",

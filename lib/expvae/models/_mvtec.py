@@ -1,4 +1,4 @@
-"""The VAEs for MVTec AD: that of the first report, and that of Brongers et al."""
+"""The VAEs for MVTec AD: those of the first report, of the second report's code, and of Brongers et al."""
 
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights, resnet18
+from torchvision.models.resnet import BasicBlock
 
 from expvae.models._layers import ConvTranspose2d
 
@@ -149,6 +150,77 @@ class BrongersMVTecVAE(nn.Module):
     def decode(self, z_BI: Float[Tensor, "b i"]) -> Float[Tensor, "b 3 256 256"]:
         """Logits of the pixels given the latents; their sigmoid is the image in (0, 1)."""
         return self.decoder(z_BI)
+
+
+class Report2MVTecVAE(nn.Module):
+    """The VAE of the second report's code for 256x256 images: 18 004 160 parameters with 32 latents.
+
+    Encoder: ResNet-18 with global average pooling, from random weights, and two linear heads 512→D. Decoder: Linear
+    D→8192, 512x4x4 doubled to 8x8, four stages of two residual blocks each (512→256→128→64→64) that double the size,
+    doubled once more, and a convolution to the three channels; doubling repeats pixels. There is no sigmoid: pixels are
+    unbounded, and the loss is a squared error. Images are brought from [0, 1] to [-1, 1] first.
+
+    For the categories whose images are grey the code has one channel, and leaves them in [0, 1]; here they have three
+    equal ones, and are treated as the others.
+
+    Layers are named as in :class:`MVTecVAE`; ``encoder.layer1.0.conv2``, the one that its code explains, is 64x64x64.
+
+    Source: github.com/Carmoondedraak/FACT-2021, ``expVAE_pl/vae_model.py``, whose networks are ``resnet18_encoder`` and
+    ``resnet18_decoder`` of github.com/Lightning-Universe/lightning-bolts with ``first_conv`` and ``maxpool1``.
+
+    Args:
+        latent_dim: Number of latents, D.
+    """
+
+    def __init__(self, latent_dim: int = 32):
+        super().__init__()
+        layers = OrderedDict(resnet18().named_children())
+        del layers["fc"]
+        self.encoder = nn.Sequential(OrderedDict(layers, flatten=nn.Flatten()))
+        for module in self.encoder.modules():
+            if isinstance(module, nn.Conv2d):
+                module.reset_parameters()  # PyTorch's random weights, where torchvision draws others
+        self.mu = nn.Linear(512, latent_dim)
+        self.logvar = nn.Linear(512, latent_dim)
+        widths = (512, 256, 128, 64, 64)
+        stages = {
+            f"layer{number}": nn.Sequential(_doubling(wide, narrow), BasicBlock(narrow, narrow))
+            for number, (wide, narrow) in enumerate(pairwise(widths), start=1)
+        }
+        self.decoder = nn.Sequential(
+            OrderedDict(
+                linear=nn.Linear(latent_dim, 512 * 4 * 4),
+                unflatten=nn.Unflatten(1, (512, 4, 4)),
+                upscale1=nn.Upsample(scale_factor=2),
+                **stages,
+                upscale=nn.Upsample(scale_factor=2),
+                conv1=nn.Conv2d(64, 3, kernel_size=3, padding=1, bias=False),
+            )
+        )
+
+    def encode(self, x_BCYX: Float[Tensor, "b 3 256 256"]) -> tuple[Float[Tensor, "b i"], Float[Tensor, "b i"]]:
+        """Mean and log-variance of the posterior q(z|x) of images in [0, 1]."""
+        hidden = self.encoder(2 * x_BCYX - 1)
+        return self.mu(hidden).float(), self.logvar(hidden).float()
+
+    def decode(self, z_BI: Float[Tensor, "b i"]) -> Float[Tensor, "b 3 256 256"]:
+        """Pixels given the latents, where the images are in [0, 1]; they are not kept within it."""
+        return (self.decoder(z_BI).float() + 1) / 2
+
+    @staticmethod
+    def reconstruction_loss(y_BCYX: Float[Tensor, "b c y x"], x_BCYX: Float[Tensor, "b c y x"]) -> Float[Tensor, " b"]:
+        """Squared error of pixels y of images x, averaged over the values of an image, on the scale of [-1, 1]."""
+        return (2 * (y_BCYX - x_BCYX)).square().flatten(1).mean(1)
+
+
+def _doubling(wide: int, narrow: int) -> BasicBlock:
+    """A residual block that doubles the size before its second convolution, which changes the number of channels."""
+    block = BasicBlock(wide, wide)
+    block.conv2 = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(wide, narrow, 3, padding=1, bias=False))
+    block.bn2 = nn.BatchNorm2d(narrow)
+    shortcut = nn.Conv2d(wide, narrow, kernel_size=1, bias=False)
+    block.downsample = nn.Sequential(nn.Upsample(scale_factor=2), shortcut, nn.BatchNorm2d(narrow))
+    return block
 
 
 def _decoder(**first: nn.Module) -> nn.Sequential:

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from torchvision.transforms.functional import InterpolationMode, hflip, rotate, vflip
 
-from expvae_book.augmentation import AUGMENTATIONS, MOTIFS, augment, draw, transform
+from expvae_book.augmentation import AUGMENTATIONS, MOTIFS, augment, draw, transform, turned_at_load
 from expvae_book.data import mvtec
 
 SIDE = 64
@@ -208,6 +208,25 @@ def test_what_turns_in_from_outside():
     assert outside.float().mean() > 0.1
     torch.testing.assert_close(turned["border"][outside], torch.full_like(turned["border"][outside], 2.0))
     assert turned["reflection"][outside].std() > 0.2  # the texture goes on
+
+
+def test_what_is_turned_at_load_is_torchvisions_with_black_corners():
+    x_BCYX = torch.rand(400, 1, 24, 24, generator=torch.Generator().manual_seed(11)) + 1
+    turned_BCYX = turned_at_load(x_BCYX, torch.Generator().manual_seed(12))
+    assert torch.equal(turned_BCYX, turned_at_load(x_BCYX, torch.Generator().manual_seed(12)))
+    assert not torch.equal(turned_BCYX, turned_at_load(x_BCYX, torch.Generator().manual_seed(13)))
+    angle_B, side_B = torch.rand(2, 400, generator=torch.Generator().manual_seed(12))
+    found = {"angle": [], "mirrored": []}
+    for x_CYX, turned_CYX, share, side in zip(x_BCYX, turned_BCYX, angle_B, side_B, strict=True):
+        angle, mirrored = float(180 * share - 90), bool(side < 0.5)
+        expected_CYX, inside_CYX = torchvisions(x_CYX, angle, mirrored, False)
+        torch.testing.assert_close(turned_CYX[inside_CYX], expected_CYX[inside_CYX], atol=1e-3, rtol=0)
+        found["angle"].append(angle)
+        found["mirrored"].append(mirrored)
+        if 30 < abs(angle) < 60:
+            assert (turned_CYX[..., [0, 0, -1, -1], [0, -1, 0, -1]] == 0).all()
+    assert stats.kstest(found["angle"], stats.uniform(-90, 180).cdf).pvalue > 0.01
+    assert 0.42 < sum(found["mirrored"]) / 400 < 0.58
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

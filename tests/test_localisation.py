@@ -28,6 +28,7 @@ from expvae_book import (
     runs,
     training,
 )
+from expvae_book.augmentation import turned_at_load
 from expvae_book.data import mvtec
 from expvae_book.data.card import DataCard
 from expvae_book.data.imagenet import ImageNet
@@ -402,13 +403,33 @@ def test_weights_that_start_otherwise_are_other_weights(monkeypatch, tmp_path):
     assert localisation.trainer(category(), PARAMETERS, torch.device("cpu"))[0](1).reused
 
 
+def test_images_turned_at_load_are_the_originals(monkeypatch):
+    monkeypatch.setattr(localisation, "network", lambda *_: (Small, "random, fine-tuned", ""))
+    monkeypatch.setattr(localisation.augmentation, "augment", lambda *_: pytest.fail("images were multiplied"))
+    parameters = PARAMETERS | {"recipe": "report2_code", "augmentation": "report2_code"}
+    train, facts = localisation.trainer(category(), parameters, torch.device("cpu"))
+    trained, data = train(2), localisation.split(category())
+    assert facts == {"encoder": "random, fine-tuned", "originals": 8, "images": 8}
+    expected = training.build(Small, 0)
+    options = {"epochs": 2, "seed": 0, "progress": False}
+    training.train(expected, *data, recipes.MVTEC["report2_code"], vary=turned_at_load, **options)
+    for ours, theirs in zip(trained.model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 # --- the network of a recipe -----------------------------------------------------------------------------------------
 
 
+OWN_NETWORKS = pytest.mark.parametrize(
+    ("recipe", "network"), [("brongers2021", "BrongersMVTecVAE"), ("report2_code", "Report2MVTecVAE")]
+)
+
+
+@OWN_NETWORKS
 @pytest.mark.parametrize(("initial", "encoder"), [("imagenet", "fine-tuned"), ("auto", "frozen"), ("random", "frozen")])
-def test_the_network_of_brongers_has_neither_choice(initial, encoder):
-    with pytest.raises(ValueError, match=r"^recipe='brongers2021' has a ResNet of its own, .* give initial='auto' or"):
-        localisation.network("brongers2021", initial, encoder)
+def test_networks_of_their_own_have_neither_choice(recipe, network, initial, encoder):
+    with pytest.raises(ValueError, match=rf"^recipe='{recipe}' has a ResNet of its own, .* give initial='auto' or"):
+        localisation.network(recipe, initial, encoder)
 
 
 def test_what_cannot_be_had_is_refused_before_images_are_read(monkeypatch):
@@ -455,11 +476,12 @@ def test_what_the_encoder_starts_from(monkeypatch, initial, encoder, there, word
     assert calls == [((32, expected), {"frozen": encoder == "frozen"})]
 
 
-def test_the_network_of_brongers_is_built(monkeypatch):
-    monkeypatch.setattr(localisation, "BrongersMVTecVAE", lambda latents: nn.Linear(1, latents))
+@OWN_NETWORKS
+def test_networks_of_their_own_are_built(recipe, network, monkeypatch):
+    monkeypatch.setattr(localisation, network, lambda latents: nn.Linear(1, latents))
     monkeypatch.setattr(localisation.imagenet, "load", lambda: pytest.fail("ImageNet's weights were looked for"))
     for initial in ("auto", "random"):
-        make, start, digest = localisation.network("brongers2021", initial, "fine-tuned")
+        make, start, digest = localisation.network(recipe, initial, "fine-tuned")
         assert (start, digest) == ("random, fine-tuned", "")
         assert make().out_features == 32
 

@@ -14,9 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from expvae import elbo_terms, kl_divergence, reconstruction_loss, sample_latents
-from expvae.models import MNISTVAE
+from expvae.models import MNISTVAE, Report2MVTecVAE
 from expvae_book import checkpoints, training
-from expvae_book.recipes import MNIST, Recipe
+from expvae_book.augmentation import turned_at_load
+from expvae_book.recipes import MNIST, MVTEC, UCSD, Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -303,6 +304,51 @@ def test_kl_warm_up_rises_linearly_to_one_and_stays_there():
     assert gradients(recipe, 3) == pytest.approx([0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1, 1, 1], abs=1e-6)
 
 
+def test_beta_weighs_the_kl_term_after_the_warm_up_too():
+    recipe = replace(RECIPE, reduction="mean", beta=0.25)
+    assert gradients(recipe, 2) == pytest.approx([0.25] * 6)
+    warm = replace(recipe, kl_warmup_epochs=1)
+    assert gradients(warm, 2) == pytest.approx([0, 0.25 / 3, 0.5 / 3, 0.25, 0.25, 0.25], abs=1e-6)
+
+
+class LogitsVAE(TinyVAE):
+    """TinyVAE with the 32 latents of the reports."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.linear = nn.Linear(64, 64), nn.Linear(32, 64)
+
+
+class PixelsVAE(LogitsVAE):
+    reconstruction_loss = staticmethod(Report2MVTecVAE.reconstruction_loss)
+
+
+@pytest.mark.parametrize(("table", "vae"), [(MNIST, LogitsVAE), (UCSD, LogitsVAE), (MVTEC, PixelsVAE)])
+def test_the_loss_of_the_second_reports_code(table, vae):
+    """The gradient of a whole batch's first step is that of the loss as the code writes it."""
+    recipe, found = table["report2_code"], {}
+    images = discs(recipe.batch_size + 2, 8)
+    ours, theirs = (training.build(vae, INITIAL) for _ in range(2))
+    for name, parameter in ours.named_parameters():
+        parameter.register_hook(lambda gradient, name=name: found.update({name: gradient.clone()}))
+    training.train(ours, images[2:], images[:2], recipe, epochs=1, seed=0, progress=False)
+
+    generator = torch.Generator().manual_seed(0)
+    x_BCYX = images[2:][torch.randperm(recipe.batch_size, generator=generator)] / 255
+    mu_BI, logvar_BI = theirs.encode(x_BCYX)
+    posterior = torch.distributions.Normal(mu_BI, (logvar_BI / 2).exp())
+    decoded_BCYX = theirs.decode(mu_BI + posterior.scale * torch.randn(mu_BI.shape, generator=generator))
+    if vae is PixelsVAE:  # images and what is decoded from 0 to 1, there from -1 to 1
+        loss = F.mse_loss(2 * decoded_BCYX - 1, 2 * x_BCYX - 1)
+    else:
+        loss = F.binary_cross_entropy(decoded_BCYX.sigmoid(), x_BCYX, reduction="sum")
+    # There one sample of log q - log p stands for the KL divergence, its expectation.
+    prior = torch.distributions.Normal(torch.zeros_like(mu_BI), torch.ones_like(mu_BI))
+    (loss + 0.1 * torch.distributions.kl_divergence(posterior, prior).mean()).backward()
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-6 * parameter.grad.abs().max())
+
+
 @pytest.mark.parametrize("name", ["learning_rate", "betas", "epsilon"])
 def test_the_recipe_reaches_adam(name):
     changed = replace(RECIPE, **{name: {"learning_rate": 2e-3, "betas": (0.5, 0.9), "epsilon": 1.0}[name]})
@@ -373,6 +419,27 @@ def test_a_run_resumes_from_every_kind_of_step(tmp_path, last):
         fit(tmp_path / "checkpoint", interrupt, checkpoint_seconds=0.0, **options)
     assert int(checkpoints.read_tensors(tmp_path / "checkpoint")[1]["step"]) == last
     assert_same_training(fit(tmp_path / "checkpoint", **options), fit(**options))
+
+
+def test_images_are_turned_anew_in_every_epoch_and_after_a_resumption_as_without(tmp_path):
+    seen = []
+
+    def turned_and_seen(x_BCYX, generator):
+        seen.append(turned_at_load(x_BCYX, generator))
+        return seen[-1]
+
+    def interrupt(step):
+        if step > 8:
+            raise KeyboardInterrupt
+
+    options = {"vary": turned_and_seen, "epochs": 2}
+    expected = fit(**options)
+    assert len(seen) == 2 * 7
+    sums = [sorted(torch.cat(part).sum((1, 2, 3)).tolist()) for part in (seen[:7], seen[7:])]
+    assert sums[0] != sums[1]
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "checkpoint", interrupt, checkpoint_seconds=0.0, **options)
+    assert_same_training(fit(tmp_path / "checkpoint", **options), expected)
 
 
 def test_another_seed_gives_another_training():

@@ -12,6 +12,7 @@ from torch import nn
 
 from expvae import models
 from expvae_book import checkpoints, devices, protocols, training, weights
+from expvae_book.augmentation import turned_at_load
 from expvae_book.recipes import Recipe
 
 RECIPE = Recipe(source="test", epochs=100, batch_size=4, learning_rate=1e-2, latent_dim=2)
@@ -117,6 +118,8 @@ def test_the_model_is_the_one_that_the_loop_trains():
         {"recipe": replace(RECIPE, betas=(0.8, 0.999))},
         {"recipe": replace(RECIPE, epsilon=1e-7)},
         {"recipe": replace(RECIPE, kl_warmup_epochs=1)},
+        {"recipe": replace(RECIPE, beta=0.5)},
+        {"vary": turned_at_load},
         {"train_NCYX": images().flip(0)},
         {"train_NCYX": images() ^ torch.tensor([1] + [0] * 15, dtype=torch.uint8).reshape(1, 4, 4)},
         {"validation_NCYX": images(4, 1001)},
@@ -140,11 +143,15 @@ def test_another_training_is_not_taken_for_this_one(change):
         ({"variant": "", "precision": "float32"}, {}),
         ({"variant": "random, frozen"}, {"variant": "random, frozen"}),
         ({"variant": "imagenet", "precision": "bfloat16"}, {"variant": "imagenet", "precision": "bfloat16"}),
+        ({"recipe": replace(RECIPE, beta=0.5)}, {}),
+        ({"vary": turned_at_load}, {"vary": "turned_at_load"}),
     ],
 )
 def test_the_key_is_the_one_that_stored_weights_have(options, in_key):
     """A choice that is not made is no part of it: weights from before there was the choice are still found."""
-    recipe = {name: value for name, value in asdict(RECIPE).items() if name not in ("source", "epochs")}
+    later = () if "recipe" in options else ("beta",)
+    recipe = asdict(options.get("recipe", RECIPE))
+    recipe = {name: value for name, value in recipe.items() if name not in ("source", "epochs", *later)}
     determinants = {
         "model": "TinyVAE",
         "shapes": {

@@ -1,5 +1,7 @@
 """More training images from few, for MVTec AD: every image turned by an angle of its own, and mirrored where it may be.
 
+AUGMENTATIONS multiply the images before the training, AT_LOAD has what changes them whenever they are loaded.
+
 The paper turns the training images of a category by angles within ±30° and mirrors them where the object permits it,
 until there are 10 000 of each category. Which objects permit it, it does not say; MOTIFS (expvae_book.data.catalogue)
 has our reading.
@@ -101,6 +103,25 @@ def draw(
     return angle_N, horizontal_N, vertical_N
 
 
+def turned_at_load(x_BCYX: Float[Tensor, "b c y x"], generator: torch.Generator) -> Float[Tensor, "b c y x"]:
+    """Turn each image by an angle within ±90° of its own, left and right exchanged in half of them, corners black.
+
+    The second report's code draws this anew whenever it loads an image, and trains on the originals alone, where the
+    paper multiplies them first. Between pixels it takes the nearest one, we interpolate. Source: MVTEC_Dataset.py.
+
+    Args:
+        x_BCYX: Images.
+        generator: Source of angles and mirroring, on their device.
+    """
+    angle_B, side_B = torch.rand(2, len(x_BCYX), generator=generator, device=generator.device)
+    horizontal_B = side_B < 0.5
+    never_B = torch.zeros_like(horizontal_B)
+    return transform(x_BCYX, (2 * angle_B - 1) * 90, horizontal_B, never_B, padding="zeros")
+
+
+AT_LOAD = {"report2_code": turned_at_load}
+
+
 def transform(
     x_BCYX: Float[Tensor, "b c y x"],
     angle_B: Float[Tensor, " b"],
@@ -117,7 +138,7 @@ def transform(
         horizontal_B: Whether left and right are exchanged.
         vertical_B: Whether top and bottom are exchanged.
         padding: What turns in from outside: "border" for the nearest pixels of the image, "reflection" for its mirror
-            image. Black corners would be edges that no image of the data set has.
+            image, "zeros" for black. Black corners are edges that no image of the data set has.
     """
     b, _, y, x = x_BCYX.shape
     angle_B = torch.deg2rad(angle_B.to(x_BCYX.device))

@@ -30,7 +30,7 @@ from expvae_book.runs import Run
 Effect = Literal["hardly any effect", "effect", "undecided"]
 
 PRESETS = ("liu2020_paper", "liu2020_code")
-OTHER_NETWORKS = ("brongers2021",)  # recipes of networks that are not the reports'
+OTHER_NETWORKS = ("brongers2021", "report2_code")  # recipes of networks that are not the reports'
 REPORTED = ("report1", "report2")  # the recipes that the reports followed; the first is the paper's too
 MNIST_RECIPES = ("liu2020", *REPORTED)
 MNIST_DIGITS = (1, 3)

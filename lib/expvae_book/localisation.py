@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from expvae import kl_divergence
 from expvae.metrics import active_units, confusion
-from expvae.models import BrongersMVTecVAE, MVTecVAE
+from expvae.models import BrongersMVTecVAE, MVTecVAE, Report2MVTecVAE
 from expvae_book import (
     augmentation,
     baselines,
@@ -92,17 +92,18 @@ def network(recipe: str, initial: str, encoder: str) -> tuple[Callable[[], nn.Mo
         encoder: "fine-tuned" or "frozen".
 
     Raises:
-        ValueError: If ImageNet's weights are asked for and cannot be had, or the network of Brongers et al. is asked
-            for with either choice, which it does not have.
+        ValueError: If ImageNet's weights are asked for and cannot be had, or the network of Brongers et al. or of the
+            second report's code is asked for with either choice, which they do not have.
     """
     settings = recipes.MVTEC[recipe]
-    if recipe == "brongers2021":
+    own = {"brongers2021": BrongersMVTecVAE, "report2_code": Report2MVTecVAE}.get(recipe)
+    if own:
         if initial == "imagenet" or encoder == "frozen":
             raise ValueError(
-                "recipe='brongers2021' has a ResNet of its own, from random weights: give initial='auto' or 'random' "
+                f"recipe={recipe!r} has a ResNet of its own, from random weights: give initial='auto' or 'random' "
                 "and encoder='fine-tuned'"
             )
-        return lambda: BrongersMVTecVAE(settings.latent_dim), "random, fine-tuned", ""
+        return lambda: own(settings.latent_dim), "random, fine-tuned", ""
     start = None if initial == "random" else imagenet.load()
     if initial == "imagenet" and start is None:
         raise ValueError(
@@ -124,7 +125,8 @@ def trainer(
 
     Args:
         category: Its images.
-        parameters: recipe, initial, encoder, augmentation, augmented, precision and seed, as the chapters declare them.
+        parameters: recipe, initial, encoder, augmentation, augmented, precision and seed, as the chapters declare them;
+            an augmentation at load leaves the originals as many as they are, and does not read augmented.
         device: Where to train.
 
     Returns:
@@ -133,9 +135,11 @@ def trainer(
     """
     make, start, digest = network(parameters["recipe"], parameters["initial"], parameters["encoder"])
     train_NCYX, held_out_NCYX = split(category)
-    augmented_NCYX = augmentation.augment(
-        train_NCYX, category.name, parameters["augmentation"], parameters["augmented"], parameters["seed"]
-    )
+    vary, augmented_NCYX = augmentation.AT_LOAD.get(parameters["augmentation"]), train_NCYX
+    if not vary:
+        augmented_NCYX = augmentation.augment(
+            train_NCYX, category.name, parameters["augmentation"], parameters["augmented"], parameters["seed"]
+        )
 
     def train(epochs: int) -> weights.Trained:
         return weights.trained(
@@ -148,6 +152,7 @@ def trainer(
             device=device,
             variant=", ".join(filter(None, (start, digest))),
             precision=parameters["precision"],
+            vary=vary,
         )
 
     facts = {"encoder": start, "originals": len(train_NCYX), "images": len(augmented_NCYX)}

@@ -21,6 +21,9 @@ from expvae_book.recipes import Recipe
 
 VALIDATION_BATCH = 512
 
+# Changes images in [0, 1] at random, by a generator on their device.
+Vary = Callable[[Float[Tensor, "b c y x"], torch.Generator], Float[Tensor, "b c y x"]]
+
 # Networks that are trained channel by channel. All others are faster pixel by pixel (channels-last): images/s on one
 # thread of a processor with AVX512_BF16 in float32 and bfloat16, MVTec 3.4 → 3.9 and 3.0 → 3.2, UCSD (batch 32)
 # 27.4 → 31.1 and 19.6 → 19.5; on one with faster units for bfloat16, MNIST 811 → 1 285 in that and UCSD 48 → 43.
@@ -32,7 +35,8 @@ class History:
     """What a training run measured, one entry per epoch; losses are means over images, in nats.
 
     Attributes:
-        reconstruction: Training reconstruction loss, -log p(x|z) summed over pixels.
+        reconstruction: Training reconstruction loss, -log p(x|z) summed over pixels, or a model's own (see
+            `expvae.elbo_terms`).
         kl: Training KL(q(z|x) || p(z)) summed over latents.
         validation_reconstruction: The same on the held-out images, after the epoch.
         validation_kl: The same on the held-out images, after the epoch.
@@ -104,9 +108,10 @@ def train(
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 60.0,
     keep_last: bool = False,
+    vary: Vary | None = None,
     progress: bool = True,
 ) -> History:
-    """Minimise the negative ELBO with Adam, in place, on the device where the model is.
+    """Minimise reconstruction loss + β KL, for β = 1 the negative ELBO, with Adam, in place, where the model is.
 
     Every epoch visits each training image once in a new random order; the last batch may be smaller. Where
     `checkpoint` names a file, training starts from what is stored there, and writes to it at least every
@@ -115,7 +120,7 @@ def train(
     data, recipe and seed.
 
     Args:
-        model: A module with encode(x) -> (mu, logvar) and decode(z) -> logits.
+        model: A module as `expvae.elbo_terms` takes it.
         train_NCYX: Training images.
         validation_NCYX: Held-out images, of the training split, that are only measured.
         recipe: Hyper-parameters; its own number of epochs is not read.
@@ -125,6 +130,8 @@ def train(
         checkpoint: A safetensors file, or None to keep nothing.
         checkpoint_seconds: Time between two checkpoints.
         keep_last: Whether the checkpoint is to hold the end as well, for more epochs to go on from.
+        vary: Changes the training images of each batch at random, with the generator of the training, such as
+            `expvae_book.augmentation.turned_at_load`.
         progress: Show a bar with loss and remaining time.
 
     Raises:
@@ -143,10 +150,12 @@ def train(
 
     def step(chosen_B: Int64[Tensor, " b"], epoch: float) -> None:
         x_BCYX = to_unit(train_NCYX[chosen_B])
+        if vary:
+            x_BCYX = vary(x_BCYX, generator)
         with devices.mixed(precision, device):
             reconstruction_B, kl_B = elbo_terms(model, x_BCYX, generator)
-        kl_weight = min(1.0, epoch / recipe.kl_warmup_epochs) if recipe.kl_warmup_epochs else 1.0
-        loss_B = reconstruction_B + kl_weight * kl_B
+        warmth = min(1.0, epoch / recipe.kl_warmup_epochs) if recipe.kl_warmup_epochs else 1.0
+        loss_B = reconstruction_B + recipe.beta * warmth * kl_B
         optimizer.zero_grad(set_to_none=True)
         (loss_B.sum() if recipe.reduction == "sum" else loss_B.mean()).backward()
         optimizer.step()

@@ -225,6 +225,7 @@ def trained(
     device: torch.device,
     variant: str = "",
     precision: str = "auto",
+    vary: training.Vary | None = None,
     progress: bool = True,
 ) -> Trained:
     """Train a VAE or a stack of Boltzmann machines, or read its weights where the same training has been done before.
@@ -247,6 +248,8 @@ def trained(
         variant: What tells `make` from other ways to build a model of the same class and shapes, such as weights that
             it starts from; "" where nothing does.
         precision: Of a VAE, see `expvae_book.devices.choose_precision`; stacks are trained in float32.
+        vary: Of a VAE, how the images of each batch are changed, see `expvae_book.training.train`; its name is part of
+            the key.
         progress: Show a bar with loss and remaining time.
 
     Raises:
@@ -270,6 +273,7 @@ def trained(
     # Only where they are used, so that other trainings keep the keys that they had before there was a choice.
     options = {"variant": variant} if variant else {}
     options |= {"stack": repr(model)} if is_stack else {}
+    options |= {"vary": vary.__name__} if vary else {}
     mixed = {"precision": precision} if precision != "float32" else {}
     determinants = (
         options
@@ -302,7 +306,7 @@ def trained(
             checkpoint=checkpoint,
             checkpoint_seconds=CHECKPOINT_SECONDS,
             progress=progress,
-            **({} if is_stack else {"precision": precision, "keep_last": True}),
+            **({} if is_stack else {"precision": precision, "keep_last": True, "vary": vary}),
         )
         if is_stack:
             return [(key, model.state_dict(), [vars(part) for part in history])]
@@ -339,6 +343,8 @@ def key_of(recipe: Recipe | RBMRecipe | StepRecipe, protocol: str, **determinant
     """
     hyper_parameters = dataclasses.asdict(recipe)
     del hyper_parameters["source"], hyper_parameters["steps" if isinstance(recipe, StepRecipe) else "epochs"]
+    if hyper_parameters.get("beta") == 1:  # keys are those from before there was a choice
+        del hyper_parameters["beta"]
     values = {
         name: tensor_digest(value) if isinstance(value, Tensor) else value for name, value in determinants.items()
     }

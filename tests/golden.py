@@ -129,7 +129,9 @@ def method() -> Numbers:
 
 def machines_of_digits() -> Numbers:
     """One epoch of each machine and of the VAE on the digit 1."""
-    return chapter("rbm", SAMPLE | {"epochs": 1}, ONE_EPOCH, {"ORDERS": "2"}, "(?!.*(input intensity|centre|random))")
+    return chapter(
+        "rbm", SAMPLE | {"epochs": 1}, ONE_EPOCH, {"ORDERS": "2"}, "(?!.*(input intensity|centre|random|gradient at))"
+    )
 
 
 def ablations() -> Numbers:

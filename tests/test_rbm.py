@@ -974,15 +974,65 @@ def test_where_the_cache_cannot_be_written_a_stack_is_trained_without(monkeypatc
 # --- the chapter ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("units", UNITS)
-def test_the_chapter_measures_each_layer_of_a_stack(units):
+def chapter(**given):
+    """What the chapter's cells define before its run, by these parameters."""
     names = {}
     for cell in jupytext.read(BOOK / "rbm.md", fmt="md:myst").cells:
-        if cell.cell_type == "code" and "remove-input" not in cell.metadata.get("tags", []):
+        tags = cell.metadata.get("tags", [])
+        if cell.cell_type == "code" and "remove-input" not in tags:
             if "chapters.run(" in cell.source:
                 break
             exec(cell.source, names)
-    names["device"] = "cpu"
+            names |= {"device": "cpu"} | given if "parameters" in tags else {}
+    return names
+
+
+def test_the_recipe_of_the_second_reports_code():
+    names = chapter(recipe="report2_code", units="binary", layer=8)
+    sizes = [(layer.visible_shape[0], layer.hidden_shape[0]) for layer in names["fully_connected"]().layers]
+    above = [784, 625, 484, 324, 256, 169, 64, 36]
+    assert sizes == list(zip([784, *above[:-1]], above, strict=True))
+    assert names["parameters"]["recipe"] == "report2_code"
+    assert names["parameters"]["epochs"] == 40
+    assert "recipe" not in chapter()["parameters"]  # as in the runs from before there was a choice
+    with pytest.raises(ValueError, match=r"^layer=4 must be 1 to 3, the machines of recipe='ours'$"):
+        chapter(layer=4)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+def test_the_score_of_the_second_reports_code_is_constant(temperature):
+    names, x_BCYX = chapter(), torch.rand(6, 1, 28, 28, generator=seeded(4))
+    stack = Stack([randomised(RBM(784, 12), 0.05).float(), randomised(RBM(12, 9)).float()])
+    x_BCYX.requires_grad_()
+
+    # In the words of the code: a sample of torch's relaxed one-hot distribution, of units as logits.
+    torch.manual_seed(5)
+    theirs_BD = torch.distributions.RelaxedOneHotCategorical(temperature, logits=stack.encode(x_BCYX)).rsample()
+    ours_BD = names["one_hot_sample"](stack.encode(x_BCYX), temperature, seeded(5))
+    for sample_BD in (theirs_BD, ours_BD):
+        assert sample_BD.sum(1).tolist() == pytest.approx([1] * 6, rel=1e-6)
+        assert torch.autograd.grad(sample_BD.sum(), x_BCYX)[0].abs().max() <= 1e-6
+
+    rows = {row["method"]: row for row in names["gradient_rows"](stack, x_BCYX.detach())}
+    of_sum = torch.autograd.grad(stack.encode(x_BCYX).sum(), x_BCYX)[0].abs().max().item()
+    assert of_sum > 1e-3
+    assert rows["sum of the latents"]["value"] == pytest.approx(of_sum)
+    assert 0 <= rows["one-hot score"]["value"] <= 1e-6
+
+
+def test_the_one_hot_sample_is_that_of_torch_distributions():
+    """Each unit's mean over many samples, which the score adds up to one."""
+    h_BD = torch.tensor([[0.1, 0.9, 0.4]]).expand(20_000, 3)
+    ours = chapter()["one_hot_sample"](h_BD, 0.5, seeded(6)).mean(0)
+    torch.manual_seed(7)
+    expected = torch.distributions.RelaxedOneHotCategorical(0.5, logits=h_BD).sample().mean(0)
+    assert ours.max() - ours.min() > 0.1
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0.012)
+
+
+@pytest.mark.parametrize("units", UNITS)
+def test_the_chapter_measures_each_layer_of_a_stack(units):
+    names = chapter()
     machines = [RBM(784, 12, units), RBM(12, 9, units), RBM(9, 4, units)]
     stack = Stack([randomised(machine, 0.05).float() for machine in machines])
     x_NCYX = torch.rand(20, 1, 28, 28, generator=seeded(1))

@@ -31,11 +31,11 @@ from expvae_book import (
     training,
     weights,
 )
-from expvae_book.data import catalogue, imagenet, mvtec
+from expvae_book.data import imagenet, mvtec
 from expvae_book.jobs import record
 from expvae_book.names import LAYERS, PRIOR
 
-OWN_NETWORKS = ("brongers2021",)  # recipes with a ResNet of their own, from random weights
+OWN_NETWORKS = {"brongers2021": BrongersMVTecVAE, "report2_code": Report2MVTecVAE}  # always from random weights
 HELD_OUT = 0.2  # of the training images, as in the first report
 SHOWN = 4  # defects in a panel
 PICTURED = LAYERS[1:2] + LAYERS[3:]  # whose maps of the defects shown are kept; larger ones would fill the record
@@ -96,7 +96,7 @@ def network(recipe: str, initial: str, encoder: str) -> tuple[Callable[[], nn.Mo
             second report's code is asked for with either choice, which they do not have.
     """
     settings = recipes.MVTEC[recipe]
-    own = {"brongers2021": BrongersMVTecVAE, "report2_code": Report2MVTecVAE}.get(recipe)
+    own = OWN_NETWORKS.get(recipe)
     if own:
         if initial == "imagenet" or encoder == "frozen":
             raise ValueError(
@@ -104,12 +104,8 @@ def network(recipe: str, initial: str, encoder: str) -> tuple[Callable[[], nn.Mo
                 "and encoder='fine-tuned'"
             )
         return lambda: own(settings.latent_dim), "random, fine-tuned", ""
-    start = None if initial == "random" else imagenet.load()
-    if initial == "imagenet" and start is None:
-        raise ValueError(
-            f"initial='imagenet' needs {catalogue.IMAGENET_FILE} in the data root, or torchvision's weights of "
-            "ResNet-18, which could not be downloaded and are not in torch's cache; initial='random' does without them"
-        )
+    load = imagenet.required if initial == "imagenet" else imagenet.load
+    start = None if initial == "random" else load()
     tensors, word, digest = (None, "random", "") if start is None else (start.tensors, "imagenet", start.sha256)
     return (
         lambda: MVTecVAE(settings.latent_dim, tensors, frozen=encoder == "frozen"),

@@ -48,6 +48,21 @@ def load(root: Path | None = None) -> ImageNet | None:
     return ImageNet(tensors, sha256(download))
 
 
+def required() -> ImageNet:
+    """The weights of `load`, where initial="imagenet" asks for them.
+
+    Raises:
+        ValueError: If there are none, or as `load` does.
+    """
+    found = load()
+    if found is None:
+        raise ValueError(
+            f"initial='imagenet' needs {IMAGENET_FILE} in the data root, or torchvision's weights of ResNet-18, which "
+            "could not be downloaded and are not in torch's cache; initial='random' does without them"
+        )
+    return found
+
+
 def _read(file: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(file)

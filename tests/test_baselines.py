@@ -54,6 +54,14 @@ def test_centre_prior_follows_its_equation():
     assert map_1YX.expand(3, -1, -1).shape == (3, 5, 8)
 
 
+def test_position_prior_is_the_variance_of_each_pixel_and_the_expected_difference_from_the_mean():
+    x_NCYX = torch.rand(7, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    map_1YX = baselines.position_prior(x_NCYX)
+    assert map_1YX.shape == (1, 4, 5)
+    np.testing.assert_allclose(map_1YX[0], x_NCYX.double().numpy().var(axis=0).mean(axis=0), rtol=1e-5)
+    torch.testing.assert_close(map_1YX[0], baselines.mean_image_difference(x_NCYX, x_NCYX.mean(0)).mean(0))
+
+
 def test_random_map_is_uniform_and_repeats_with_its_generator():
     first, again, other = (
         baselines.random_map((20, 28, 28), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)

@@ -55,8 +55,8 @@ def test_centre_prior_follows_its_equation():
 
 
 def test_position_prior_is_the_variance_of_each_pixel_and_the_expected_difference_from_the_mean():
-    x_NCYX = torch.rand(7, 3, 4, 5, generator=torch.Generator().manual_seed(0))
-    map_1YX = baselines.position_prior(x_NCYX)
+    levels_NCYX = torch.randint(0, 256, (300, 3, 4, 5), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    map_1YX, x_NCYX = baselines.position_prior(levels_NCYX), levels_NCYX / 255
     assert map_1YX.shape == (1, 4, 5)
     np.testing.assert_allclose(map_1YX[0], x_NCYX.double().numpy().var(axis=0).mean(axis=0), rtol=1e-5)
     torch.testing.assert_close(map_1YX[0], baselines.mean_image_difference(x_NCYX, x_NCYX.mean(0)).mean(0))

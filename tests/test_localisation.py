@@ -478,7 +478,7 @@ def test_what_the_encoder_starts_from(monkeypatch, initial, encoder, there, word
 
 @OWN_NETWORKS
 def test_networks_of_their_own_are_built(recipe, network, monkeypatch):
-    monkeypatch.setattr(localisation, network, lambda latents: nn.Linear(1, latents))
+    monkeypatch.setitem(localisation.OWN_NETWORKS, recipe, lambda latents: nn.Linear(1, latents))
     monkeypatch.setattr(localisation.imagenet, "load", lambda: pytest.fail("ImageNet's weights were looked for"))
     for initial in ("auto", "random"):
         make, start, digest = localisation.network(recipe, initial, "fine-tuned")

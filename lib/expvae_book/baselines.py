@@ -98,22 +98,6 @@ def centre_prior(y: int, x: int) -> Float[Tensor, "1 y x"]:
     return torch.outer(vertical_Y, horizontal_X)[None]
 
 
-def position_prior(x_NCYX: Float[Tensor, "n c y x"]) -> Float[Tensor, "1 y x"]:
-    """That anomalies lie where normal images vary: the variance of each pixel, the same for every image.
-
-        M = 1/C Σ_c 1/N Σ_n (x_nc − x̄_c)²,  x̄ = 1/N Σ_n x_n
-
-    It is the mean image difference that is to be expected of a normal image.
-
-    Args:
-        x_NCYX: Training images, ``training.to_unit(train_NCYX)``.
-
-    Returns:
-        One map; ``expand(len(x_BCYX), -1, -1)`` gives a batch without a copy.
-    """
-    return x_NCYX.var(dim=0, correction=0).mean(dim=0, keepdim=True)
-
-
 def random_map(shape: tuple[int, int, int], generator: torch.Generator) -> Float[Tensor, "b y x"]:
     """Knows nothing: independent values, uniform in [0, 1), so that the expected AUROC is ½.
 

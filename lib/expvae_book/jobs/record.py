@@ -80,6 +80,6 @@ def save(
     return probes.verify(run, probe.draw) if probe else run
 
 
-def training_facts(trained: Trained, images: int) -> dict[str, float]:
+def training_facts(trained: Trained, images: int) -> dict[str, int | float]:
     """How many images a model was trained on, and how many of them a second."""
     return {"images": images, "images_per_second": trained.history.images / max(trained.history.seconds, 1e-9)}

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from expvae_book.names import SSIM
+from expvae_book.names import CENTRE, PRIOR, SSIM
 
-NAMES = ("input intensity", "reconstruction error", "mean image difference", "centre prior", "random")
+NAMES = ("input intensity", "reconstruction error", "mean image difference", CENTRE, "random")
 CENTRE_SIGMA = 0.25  # of the image's height and width
 
 
@@ -98,6 +98,12 @@ def centre_prior(y: int, x: int) -> Float[Tensor, "1 y x"]:
     return torch.outer(vertical_Y, horizontal_X)[None]
 
 
+def places(train_NCYX: UInt8[Tensor, "n c y x"], count: int) -> dict[str, Float[Tensor, "count y x"]]:
+    """The maps that look at no test image, by name, each for so many of them."""
+    maps_1YX = {PRIOR: position_prior(train_NCYX), CENTRE: centre_prior(*train_NCYX.shape[2:])}
+    return {name: map_1YX.expand(count, -1, -1) for name, map_1YX in maps_1YX.items()}
+
+
 def random_map(shape: tuple[int, int, int], generator: torch.Generator) -> Float[Tensor, "b y x"]:
     """Knows nothing: independent values, uniform in [0, 1), so that the expected AUROC is ½.
 
@@ -130,7 +136,7 @@ def maps(
         "reconstruction error": lambda: reconstruction_error(x_BCYX, reconstruction_BCYX),
         SSIM: lambda: dissimilarity(x_BCYX, reconstruction_BCYX),
         "mean image difference": lambda: mean_image_difference(x_BCYX, mean_CYX),
-        "centre prior": lambda: centre_prior(y, x).expand(b, -1, -1),
+        CENTRE: lambda: centre_prior(y, x).expand(b, -1, -1),
         "random": lambda: random_map((b, y, x), generator),
     }
     return {name: makers[name]().to(x_BCYX.device) for name in names}

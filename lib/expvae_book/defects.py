@@ -30,6 +30,8 @@ CASES = (
 )
 # While a model is trained, on a third of the images: R2's layer, the layer that pages show, and the last one.
 FOLLOWED = ((SUMMED[:1], LAYERS[1:2]), (SUMMED, (LAYERS[3], LAYERS[5])), (PER_LATENT, LAYERS[5:]))
+# By the paper's rule only where a run is judged: before the first step and at the end.
+FOLLOWED_LATE, LATE = ((PER_LATENT, LAYERS[3:4]),), 0.8
 SHOWN_MAP = ("layer2.1.conv1", "liu2020_code")  # in the panel, and behind the explorer of thresholds
 RANDOMISED = ((SHOWN_MAP[1:], SHOWN_MAP[:1]), (("liu2020_paper", "liu2020_code"), LAYERS[5:]))  # as FOLLOWED
 

@@ -1,23 +1,100 @@
-"""What all judges do: sift the runs, read their intervals, grade them and say so. The judges are in judges.py."""
+"""How a claim is decided: by comparisons whose uncertainty is known, in parts, with a direction and a strength.
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+A claim has parts, such as the digits or the layers that it speaks of, and a part has comparisons. What is compared is
+paired wherever the same images or seeds allow it. Of each comparison there are two p: that the data would favour the
+claim as much as they do, and that they would speak against it as much, if the truth lay on the border. Twice the
+smaller is the comparison's p, and Holm's procedure keeps the chance of any wrong outcome among all comparisons of a
+claim at LEVEL. A part is
+
+    supported     where all its comparisons favour it
+    contradicted  where one of them speaks against it
+    undecided     otherwise: an interval that does not separate is never a "no"
+
+and a claim is supported or contradicted where all its parts are, mixed where some are supported and others are
+contradicted, and undecided otherwise.
+
+The strength says what the runs lack: full where nothing is missing, none where no run speaks of the claim. The worst of
+several runs decides nothing, nor does what is best on the test images: `chosen` says which runs count.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
+from scipy.special import logit
+from scipy.stats import norm as normal
 from scipy.stats import t as student
 
-from expvae_book.matching import measure
-from expvae_book.names import ATTENTION, AUROC
+from expvae_book.matching import short
 from expvae_book.runs import Run
 
-Outcome = Literal["held", "partly held", "did not hold", "not yet tested"]
-OUTCOMES = get_args(Outcome)
-GRADES: dict[int | None, Outcome] = {2: "held", 1: "partly held", 0: "did not hold", None: "not yet tested"}
-Graded = tuple[int | None, str]  # a key of GRADES, and the evidence for it
-Interval = tuple[float, float]
+Direction = Literal["supported", "mixed", "contradicted", "undecided"]
+Outcome = Literal["supported", "contradicted", "undecided"]
+DIRECTIONS = get_args(Direction)
+LEVEL = 0.05
+SEEDS = 3  # from which on seeds are resampled too; with fewer no verdict is full
+MARGIN = 0.02  # of an AUROC or IoU: what "reaches" and "the same" allow
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A difference that favours a claim where it is positive, in a unit in which its error is near to normal.
+
+    Attributes:
+        shown: It in words and numbers.
+        difference: Its estimate.
+        error: Standard error.
+        freedom: Degrees of freedom of the error.
+        alike: If given, it favours the claim to lie within ± this instead.
+        apart: Whether it favours the claim to lie beyond that.
+    """
+
+    shown: str
+    difference: float
+    error: float
+    freedom: float = np.inf
+    alike: float | None = None
+    apart: bool = False
+
+    @property
+    def chances(self) -> tuple[float, float]:
+        """The p of what favours the claim, and of what speaks against it, each one-sided.
+
+        Of `alike` by two one-sided tests (Schuirmann 1987): that both ends are kept, or that one is passed.
+        """
+        if self.alike is None:
+            return self._beyond(0.0), self._below(0.0)
+        within = max(self._beyond(-self.alike), self._below(self.alike))
+        outside = min(1.0, 2 * min(self._beyond(self.alike), self._below(-self.alike)))
+        return (outside, within) if self.apart else (within, outside)
+
+    def _beyond(self, border: float) -> float:
+        if not self.error:
+            return float(self.difference <= border)
+        return float(student.sf((self.difference - border) / self.error, self.freedom))
+
+    def _below(self, border: float) -> float:
+        if not self.error:
+            return float(self.difference >= border)
+        return float(student.cdf((self.difference - border) / self.error, self.freedom))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a claim.
+
+    Attributes:
+        name: Which, such as "digit 1".
+        comparisons: What has to favour it.
+        lacking: What keeps it undecided, if anything, such as "no untrained network beside it".
+    """
+
+    name: str
+    comparisons: tuple[Comparison, ...]
+    lacking: str = ""
 
 
 @dataclass(frozen=True)
@@ -25,108 +102,249 @@ class Verdict:
     """What the stored runs say about a claim.
 
     Attributes:
-        verdict: The outcome.
+        direction: One of DIRECTIONS.
+        lacking: What the runs lack for full strength, the weightiest first.
         evidence: The numbers that decided it, from the records of the runs.
         runs: Labels of the runs that count.
     """
 
-    verdict: Outcome
+    direction: Direction
+    lacking: tuple[str, ...]
     evidence: str
     runs: tuple[str, ...] = ()
+
+    @property
+    def strength(self) -> str:
+        """Of "full", "none" and "reduced" with what is missing."""
+        if not self.runs:
+            return "none"
+        return f"reduced: {', '.join(self.lacking)}" if self.lacking else "full"
 
 
 Judge = Callable[[Sequence[Run], pd.DataFrame], Verdict]
 
 
-def judging(
-    decide: Callable[[list[Run], pd.DataFrame], Graded],
-    reasons: Callable[..., list[str]],
-    described: Callable[..., str] | None = None,
-    units: Callable[[Sequence[Run]], Iterable[Sequence[Run]]] = zip,
-    lacking: Callable[[list[Run]], str] = lambda runs: "",
-) -> Judge:
-    """A judge, who sifts the runs, lets the grade of those that count decide, and names those that do not count.
+def holm(p_K: Sequence[float]) -> list[float]:
+    """Adjust p by Holm (1979): p_(k) becomes the largest of (K − j + 1) p_(j) over j ≤ k, at most 1."""
+    order, adjusted, least = np.argsort(p_K, kind="stable"), [1.0] * len(p_K), 0.0
+    for rank, place in enumerate(order):
+        least = max(least, min(1.0, (len(p_K) - rank) * p_K[place]))
+        adjusted[place] = least
+    return adjusted
 
-    The evidence also notes how many of those that count are outdated.
+
+def outcomes(parts: Sequence[Part]) -> list[tuple[Outcome, str]]:
+    """The outcome of each part, by Holm over the comparisons of all of them, and its evidence."""
+    chances = [comparison.chances for part in parts for comparison in part.comparisons]
+    adjusted = iter(holm([min(1.0, 2 * min(pair)) for pair in chances]))
+    found = []
+    for part in parts:
+        told, texts = [], []
+        for comparison in part.comparisons:
+            p, (favours, against) = next(adjusted), comparison.chances
+            told.append("undecided" if p > LEVEL else "for" if favours < against else "against")
+            texts.append(f"{comparison.shown} (p {_text(p)})")
+        texts += [part.lacking] if part.lacking else []
+        if "against" in told:
+            outcome = "contradicted"
+        else:
+            outcome = "supported" if told and set(told) == {"for"} and not part.lacking else "undecided"
+        found.append((outcome, f"{part.name}: {', '.join(texts) or 'no number'} — {outcome}"))
+    return found
+
+
+def decide(parts: Sequence[Part], runs: Iterable[Run], lacking: Iterable[str]) -> Verdict:
+    """The verdict on a claim from its parts.
 
     Args:
-        decide: From the runs that count and the published numbers to a grade and its evidence.
-        reasons: What is against each of several requirements in the runs of a unit, the weightiest first; blank where
-            it is met.
-        described: The numbers of a unit as text, by which the evidence names those left out with all that is against
-            them; None where they are only tallied, by what is weightiest.
-        units: From the runs to those that count together or not at all; by default each for itself.
-        lacking: What those that count lack for a verdict, as a sentence; blank where it is nothing.
+        parts: All that the claim states, those without a number too.
+        runs: The runs that count.
+        lacking: What they lack; see `lacks`.
     """
-
-    def judge(runs: Sequence[Run], reported: pd.DataFrame) -> Verdict:
-        counted, others = [], []
-        for unit in units(runs):
-            against = list(filter(None, reasons(*unit)))
-            if not against:
-                counted += unit
-            else:
-                others.append(f"{described(*unit)} ({', '.join(against)})" if described else against[0])
-        if described is None:
-            others = [f"{number} ({reason})" for reason, number in Counter(others).items()]
-        sentence = lacking(counted)
-        grade, evidence = (None, sentence) if sentence else decide(counted, reported)
-        outdated = sum(bool(run.outdated) for run in counted)
-        evidence += f" Outdated: {outdated} of {len(counted)} runs." if outdated else ""
-        evidence += f" Not counted: {'; '.join(others)}." if others else ""
-        return Verdict(GRADES[grade], evidence, tuple(run.label for run in counted))
-
-    return judge
+    found = outcomes(parts)
+    kinds = {outcome for outcome, _ in found}
+    separate = kinds.pop() if len(kinds) == 1 else "undecided"
+    direction = "mixed" if {"supported", "contradicted"} <= kinds else separate
+    evidence = "; ".join(text for _, text in found)
+    return Verdict(direction, tuple(dict.fromkeys(lacking)), f"{evidence}.", tuple(run.label for run in runs))
 
 
-def unless(met: object, reason: str) -> str:
-    """The reason, unless a requirement is met."""
-    return "" if met else reason
-
-
-def incomplete(run: Run) -> str:
-    """What is against a run's data: "partial data"."""
-    return unless(run.card.kind == "complete", f"{run.card.mark} data")
-
-
-def measured(*number: str) -> Callable[[Iterable[Run]], Iterator[tuple[Run]]]:
-    """From runs to those that have a number, each for itself."""
-    return lambda runs: zip(run for run in runs if measure(run, *number) is not None)
+# Which runs count, and what they lack ---------------------------------------------------------------------------------
 
 
 def alike(runs: Iterable[Run], *free: str) -> list[list[Run]]:
     """The runs whose parameters are equal but for the free ones, together."""
-    groups = defaultdict(list)
+    groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups[str(sorted(item for item in run.parameters.items() if item[0] not in free))].append(run)
+        groups.setdefault(str(sorted(item for item in run.parameters.items() if item[0] not in free)), []).append(run)
     return list(groups.values())
 
 
-def graded(fully: bool, partly: bool) -> int:
-    """The grade of a claim that holds fully, partly or not."""
-    return 2 if fully else int(partly)
+def chosen(runs: Iterable[Run], recipes: Sequence[str], *free: str) -> list[Run]:
+    """Of several configurations the one that counts, all its seeds: never by its results.
+
+    Those of a published recipe come first, in the order given; then current before outdated ones, the largest share of
+    the budget, the most runs.
+
+    Args:
+        runs: Candidates.
+        recipes: Published recipes, the one that the claim rests on first.
+        free: Parameters in which the runs of a configuration may differ, beside the seed.
+    """
+
+    def rank(group: list[Run]) -> tuple:
+        recipe = group[0].parameters.get("recipe", "")
+        place = recipes.index(recipe) if recipe in recipes else len(recipes)
+        return place, any(run.outdated for run in group), -min(map(share, group)), -len(group), group[0].label
+
+    return min(alike(runs, "seed", *free), key=rank, default=[])
 
 
-def pixel_scores(run: Run, subset: str = "") -> dict[str, Interval]:
-    """Interval of the pixel AUROC of every method of a run, but for the maps of its other layers and presets."""
-    rows = [row for row in run.record["metrics"] if (row["metric"], row["subset"]) == (AUROC, subset)]
-    rows = [row for row in rows if row["method"] not in run.maps and row["value"] is not None]
-    return {row["method"]: (row["low"], row["high"]) for row in rows}
+def share(run: Run) -> float:
+    """The share of the budget that its recipe asks for."""
+    budget = run.record["budget"]
+    return budget["used"] / budget["asked"] if budget["asked"] else 1.0
 
 
-def above_baselines(scores: dict[str, Interval], method: str = ATTENTION) -> bool:
-    """Whether the interval of a method lies above that of everything that is no attention."""
-    others = [high for name, (_, high) in scores.items() if not name.startswith(ATTENTION)]
-    return scores[method][0] > max(others)
+def lacks(runs: Sequence[Run], recipes: Sequence[str] = (), seeds: int = SEEDS) -> list[str]:
+    """What runs lack for full strength: a complete release, a whole budget, seeds, a published recipe, currency.
+
+    Sprites that are rendered from their factors are those of the release.
+
+    Args:
+        runs: Those that count, of one part of a claim.
+        recipes: Published recipes; none where it does not matter.
+        seeds: How many there should be.
+    """
+    found = [f"{run.card.mark} data" for run in runs if run.card.mark not in ("", "rendered")]
+    found += [short(run, ",") for run in runs if short(run)]
+    there = len({run.parameters["seed"] for run in runs if "seed" in run.parameters})
+    found += [f"{there} of {seeds} seeds"] if there < seeds else []
+    found += ["no published recipe" for run in runs if recipes and run.parameters["recipe"] not in recipes]
+    found += ["outdated" for run in runs if run.outdated]
+    return list(dict.fromkeys(found))
 
 
-def with_interval(run: Run, name: str, method: str, subset: str = "") -> str:
-    """The pixel AUROC of a method as text, such as "conv1 0.605 (0.539–0.659)"."""
-    value, low, high = measure(run, AUROC, method, subset)
-    return f"{name} {value:.3f} ({low:.3f}–{high:.3f})"
+# Comparisons ----------------------------------------------------------------------------------------------------------
 
 
-def seed_interval(values: Sequence[float] | pd.Series, level: float = 0.95) -> Interval:
+def over_seeds(
+    name: str,
+    values_S: Sequence[float] | Float[np.ndarray, " s"],
+    drawn_SR: Float[np.ndarray, "s r"] | None = None,
+    units: int = 0,
+    *,
+    shown: str = "{:+.3f}",
+    told: float | None = None,
+    alike: float | None = None,
+) -> Comparison | None:
+    """A difference that several seeds give, each with what the resamples of its test units gave; None without any.
+
+        d = mean_s d_s    SE² = Var_r(mean_s d_sr) + Var_s(d_s)/S
+
+    the second only from SEEDS seeds on. Resamples are the same for all seeds, so that the first is the error from the
+    choice of test units alone. Degrees of freedom after Satterthwaite, of units − 1 and S − 1.
+
+    Args:
+        name: What it is.
+        values_S: The difference by seed.
+        drawn_SR: The same by resample; None where there is no error but that between seeds.
+        units: How many units are resampled.
+        shown: How the number is written.
+        told: The number that is shown instead of the mean of the differences, as that is on another scale.
+        alike: As in `Comparison`.
+    """
+    if not len(values_S):
+        return None
+    mean, parts = float(np.mean(values_S)), []
+    if drawn_SR is not None:
+        parts.append((float(np.nanvar(np.mean(drawn_SR, 0), ddof=1)), units - 1))
+    if len(values_S) >= (SEEDS if drawn_SR is not None else 2):
+        parts.append((float(np.var(values_S, ddof=1)) / len(values_S), len(values_S) - 1))
+    if not parts:
+        return None
+    variance = sum(part for part, _ in parts)
+    below = sum(part**2 / max(freedom, 1) for part, freedom in parts)
+    freedom = variance**2 / below if below else np.inf
+    text = shown.format(mean if told is None else told)
+    return Comparison(f"{name} {text}", mean, variance**0.5, freedom, alike)
+
+
+def compare(name: str, ours: "Scores", theirs: "Scores | float") -> Comparison | None:
+    """Whether a measure is above another, or above a number, on the logit scale, where it has no bounds.
+
+    Args:
+        name: What it is compared with.
+        ours: By seed.
+        theirs: By the same seeds and resamples; or a number.
+    """
+    other = Scores.constant(theirs, ours) if isinstance(theirs, float) else theirs
+    value_S, drawn_SR = _logit(ours.value_S) - _logit(other.value_S), _logit(ours.drawn_SR) - _logit(other.drawn_SR)
+    return over_seeds(name, value_S, drawn_SR, ours.units, told=float(np.mean(ours.value_S - other.value_S)))
+
+
+def apart(name: str, ours: "Scores", theirs: "Scores", margin: float) -> Comparison | None:
+    """Whether two measures of the same seeds and resamples differ by more than a margin."""
+    drawn_SR = ours.drawn_SR - theirs.drawn_SR
+    found = over_seeds(name, ours.value_S - theirs.value_S, drawn_SR, ours.units, alike=margin)
+    return found and replace(found, apart=True)
+
+
+def from_rows(
+    name: str, rows: Sequence[Mapping[str, Any]], border: float = 0.0, *, sign: int = 1, alike: float | None = None
+) -> Comparison | None:
+    """A number that a row of each seed gives with its interval, against a border, as `over_seeds`; None without any.
+
+    Args:
+        name: What it is.
+        rows: Rows of a record.
+        border: What it is compared with.
+        sign: 1 where it favours the claim to be above, -1 where below.
+        alike: As in `Comparison`.
+    """
+    if not rows:
+        return None
+    values_S = np.array([row["value"] for row in rows])
+    error_S = np.array([(row["high"] - row["low"]) / (2 * normal.ppf(0.975)) for row in rows])
+    variance = float(np.mean(error_S**2))
+    if len(values_S) >= SEEDS:
+        variance += float(np.var(values_S, ddof=1)) / len(values_S)
+    text = f"{name} {values_S.mean():{'.3f' if border else '+.3f'}}"
+    return Comparison(text, sign * (float(values_S.mean()) - border), variance**0.5, alike=alike)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A measure between 0 and 1 by seed, and by seed and resample of the test units.
+
+    Attributes:
+        value_S: The measure.
+        drawn_SR: What the resamples gave.
+        units: How many units are resampled.
+    """
+
+    value_S: Float[np.ndarray, " s"]
+    drawn_SR: Float[np.ndarray, "s r"]
+    units: int
+
+    @classmethod
+    def constant(cls, value: float, like: "Scores") -> "Scores":
+        """A number that is the same for all seeds and resamples."""
+        return cls(np.full_like(like.value_S, value), np.full_like(like.drawn_SR, value), like.units)
+
+    @classmethod
+    def mean(cls, scores: Sequence["Scores"]) -> "Scores":
+        """The mean over sets of test units that are resampled each for itself, such as categories, of as many seeds."""
+        seeds = min(len(one.value_S) for one in scores)
+        return cls(
+            np.mean([one.value_S[:seeds] for one in scores], 0),
+            # The draws of a seed are alike for sets of one size: shifted, each set is drawn for itself.
+            np.mean([np.roll(one.drawn_SR[:seeds], place, 1) for place, one in enumerate(scores)], 0),
+            sum(one.units for one in scores),
+        )
+
+
+def seed_interval(values: Sequence[float] | pd.Series, level: float = 0.95) -> tuple[float, float]:
     """Student's interval of the mean of what several seeds gave.
 
     Raises:
@@ -136,3 +354,11 @@ def seed_interval(values: Sequence[float] | pd.Series, level: float = 0.95) -> I
         raise ValueError(f"an interval over seeds needs two or more, got {len(values)}")
     half = student.ppf((1 + level) / 2, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
     return float(np.mean(values) - half), float(np.mean(values) + half)
+
+
+def _logit(values: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    return logit(np.clip(values, 1e-3, 1 - 1e-3))
+
+
+def _text(p: float) -> str:
+    return "< .001" if p < 0.001 else f"{p:.3f}".lstrip("0") if p < 1 else "1"

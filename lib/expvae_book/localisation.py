@@ -163,14 +163,15 @@ def follow(
     some_N = defects.some_of(len(category.test_NCYX), defects.THIRD)
     seen = defects.Seen.of(category, some_N)
     course, batch = measures.Course(), recipes.MVTEC[parameters["recipe"]].batch_size
-    prior_NYX = baselines.position_prior(split(category)[0]).expand(int(seen.known_N.sum()), -1, -1)
+    places = baselines.places(split(category)[0], int(seen.known_N.sum()))
     for done, trained in measures.stages(train, parameters["epochs"]):
         if not seen.masked:
             continue
         # Batch normalisation has seen no image before the first step.
         model = trained.model if done else randomised.settle(trained.model, split(category)[0])
-        maps = explained(model, category, seen, defects.FOLLOWED, batch)
-        course.add(done * -(-facts["images"] // batch), chain([(PRIOR, prior_NYX)], maps), seen.truth)
+        late = not done or done >= defects.LATE * parameters["epochs"]
+        maps = explained(model, category, seen, defects.FOLLOWED + (defects.FOLLOWED_LATE if late else ()), batch)
+        course.add(done * -(-facts["images"] // batch), chain(places.items(), maps), seen.truth)
     speed = trained.history.images / max(trained.history.seconds, 1e-9)
     return trained, course, facts | {"precision": trained.precision, "images_per_second": speed}
 

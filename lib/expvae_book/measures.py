@@ -33,7 +33,7 @@ SEED, RESAMPLES, LEVEL = 0, 500, 0.95
 # Shares of the epochs at which maps are measured, dense where a training changes most; a run is judged by the mean over
 # the last ones.
 STAGES = (0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1)
-LAST = 3
+LAST = names.LAST_STAGES
 FOLLOWED = {"auroc": AUROC, "average_precision": "average precision", "best_iou": BEST_IOU}
 AT_ONCE = 64  # images whose pixels are counted
 FIELDS = names.FIELDS | {
@@ -261,14 +261,12 @@ class Course:
 
     Attributes:
         truth: What they are measured by, where a job has several truths.
-        steps: Optimiser steps before each stage; the first has none where the untrained network was seen.
-        values: By map, the measures of FOLLOWED at each stage.
-        drawn: By map, the pixel AUROC of every resample at each stage.
+        values: By map and stage the optimiser steps before it, and the measures of FOLLOWED.
+        drawn: By map and stage the pixel AUROC of every resample.
         units: How many units are resampled.
     """
 
     truth: str = ""
-    steps: list[int] = field(default_factory=list)
     values: dict[str, list[list[float]]] = field(default_factory=dict)
     drawn: dict[str, list[Float[np.ndarray, " r"]]] = field(default_factory=dict)
     units: int = 0
@@ -277,55 +275,61 @@ class Course:
         """Measure the maps of a stage, if there is an anomaly to be found."""
         if not truth.truth_NYX.any():
             return
-        self.steps.append(steps)
         self.units = len(truth.unit_N.unique())
         for name, map_NYX in maps:
             counts = truth.count(map_NYX)
             scores = vars(counts.compute())
-            self.values.setdefault(name, []).append([scores[field] for field in FOLLOWED])
+            self.values.setdefault(name, []).append([steps, *(scores[field] for field in FOLLOWED)])
             self.drawn.setdefault(name, []).append(counts.resampled_aurocs(SEED, RESAMPLES))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The steps; by map the measures of FOLLOWED at each; and what verdicts pair (see `judged`), in float16."""
-        if not self.steps:
-            return {}
-        mark = f"{self.truth}/" if self.truth else ""
-        kept = {f"{mark}course/steps": np.array(self.steps)}
+        """By map its steps and measures, "course/...", and what verdicts pair, "judged/..." (see `judged`)."""
+        mark, kept = f"{self.truth}/" if self.truth else "", {}
         for name, values in self.values.items():
             kept[f"{mark}course/{name}"] = np.array(values, dtype=np.float32)
             kept[f"{mark}judged/{name}"] = self.judged(name).astype(np.float16)
         return kept
 
     def judged(self, name: str) -> Float[np.ndarray, "2 r"]:
-        """The pixel AUROC of every resample: of the untrained network, NaN if it was not seen, and of the last stages.
+        """The pixel AUROC of every resample: of the untrained network, and the mean over the last stages.
 
-        The latter is the mean over the last stages, by which a run is judged: measures swing while a network trains.
+        By the latter a run is judged: measures swing while a network trains. What was not seen is NaN.
         """
-        drawn_SR = np.array(self.drawn[name])
-        untrained_R = drawn_SR[0] if self.steps[0] == 0 else np.full(drawn_SR.shape[1], np.nan)
-        return np.array([untrained_R, drawn_SR[-LAST:].mean(0)])
+        trained, drawn_SR = self._trained(name), np.array(self.drawn[name])
+        lost_R = np.full(drawn_SR.shape[1], np.nan)
+        untrained_R = drawn_SR[0] if self._saw_untrained(name) else lost_R
+        return np.array([untrained_R, drawn_SR[trained].mean(0) if trained else lost_R])
 
     def rows(self) -> list[dict]:
-        """By map: the mean over the last stages, the best stage, and the paired difference from two others.
+        """By map: the mean over the last stages, the best stage, and the paired difference from others.
 
-        These are the untrained network, and the map that looks at no test image.
+        These are the untrained network, and maps that look at no test image.
         """
         found, mark = [], f", {self.truth}" if self.truth else ""
         for name, values in self.values.items():
-            values_SF = np.array(values)
-            means, best = values_SF[-LAST:].mean(0), values_SF.max(0)
+            trained, values_SF = self._trained(name), np.array(values)[:, 1:]
+            if not trained:
+                continue
+            means, best = values_SF[trained].mean(0), values_SF.max(0)
             untrained_R, last_R = self.judged(name)
             for metric, mean, highest in zip(FOLLOWED.values(), means, best, strict=True):
                 ends = self._ends(float(mean), last_R) if metric == AUROC else {"value": float(mean)}
                 found.append(runs.row(metric, method=name, subset=names.LAST + mark, **ends))
                 found.append(runs.row(metric, float(highest), name, names.BEST_STAGE + mark))
-            others = {names.UNTRAINED: (values_SF[0, 0], untrained_R)} if self.steps[0] == 0 else {}
-            if names.PRIOR in self.values and name != names.PRIOR:
-                others[names.PRIOR] = (self.values[names.PRIOR][-1][0], self.judged(names.PRIOR)[1])
-            for other, (value, other_R) in others.items():
+            others = {names.UNTRAINED: (values_SF[0, 0], untrained_R)} if self._saw_untrained(name) else {}
+            for place in set(names.PLACES) & set(self.values) - {name}:
+                others[place] = (self.values[place][-1][1], self.judged(place)[1])
+            for other, (value, other_R) in sorted(others.items()):
                 ends = self._ends(float(means[0] - value), last_R - other_R)
                 found.append(runs.row(DIFFERENCE, method=f"{name} − {other}", subset=names.LAST + mark, **ends))
         return found
+
+    def _trained(self, name: str) -> list[int]:
+        """The last of the stages after the first step, by their places."""
+        return [place for place, (steps, *_) in enumerate(self.values[name]) if steps > 0][-LAST:]
+
+    def _saw_untrained(self, name: str) -> bool:
+        return self.values[name][0][0] == 0
 
     def _ends(self, value: float, drawn_R: Float[np.ndarray, " r"]) -> dict[str, Any]:
         return vars(percentile_interval(value, drawn_R, LEVEL, self.units))

@@ -18,8 +18,11 @@ BY_MEAN_IMAGE = "reconstruction per image, mean image"
 KL = "KL per image"
 ACTIVE = "active units"
 PRIOR = "position prior"  # the variance of the training images by pixel, which looks at no test image
+CENTRE = "centre prior"
+PLACES = (PRIOR, CENTRE)  # maps that look at no test image
 KEPT_RANKS = "rank correlation with the trained map"
 LAST = "mean of the last stages"  # by which a run is judged, for measures swing while a network trains
+LAST_STAGES = 3
 BEST_STAGE = "best of the stages (oracle)"
 UNTRAINED = "untrained"
 

@@ -95,8 +95,9 @@ def titled(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
 def what_held(chapter: str) -> None:
     """Show the verdicts on the claims that a chapter tests, each with its evidence and criterion beneath."""
     verdicts = claims.verdicts(runs.find()).query("chapter == @chapter")
-    table = titled(verdicts, "claim", "claimed_by", "verdict", "evidence", "criterion")
-    show(table, "Verdicts, by code, from the stored runs on real data.", below=["Evidence", "Criterion"])
+    table = titled(verdicts, "claim", "claimed_by", "verdict", "evidence", "criterion", "would_decide")
+    caption = f"Verdicts, by code, from the stored runs on real data. {claims.RULES}"
+    show(table, caption, below=["Evidence", "Criterion", "Would decide"])
 
 
 Cell = tuple[str, ...] | Callable[[runs.Run], Any]  # what run.text takes of a number, or what makes the cell

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from expvae.metrics import CONVENTIONS
-from expvae_book import judges, names, publications, runs
+from expvae_book import names, publications, runs
 from expvae_book.data.catalogue import MOTIFS
 from expvae_book.matching import budget_text
 from expvae_book.names import ATTENTION, AUROC, BASELINES, ERROR, METHODS, plain
@@ -184,7 +184,8 @@ def failures(found: Found) -> pd.DataFrame:
 
 def missed(found: Found) -> tuple[int, int]:
     """Over all categories: the number of defective images, and of attention maps that miss the defect."""
-    return judges.missed_maps(list(_there(found, names.MISSED).values()))
+    rows = [run.metric(names.MISSED, ATTENTION) for run in _there(found, names.MISSED).values()]
+    return sum(row["n"] for row in rows), sum(round(row["value"] * row["n"]) for row in rows)
 
 
 def learned(found: Found) -> pd.DataFrame:

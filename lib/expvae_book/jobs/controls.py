@@ -30,7 +30,7 @@ from expvae_book import (
 from expvae_book.data import imagenet, mvtec
 from expvae_book.data.card import DataCard
 from expvae_book.jobs import digits, mnist, ucsd
-from expvae_book.names import FIELDS, LAYERS, PRIOR
+from expvae_book.names import FIELDS, LAYERS
 
 NETWORKS = {"mnist": 5, "ucsd": 5, "mvtec": 3}  # untrained ones of each kind
 KEPT = ("pixel AUROC", "average precision", "best IoU (oracle)")  # of these every resample
@@ -128,7 +128,7 @@ def _category(parameters: Mapping[str, Any]) -> Subject:
     seen = defects.Seen.of(category, torch.arange(len(category.test_NCYX)))
     own = recipe in localisation.OWN_NETWORKS
     starts = ["random"] if own or imagenet.load() is None else ["random", "imagenet"]
-    few = [(presets, layers, defects.THIRD) for presets, layers in defects.FOLLOWED]
+    few = [(presets, layers, defects.THIRD) for presets, layers in defects.FOLLOWED + defects.FOLLOWED_LATE]
     return Subject(
         localisation.split(category)[0],
         category.test_NCYX,
@@ -204,8 +204,7 @@ def without_vae(parameters: Mapping[str, Any], device: torch.device) -> runs.Run
 def _maps(seen: Subject, device: torch.device) -> Iterator[tuple[str, Float[Tensor, "n y x"]]]:
     """Name and maps of each baseline."""
     x_NCYX, count = training.to_unit(seen.test_NCYX), len(seen.test_NCYX)
-    yield PRIOR, baselines.position_prior(seen.train_NCYX).expand(count, -1, -1)
-    yield "centre prior", baselines.centre_prior(*x_NCYX.shape[2:]).expand(count, -1, -1)
+    yield from baselines.places(seen.train_NCYX, count).items()
     yield "input intensity", baselines.input_intensity(x_NCYX)
     mean_CYX = training.to_unit(seen.train_NCYX).mean(0)
     yield "mean image difference", baselines.mean_image_difference(x_NCYX, mean_CYX)

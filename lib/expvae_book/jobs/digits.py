@@ -67,9 +67,9 @@ class Digits:
         some = torch.nonzero(self.outlier_N)[::every, 0]
         return some, measures.Truth(self.truths["truth"][some], some, ALL)
 
-    def prior(self, count: int) -> Float[Tensor, "count y x"]:
-        """The map that needs no test image, for so many of them."""
-        return baselines.position_prior(self.inlier_NCYX).expand(count, -1, -1)
+    def places(self, count: int) -> dict[str, Float[Tensor, "count y x"]]:
+        """The maps that look at no test image, for so many of them."""
+        return baselines.places(self.inlier_NCYX, count)
 
     def explain(
         self, model: nn.Module, x_NYX: UInt8[Tensor, "n y x"], layers: Sequence[str], presets: Sequence[str]

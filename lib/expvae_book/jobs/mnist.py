@@ -82,7 +82,7 @@ def follow(
         steps = done * -(-len(digits.train_NCYX) // digits.batch)
         for kind, (x_NYX, of) in cases.items():
             maps = digits.explain(trained.model, x_NYX, LAYERS, measures.PRESETS)
-            courses[kind].add(steps, chain([(PRIOR, digits.prior(len(x_NYX)))], maps), of)
+            courses[kind].add(steps, chain(digits.places(len(x_NYX)).items(), maps), of)
     return trained, list(courses.values())
 
 
@@ -104,7 +104,7 @@ def maps_of(model: nn.Module, digits: Digits) -> Maps:
         batch = {
             **{kind: result.map_BYX for kind, result in explained.items()},
             **baselines.maps(x_BCYX, restored_BCYX, mean_CYX.to(where), chance),
-            PRIOR: digits.prior(len(x_BCYX)),
+            PRIOR: digits.places(len(x_BCYX))[PRIOR],
             "reconstruction": restored_BCYX[:, 0],
             "negative ELBO": reconstruction_B + kl_B,
             "mass per latent": explained["attention, paper"].linear_BIHW.relu().mean((2, 3)),
@@ -209,7 +209,7 @@ def planted(model: nn.Module, digits: Digits) -> tuple[list[dict], dict[str, np.
     for kind, (x_NYX, of) in digits.planted.items():
         x_NCYX, chance = training.to_unit(x_NYX[:, None]), torch.Generator().manual_seed(measures.SEED)
         simple = baselines.maps(x_NCYX, explanation.reconstruct(model, x_NYX[:, None]), mean_CYX, chance)
-        simple |= {PRIOR: digits.prior(len(x_NYX))}
+        simple |= digits.places(len(x_NYX))
         measured = measures.Measured()
         for name, map_NYX in chain(digits.explain(model, x_NYX, LAYERS, measures.PRESETS), simple.items()):
             measured.pixels(name, map_NYX, of, FIELDS)

@@ -75,9 +75,9 @@ class Footage:
         truth_MYX = torch.stack([self.clips.test_mask[i] for i in some])
         return some, measures.Truth(truth_MYX, self.clips.test_clip_N[some], TEST)
 
-    def prior(self, count: int) -> Float[Tensor, "count y x"]:
-        """The map that needs no test frame, for so many of them."""
-        return baselines.position_prior(self.train_NCYX).expand(count, -1, -1)
+    def places(self, count: int) -> dict[str, Float[Tensor, "count y x"]]:
+        """The maps that look at no test image, for so many of them."""
+        return baselines.places(self.train_NCYX, count)
 
     def explain(self, model: nn.Module, frame_N: Tensor, layers: Iterable[str], presets: Iterable[str]) -> Iterator:
         """Name and maps of some frames, of each layer by each preset."""
@@ -145,10 +145,10 @@ def follow(
 ) -> tuple[weights.Trained, measures.Course]:
     """The trained model, and the measures of its maps at stages of the training, on some of the test frames."""
     some, truth = footage.truth(FOLLOWED_EVERY)
-    course, prior = measures.Course(), (PRIOR, footage.prior(len(some)))
+    course, places = measures.Course(), footage.places(len(some)).items()
     for done, trained in measures.stages(lambda epochs: fit(footage, parameters, epochs, device), parameters["epochs"]):
         maps = footage.explain(trained.model, some, LAYERS, measures.PRESETS)
-        course.add(done * -(-len(footage.train_NCYX) // footage.batch), chain([prior], maps), truth)
+        course.add(done * -(-len(footage.train_NCYX) // footage.batch), chain(places, maps), truth)
     return trained, course
 
 
@@ -165,7 +165,7 @@ def simple_maps(model: nn.Module, footage: Footage) -> tuple[dict[str, Float[Ten
         for frame_BYX, restored_BCYX in zip(frame_NYX.split(64), restored_NCYX.split(64), strict=True)
     ]
     maps = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return maps | {PRIOR: footage.prior(len(frame_NYX))}, restored_NCYX[:, 0]
+    return maps | footage.places(len(frame_NYX)), restored_NCYX[:, 0]
 
 
 def map_rows(

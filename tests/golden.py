@@ -63,6 +63,7 @@ SAMPLE = {"data": "sample", "device": "cpu"}
 ONE_EPOCH = {
     "expvae_book.recipes.MNIST": recipes.MNIST | {"liu2020": replace(recipes.MNIST["liu2020"], epochs=1, batch_size=32)}
 }
+FEWER = "(?!.*from the image to)(?!.*best of the stages)"  # what a pattern of kept numbers begins with
 FIGURES = ("image_rows", "clip_animation", "attention_steps")
 
 
@@ -117,7 +118,8 @@ def mnist() -> Numbers:
             f"{layer}, {preset}" for layer in ("conv1", "conv2") for preset in ("liu2020_code", "most_deviant")
         ],
     }
-    kept = r"(?!.*digit \d)(?!.*strict)(?!less.*(input|mean|centre|random))(?!IoU, p.*(grid|best))"
+    kept = FEWER + "(?!.*stages, strokes)"
+    kept += r"(?!.*digit \d)(?!.*strict)(?!less.*(input|mean|centre|random))(?!IoU, p.*(grid|best))"
     kept += "(?!(AUPRO|average precision|.*IoU|FPR).*(input|mean image|centre|random|reconstruction))"
     return chapter("mnist", SAMPLE, patches, {}, kept)
 
@@ -169,7 +171,7 @@ def walkway() -> Numbers:
             f"{layer}, {preset}" for layer in ("conv1", "conv2", "conv3") for preset in presets
         ],
     }
-    kept = "(?!IoU, per)(?!(pixel|best).*, change)(?!.*(input|random|centre|conv[13], normal))"
+    kept = FEWER + "(?!IoU, per)(?!(pixel|best).*, change)(?!.*(input|random|centre|conv[13], normal))"
     return chapter("ucsd", SAMPLE | {"epochs": 1}, patches, {}, kept)
 
 
@@ -190,13 +192,17 @@ def workpieces() -> Numbers:
         "expvae_book.defects.FOLLOWED": ((("liu2020_code",), ("layer4.1.conv2",)),),
         "expvae_book.defects.FEW": 3,
         "expvae_book.defects.RANDOMISED": ((("liu2020_code",), ("layer4.1.conv2",)),),
+        "expvae_book.defects.FOLLOWED_LATE": (),
         "expvae_book.defects.CASES": (
             (("liu2020_code", "normal_difference"), ("layer4.1.conv2",), 1.0),
             (("brongers2021",), ("conv1",), 0.0),
         ),
     }
     given = {"categories": "bottle", "augmented": 4, "epochs": 1, "initial": "random", "precision": "float32"}
-    kept = "(?!IoU.*(conv1|reconstruction|SSIM|image difference))(?!(pixel|best).*, change)(?!.*(centre|within images))"
+    kept = (
+        FEWER
+        + "(?!IoU.*(conv1|reconstruction|SSIM|image difference))(?!(pixel|best).*, change)(?!.*(centre|within images))"
+    )
     return chapter("mvtec15", SAMPLE | given, patches, {}, kept)
 
 

@@ -337,10 +337,11 @@ def test_the_record_says_how_it_was_trained(computed):
     }
     pictured |= {f"{name}, peak" for name in pictured}
     followed = {
-        f"{layer}, {preset}" for presets, layers in defects.FOLLOWED for preset, layer in product(presets, layers)
+        f"{layer}, {preset}"
+        for presets, layers in defects.FOLLOWED + defects.FOLLOWED_LATE
+        for preset, layer in product(presets, layers)
     }
-    seen = {*followed, names.PRIOR}
-    course = {"course/steps", *(f"{part}/{name}" for part in ("course", "judged") for name in seen)}
+    course = {f"{part}/{name}" for part in ("course", "judged") for name in (*followed, *names.PLACES)}
     compared = {
         f"compared/{layer}, {preset}{part}"
         for presets, layers in defects.RANDOMISED
@@ -348,7 +349,7 @@ def test_the_record_says_how_it_was_trained(computed):
         for part in ("", ", peak")
     }
     assert computed["all"].arrays.keys() == always | resamples | flagged | pictured | course | compared
-    assert computed["all"].arrays["course/steps"].tolist() == [0, steps_used]
+    assert {tuple(computed["all"].arrays[f"course/{name}"][:, 0]) for name in followed} == {(0, steps_used)}
     assert {name.partition("/")[0] for name in computed["no good"].arrays} == always | {
         "resamples",
         "course",

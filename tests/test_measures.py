@@ -290,14 +290,14 @@ def test_a_course_holds_the_measures_at_each_stage_and_what_verdicts_pair(monkey
         course.add(steps, maps.items(), truth)
     arrays, flat = course.arrays(), truth.truth_NYX.flatten().numpy()
     kept = {f"{part}/{name}" for part in ("course", "judged") for name in ("one", "two", names.PRIOR)}
-    assert arrays.keys() == {"course/steps"} | kept
-    assert arrays["course/steps"].tolist() == [0, 5, 9, 20]
+    assert arrays.keys() == kept
     rows, aurocs = course.rows(), {}
     for name in ("one", "two", names.PRIOR):
         aurocs[name] = [roc_auc_score(flat, maps[name].flatten()) for maps in stages]
         precisions = [average_precision_score(flat, maps[name].flatten()) for maps in stages]
-        np.testing.assert_allclose(arrays[f"course/{name}"][:, 0], aurocs[name], atol=1e-6)
-        np.testing.assert_allclose(arrays[f"course/{name}"][:, 1], precisions, atol=1e-6)
+        assert arrays[f"course/{name}"][:, 0].tolist() == [0, 5, 9, 20]
+        np.testing.assert_allclose(arrays[f"course/{name}"][:, 1], aurocs[name], atol=1e-6)
+        np.testing.assert_allclose(arrays[f"course/{name}"][:, 2], precisions, atol=1e-6)
         for metric, values in {"pixel AUROC": aurocs[name], "average precision": precisions}.items():
             row = value(rows, metric, name, "mean of the last stages")
             assert row["value"] == pytest.approx(np.mean(values[-3:]), abs=1e-6)
@@ -320,6 +320,9 @@ def test_a_course_that_did_not_see_the_untrained_network_compares_nothing_with_i
     course = measures.Course("strokes")
     for steps in (5, 9):
         course.add(steps, [("one", another(score_NYX, steps))], truth)
+    only = measures.Course()
+    only.add(0, [("one", score_NYX)], truth)  # told to end before the stages by which it is judged
+    assert only.rows() == [] and np.isnan(only.arrays()["judged/one"][1]).all()
     assert np.isnan(course.arrays()["strokes/judged/one"][0]).all()
     assert all(row["metric"] != "pixel AUROC, difference" for row in course.rows())
     assert {row["subset"].partition(", ")[2] for row in course.rows()} == {"strokes"}

@@ -39,7 +39,7 @@ def test_layers_hold_all_that_leads_to_the_latents(make, layers):
 
 
 def test_randomising_changes_the_tensors_it_names_and_no_others():
-    trained, other = training.build(lambda: UCSDVAE(4), 0), randomised.other(lambda: UCSDVAE(4), 0)
+    trained, (other, _) = training.build(lambda: UCSDVAE(4), 0), randomised.others(lambda: UCSDVAE(4), 0)
     before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
     said = []
     for step, chosen in randomised.steps(trained):
@@ -82,16 +82,20 @@ def test_rank_correlations_are_scipys():
 
 
 def test_a_cascade_ends_at_the_random_network_and_keeps_the_trained_maps():
-    model, other = training.build(lambda: MNISTVAE(4), 0).eval(), randomised.other(lambda: MNISTVAE(4), 0)
+    model, pair = training.build(lambda: MNISTVAE(4), 0).eval(), randomised.others(lambda: MNISTVAE(4), 0)
+    other = pair[0]
     x_NCYX = images(20, 1, 28)
 
     def explain(one):
         return {"code": attention(one.encode, "encoder.conv2", training.to_unit(x_NCYX), "liu2020_code").map_BYX}
 
     seen = measures.Truth(x_NCYX[:, 0] > 200, torch.arange(20))
-    rows, kept = randomised.cascade(model, other, x_NCYX, explain, seen)
+    rows, kept = randomised.cascade(model, pair, x_NCYX, explain, seen)
     of = {(row["metric"], row["subset"]): row["value"] for row in rows}
-    assert len(rows) == 2 * len(list(randomised.steps(model)))
+    assert len(rows) == 2 * len(list(randomised.steps(model))) + 1
+    two = zip(explain(pair[0])["code"], explain(pair[1])["code"], strict=True)
+    floor = np.mean([spearmanr(a.flatten(), b.flatten()).statistic for a, b in two])
+    assert of[names.KEPT_RANKS, "two random networks"] == pytest.approx(floor, abs=1e-6)
     random_NYX, trained_NYX = explain(other)["code"], explain(model)["code"]
     score = roc_auc_score(seen.truth_NYX.flatten(), random_NYX.flatten())
     assert of[names.AUROC, "random from the latents to conv1"] == pytest.approx(score, abs=1e-6)

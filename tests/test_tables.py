@@ -1,10 +1,11 @@
 """The tables of the MVTec chapters, from runs made up here."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 from expvae.metrics import CONVENTIONS
 from expvae_book import names, publications, tables
@@ -219,3 +220,41 @@ def test_a_file_that_holds_no_runs_says_so(tmp_path):
         file.write_text(head + rows)
         with pytest.raises(ValueError, match=r"runs\.csv: every run needs one metric_score in \[0, 1\]"):
             publications.report2_runs(file)
+
+
+def test_untrained_networks_are_summed_up(monkeypatch):
+    subset = "random, seed {}"
+    rows = [row("pixel AUROC", 0.6 + 0.1 * seed, SHOWN, subset.format(seed)) for seed in range(3)]
+    rows += [row("pixel AUROC", 0.1, SHOWN, "random, seed 0, mean 0 and variance 1"), row("pixel AUROC", 0.9, SHOWN)]
+    run = make_run("bottle", masks=False)
+    run.record["metrics"] = rows
+    monkeypatch.setattr(tables.runs, "find", lambda chapter, **wanted: [run] if wanted["category"] == "bottle" else [])
+    where = ("layer2.1.conv1", "liu2020_code")
+    told = tables.untrained_text("pixel AUROC", *where, dataset="mvtec", category="bottle")
+    assert told == "0.700 (3 networks, 0.600–0.800)"
+    assert tables.untrained_text("pixel AUROC", *where, category="pill") == tables.NOT_MEASURED
+    assert tables.untrained_text("AUPRO", *where, category="bottle") == tables.NOT_MEASURED
+    table = tables.untrained(replace(run, record=run.record | {"metrics": rows[:4]}))
+    assert table.iloc[0].tolist() == [SHOWN, "random", "0.700", "0.600", "0.800", 3]
+    assert table.iloc[1].tolist() == [SHOWN, "random, mean 0 and variance 1", "0.100", "0.100", "0.100", 1]
+
+
+def test_a_cascade_stands_between_two_trainings_and_two_random_networks():
+    generator = np.random.default_rng(0)
+    seeds = []
+    for seed in (0, 1):
+        run = make_run("bottle", masks=False)
+        run.parameters["seed"] = seed
+        run.record["metrics"] = [
+            row("pixel AUROC", 0.6, SHOWN, "random from the image to conv1"),
+            row(names.KEPT_RANKS, 0.25, SHOWN, "random from the image to conv1"),
+            row(names.KEPT_RANKS, -0.5, SHOWN, names.FLOOR),
+        ]
+        run.__dict__["arrays"] = {f"compared/{SHOWN}": generator.random((4, 5, 5)), f"compared/{SHOWN}, peak": 1.0}
+        seeds.append(run)
+    lines = tables.cascade(seeds).to_numpy().tolist()
+    assert lines[0] == [SHOWN, 0, "random from the image to conv1", "0.600", "+0.25"]
+    assert lines[1] == [SHOWN, 0, names.FLOOR, "", "-0.50"]
+    maps = (run.arrays[f"compared/{SHOWN}"].reshape(4, -1) for run in seeds)
+    expected = np.mean([spearmanr(a, b).statistic for a, b in zip(*maps, strict=True)])
+    assert lines[-1] == [SHOWN, "0 and 1", "nothing: two trained seeds", "", f"{expected:+.2f}"]

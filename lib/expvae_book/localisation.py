@@ -199,7 +199,7 @@ def cascade(
     batch = recipes.MVTEC[parameters["recipe"]].batch_size
     return randomised.cascade(
         model,
-        randomised.other(make, parameters["seed"]),
+        randomised.others(make, parameters["seed"]),
         split(category)[0],
         lambda one: dict(explained(one, category, seen, defects.RANDOMISED, batch)),
         seen.truth,

@@ -21,6 +21,7 @@ PRIOR = "position prior"  # the variance of the training images by pixel, which 
 CENTRE = "centre prior"
 PLACES = (PRIOR, CENTRE)  # maps that look at no test image
 KEPT_RANKS = "rank correlation with the trained map"
+FLOOR = "two random networks"
 LAST = "mean of the last stages"  # by which a run is judged, for measures swing while a network trains
 LAST_STAGES = 3
 BEST_STAGE = "best of the stages (oracle)"

@@ -19,7 +19,7 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from expvae_book import measures, runs, training
-from expvae_book.names import AUROC, KEPT_RANKS
+from expvae_book.names import AUROC, FLOOR, KEPT_RANKS
 
 COMPARED = 16  # images whose maps are kept, to be compared between seeds
 SIDE = 32  # pixels along either side of a kept map, or a little more
@@ -29,9 +29,10 @@ BATCHES, BATCH = 8, 32  # of training images, for the statistics of batch normal
 Maps = dict[str, Float[Tensor, "n y x"]]
 
 
-def other(make: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A network with random weights that are not those which the seed starts a training from."""
-    return training.build(make, seed + OTHER).eval()
+def others(make: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, nn.Module]:
+    """Two networks with random weights that are not those which the seed starts a training from."""
+    one, two = (training.build(make, seed + far).eval() for far in (OTHER, 2 * OTHER))
+    return one, two
 
 
 def normalised(model: nn.Module) -> list[nn.Module]:
@@ -110,7 +111,7 @@ def thinned(map_NYX: Float[Tensor, "n y x"]) -> Float[Tensor, "n h w"]:
 
 def cascade(
     model: nn.Module,
-    start: nn.Module,
+    random: tuple[nn.Module, nn.Module],
     train_NCYX: UInt8[Tensor, "t c y x"],
     explain: Callable[[nn.Module], Maps],
     truth: measures.Truth,
@@ -119,26 +120,33 @@ def cascade(
 
     Args:
         model: The trained VAE.
-        start: One of the same kind with random weights; see `other`.
+        random: Two of the same kind with random weights, see `others`: the first gives the weights, and how far the
+            maps of both are alike is the least that is to be expected.
         train_NCYX: Training images, for the statistics of batch normalisation.
         explain: The maps of test images by name, of any such network.
         truth: What the maps are measured by.
 
     Returns:
         Rows of the pixel AUROC and of the rank correlation with the trained map, and the trained maps of some images,
-        by which runs that differ in the seed are compared (`resemblance`).
+        by which runs that differ in the seed are compared (`expvae_book.tables.cascade`).
     """
-    trained = explain(model)
-    found = []
+    where, trained, found = next(model.parameters()).device, explain(model), []
+    one, two = (settle(network.to(where), train_NCYX) for network in random)
     for step, names in steps(model):
-        mixed = settle(randomise(model, start.to(next(model.parameters()).device), names), train_NCYX)
-        for name, map_NYX in explain(mixed).items():
+        for name, map_NYX in explain(settle(randomise(model, one, names), train_NCYX)).items():
             if truth.truth_NYX.any():
                 found.append(runs.row(AUROC, truth.count(map_NYX).compute().auroc, name, f"random {step}"))
-            rank_N = rank_correlation(thinned(map_NYX), thinned(trained[name]))
-            if not np.isnan(rank_N).all():
-                found.append(runs.row(KEPT_RANKS, float(np.nanmean(rank_N)), name, f"random {step}", n=len(rank_N)))
+            found += _alike(map_NYX, trained[name], name, f"random {step}")
+    floor = explain(two)
+    for name, map_NYX in explain(one).items():
+        found += _alike(map_NYX, floor[name], name, FLOOR)
     return found, compared(trained)
+
+
+def _alike(map_NYX: Float[Tensor, "n y x"], other_NYX: Float[Tensor, "n y x"], name: str, subset: str) -> list[dict]:
+    rank_N = rank_correlation(thinned(map_NYX), thinned(other_NYX))
+    rank_N = rank_N[~np.isnan(rank_N)]
+    return [runs.row(KEPT_RANKS, float(rank_N.mean()), name, subset, n=len(rank_N))] if len(rank_N) else []
 
 
 def compared(maps: Maps) -> dict[str, np.ndarray]:

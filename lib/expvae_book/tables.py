@@ -1,9 +1,11 @@
 """The tables of the MVTec chapters: published numbers beside ours, by category. Nothing here computes a result."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
+from scipy.stats import spearmanr
 
 from expvae.metrics import CONVENTIONS
 from expvae_book import names, publications, runs
@@ -16,9 +18,11 @@ from expvae_book.runs import Run
 
 LITERATURE = REPOSITORY / "book" / "literature" / "mvtec.csv"
 NOT_AT_HAND = "data not at hand"
+NOT_MEASURED = "no run of ours"
 CHOICES = {"validation": "held-out normal images", "grid": "best of 99 (oracle)", "best": "best of all (oracle)"}
 PRINTED = {AUROC: AUROC, "IoU": names.BEST_IOU}  # what the publications print, and our number beside it
 
+UNTRAINED = "untrained network"
 CONTROLS = {
     "untrained": "Networks that were never trained: pixel AUROC, its mean over networks and the least and greatest.",
     "baselines": "Maps that take no VAE, with 95 % intervals.",
@@ -89,12 +93,19 @@ def results(report: str, found: Found, command: Callable[[str], str]) -> pd.Data
 def methods(found: Found, metric: str) -> pd.DataFrame:
     """A measure of the attention map and of every baseline, by category, and their means."""
     lines = [
-        {"Category": category} | {name: run.text(metric, name, form=".2f", lacking="–") for name in METHODS}
+        {"Category": category}
+        | {name: run.text(metric, name, form=".2f", lacking="–") for name in METHODS}
+        | {UNTRAINED: _untrained(metric, run)}
         for category, run in _there(found, metric).items()
     ]
     if lines:
         lines.append({"Category": "mean"} | {name: _decimals(_values(found, metric, name).mean()) for name in METHODS})
     return pd.DataFrame(lines)
+
+
+def _untrained(metric: str, run: Run) -> str:
+    given = run.parameters
+    return untrained_text(metric, given["layer"], given["preset"], dataset="mvtec", category=given["category"])
 
 
 def orders(found: Found) -> pd.DataFrame:
@@ -302,6 +313,23 @@ def untrained(run: Run) -> pd.DataFrame:
     )
 
 
+def untrained_text(metric: str, layer: str, preset: str, **subject: str | int) -> str:
+    """A measure of the maps of untrained networks as text: mean, least and greatest, and how many there are.
+
+    Args:
+        metric: The measure.
+        layer: Layer of the maps.
+        preset: Preset of the maps.
+        subject: The parameters that name the data: dataset, and digit or category.
+    """
+    for run in runs.find("sanity", control="untrained", **subject):
+        rows = run.metrics[(run.metrics["metric"] == metric) & (run.metrics["method"] == f"{layer}, {preset}")]
+        values = rows[rows["subset"].str.fullmatch(r"random, seed \d+")]["value"]
+        if len(values) and run.card.kind != "sample":
+            return f"{values.mean():.3f} ({len(values)} networks, {values.min():.3f}–{values.max():.3f})"
+    return NOT_MEASURED
+
+
 def without_vae(run: Run) -> pd.DataFrame:
     """The maps that take no VAE, by pixel and by image."""
     columns = [AUROC, "average precision", "AUPRO", names.BEST_IOU]
@@ -310,3 +338,32 @@ def without_vae(run: Run) -> pd.DataFrame:
         line = {"Map": name} | {title: run.text(title, name) for title in columns}
         lines.append(line | {"image AUROC": run.text(names.IMAGE_AUROC, name, "maximum", lacking="–")})
     return pd.DataFrame(lines)
+
+
+def cascade(runs_: Sequence[Run]) -> pd.DataFrame:
+    """What is left of a map where layers are random, by run: pixel AUROC, and rank correlation with the trained map.
+
+    Beside it the ceiling, how far the maps of two trained seeds are alike on the images that both keep, and the floor,
+    how far those of two random networks are.
+
+    Args:
+        runs_: Runs that differ in the seed alone.
+    """
+    lines = []
+    for run in runs_:
+        ranks = run.rows(names.KEPT_RANKS)
+        for row in ranks.itertuples():
+            score = run.text(AUROC, row.method, row.subset, lacking="")
+            label = {"Map": row.method, "Seed": run.parameters["seed"], "Random": row.subset}
+            lines.append(label | {AUROC: score, "Rank correlation": f"{row.value:+.2f}"})
+    for one, other in combinations(runs_, 2):
+        for name in one.arrays.keys() & other.arrays.keys():
+            if name.startswith("compared/") and not name.endswith(", peak"):
+                pairs = zip(one.arrays[name], other.arrays[name], strict=True)
+                ranks = [
+                    spearmanr(a_YX, b_YX, axis=None).statistic for a_YX, b_YX in pairs if a_YX.std() and b_YX.std()
+                ]
+                seeds = f"{one.parameters['seed']} and {other.parameters['seed']}"
+                label = {"Map": name.removeprefix("compared/"), "Seed": seeds, "Random": "nothing: two trained seeds"}
+                lines.append(label | {AUROC: "", "Rank correlation": f"{np.mean(ranks):+.2f}"})
+    return pd.DataFrame(lines).sort_values("Map", kind="stable", ignore_index=True)

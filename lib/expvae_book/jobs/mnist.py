@@ -313,7 +313,7 @@ def evaluate(
     some, foreign = digits.some()
     of_cascade, compared = randomised.cascade(
         model,
-        randomised.other(network(parameters["recipe"]), parameters["seed"]),
+        randomised.others(network(parameters["recipe"]), parameters["seed"]),
         digits.train_NCYX,
         lambda one: dict(digits.explain(one, digits.test_NYX[some], (LAYER,), tuple(KINDS.values()))),
         foreign,

@@ -274,7 +274,7 @@ def cascade(
     some, truth = footage.truth(FOLLOWED_EVERY)
     return randomised.cascade(
         model,
-        randomised.other(network(parameters["recipe"]), parameters["seed"]),
+        randomised.others(network(parameters["recipe"]), parameters["seed"]),
         footage.train_NCYX,
         lambda network: dict(footage.explain(network, some, SHOWN[:1], RANDOMISED)),
         truth,

@@ -34,7 +34,7 @@ export PYTHONDONTWRITEBYTECODE :=
 export JUPYTER_PREFER_ENV_PATH := 1
 
 # Chapters that compute. Those that come last read weights which others have trained.
-COMPUTED := disentanglement mvtec15 mvtec10 ucsd mnist-1 mnist-3 method data reuse rbm-1 rbm-3 ablations
+COMPUTED := disentanglement mvtec15 mvtec10 ucsd mnist-1 mnist-3 method data reuse sanity rbm-1 rbm-3 ablations
 # Chapters that read what all others have stored.
 READING := performance comparison index
 
@@ -47,7 +47,7 @@ reproduce: $(INSTALLED)
 	@$(MAKE) --no-print-directory -j$(JOBS) $(READING)
 	@$(MAKE) --no-print-directory book
 
-data method reuse $(READING): $(INSTALLED)
+data method reuse sanity $(READING): $(INSTALLED)
 	$(BIN)/papermill book/$@.md $(EXECUTED)/$@.ipynb
 mnist-1 mnist-3: mnist-%: $(INSTALLED)
 	$(BIN)/papermill book/mnist.md $(EXECUTED)/$@.ipynb -p digit $*
@@ -81,6 +81,14 @@ published: $(INSTALLED)
 	  $(BIN)/papermill book/mnist.md $(EXECUTED)/mnist-$$digit-$$seed.ipynb \
 	    -p digit $$digit -p seed $$seed -p data real || exit 1; \
 	done; done
+	for control in untrained baselines; do \
+	  for digit in $(DIGITS); do \
+	    $(BIN)/papermill book/sanity.md $(EXECUTED)/sanity-$$control-$$digit.ipynb \
+	      -p control $$control -p digit $$digit -p data real || exit 1; \
+	  done; \
+	  $(BIN)/papermill book/sanity.md $(EXECUTED)/sanity-$$control-ucsd.ipynb \
+	    -p control $$control -p dataset ucsd -p data real || exit 1; \
+	done
 	for recipe in report1 report1_warmup; do \
 	  $(BIN)/papermill book/ucsd.md $(EXECUTED)/ucsd-$$recipe.ipynb -p recipe $$recipe -p data real || exit 1; \
 	done

@@ -4,7 +4,7 @@ Images are grey levels 0…255; what comes back lies on the CPU, in their order.
 images.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import TypeVar
 
 import torch
@@ -80,6 +80,14 @@ def normal_posterior(
     mu_ND, logvar_ND = encoded(model, train_NCYX)
     variance_D = logvar_ND.exp().mean(0) + mu_ND.var(0, correction=0)
     return mu_ND.mean(0), variance_D.log()
+
+
+def normal_for(
+    presets: Iterable[str], model: nn.Module, train_NCYX: UInt8[Tensor, "n c y x"]
+) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]] | None:
+    """The normal posterior, which takes a pass over all training images, where one of the presets needs it."""
+    needed = {"normal_difference", "most_deviant"} & {method_of(preset).score for preset in presets}
+    return normal_posterior(model, train_NCYX) if needed else None
 
 
 def reconstruct(model: nn.Module, x_NCYX: UInt8[Tensor, "n c y x"]) -> Float[Tensor, "n c y x"]:

@@ -5,7 +5,7 @@ maps and its numbers; the trained weights are kept, so that nothing is trained t
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -177,10 +177,11 @@ def follow(
 
 
 def explained(
-    model: nn.Module, category: mvtec.Category, seen: defects.Seen, cases: Iterable[tuple], batch: int
+    model: nn.Module, category: mvtec.Category, seen: defects.Seen, cases: Sequence[tuple], batch: int
 ) -> Iterator[tuple[str, Float[Tensor, "m y x"]]]:
     """Name and maps of the test images seen that are normal or have a mask, by presets and layers."""
-    normal = explanation.normal_posterior(model, split(category)[0])
+    chosen = {preset for presets, _ in cases for preset in presets}
+    normal = explanation.normal_for(chosen, model, split(category)[0])
     options = {"batch": batch, "seed": measures.SEED, "normal": normal, "shuffled": True}
     for presets, layers in cases:
         x_NCYX = category.test_NCYX[seen.image_N]

@@ -75,7 +75,7 @@ class Digits:
         self, model: nn.Module, x_NYX: UInt8[Tensor, "n y x"], layers: Sequence[str], presets: Sequence[str]
     ) -> Iterator[tuple[str, Float[Tensor, "n y x"]]]:
         """Name and maps of images, of each layer by each preset."""
-        normal = explanation.normal_posterior(model, self.train_NCYX)
+        normal = explanation.normal_for(presets, model, self.train_NCYX)
         options = {"batch": self.batch, "seed": measures.SEED, "normal": normal}
         return measures.layers_and_presets(model, layers, presets, x_NYX[:, None], **options)
 

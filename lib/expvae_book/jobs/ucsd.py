@@ -5,7 +5,7 @@ clips; the other fifth chooses a threshold. Clips without masks count only where
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, combinations, product
 from typing import Any
@@ -79,12 +79,12 @@ class Footage:
         """The maps that look at no test image, for so many of them."""
         return baselines.places(self.train_NCYX, count)
 
-    def explain(self, model: nn.Module, frame_N: Tensor, layers: Iterable[str], presets: Iterable[str]) -> Iterator:
+    def explain(self, model: nn.Module, frame_N: Tensor, layers: Sequence[str], presets: Sequence[str]) -> Iterator:
         """Name and maps of some frames, of each layer by each preset."""
-        normal = explanation.normal_posterior(model, self.train_NCYX)
+        normal = explanation.normal_for(presets, model, self.train_NCYX)
         x_NCYX = self.clips.test_NYX[frame_N][:, None]
         options = {"batch": self.batch, "seed": measures.SEED, "normal": normal}
-        return measures.layers_and_presets(model, list(layers), list(presets), x_NCYX, **options)
+        return measures.layers_and_presets(model, layers, presets, x_NCYX, **options)
 
 
 def size_of(recipe: str) -> int:

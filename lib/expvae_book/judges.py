@@ -111,7 +111,8 @@ def localised(
     found = [compare("above untrained", trained, untrained), compare(f"above the {place}", trained, beside[0])]
     if published is not None:
         found.append(compare(f"above {published:.2f} − {MARGIN}", trained, published - MARGIN))
-    text = f"{name} ({trained.value_S.mean():.3f})"
+    last = np.mean([run.arrays[f"{truth}/course/{one}" if truth else f"course/{one}"][-1, 1] for run in runs])
+    text = f"{name} ({trained.value_S.mean():.3f}, at the end {last:.3f})"
     return Part(text, tuple(filter(None, found)))
 
 

@@ -40,7 +40,9 @@ def beside(reported: pd.DataFrame, runs: Iterable[Run]) -> pd.DataFrame:
         interval; several with their mean, number and range; then the marks). A row without a run of ours says so
         there.
     """
-    real = [run for run in each_map(runs) if run.card.kind != "sample"]
+    # Networks that were trained on the wrong class are a control, and nothing published compares with them either.
+    plain = [run for run in runs if run.card.kind != "sample" and "trained_on" not in run.parameters]
+    real = each_map(plain)
     lines = []
     for row in reported.to_dict("records"):
         wanted = dict(pair.split("=", 1) for pair in row["our_parameters"].split(";") if pair)

@@ -41,6 +41,8 @@ BASELINES = [*baselines.NAMES, PRIOR]
 METHODS = [*KINDS, *BASELINES]
 LAYERS = ("conv1", "conv2")
 LAYER = LAYERS[1]
+SHOWN_MAPS = [measures.map_name(LAYER, preset) for preset in measures.PRESETS]
+STROKES = truth.STROKES
 MAPS = [measures.map_name(*pair) for pair in product(LAYERS, measures.PRESETS)]
 
 Maps = dict[str, Float[Tensor, "n _ _"]]
@@ -309,6 +311,7 @@ def evaluate(
     measured = measure(model, digits, {name: maps[name] for name in BASELINES})
     # The baselines' AUROC stands among the rows of the pixels.
     found += [row for row in measured.rows if (row["metric"], row["method"] in BASELINES) != (AUROC, True)]
+    found += measured.differences(MAPS, BASELINES, ALL)
     of_strokes, drawn = planted(model, digits)
     some, foreign = digits.some()
     of_cascade, compared = randomised.cascade(

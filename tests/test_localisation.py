@@ -51,11 +51,12 @@ PARAMETERS = {
 SHOWN = "layer2.1.conv1, liu2020_code"
 PICTURED = localisation.PICTURED
 SIMPLE = [name for name in BASELINES if name != COMMON] + [names.PRIOR]
-# Every layer by every preset; by that of the paper, which needs a backward pass for each latent, on few images before
-# the last stage.
-ALL_IMAGES = [f"{layer}, {preset}" for preset in measures.PRESETS[1:] for layer in LAYERS]
-ALL_IMAGES += [f"{layer}, liu2020_paper" for layer in LAYERS[5:]]
-FEW_IMAGES = [f"{layer}, liu2020_paper" for layer in LAYERS[:5]]
+# Every layer by every preset; on few images where that takes long.
+EVERYTHING, FEWER = ([case for case in defects.CASES if (case[2] == 1) == whole] for whole in (True, False))
+ALL_IMAGES, FEW_IMAGES = (
+    [f"{layer}, {preset}" for presets, layers, _ in cases for preset in presets for layer in layers]
+    for cases in (EVERYTHING, FEWER)
+)
 MAPS = ALL_IMAGES + FEW_IMAGES
 LATENT_METRICS = {
     "parameters",

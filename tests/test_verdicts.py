@@ -363,6 +363,12 @@ def test_mvtec_reaches_published_means_or_not(ours, iou, untrained, direction):
     assert verdict("MVTec AUROC and IoU", mvtec_runs(ours, iou, untrained)) == (direction, "full")
 
 
+def test_outdated_categories_count_only_where_there_are_no_others():
+    runs, old = mvtec_runs(0.97, 0.5), mvtec_runs(0.6, 0.01, categories=("grid",))
+    old = [replace(run, record=run.record | {"protocols": {"PIXEL": 0}}) for run in old]
+    assert verdict("MVTec AUROC and IoU", [*runs, *old]) == ("supported", "full")
+
+
 @pytest.mark.parametrize(("others", "direction"), [(0.5, "supported"), (0.99, "contradicted"), (0.97, "undecided")])
 def test_mvtec_against_other_methods(others, direction):
     assert verdict("MVTec other methods", mvtec_runs(0.97, 0.5, others=others))[0] == direction

@@ -23,7 +23,10 @@ FEW = 16  # images at least, of the test and of the held-out ones
 PER_LATENT, SUMMED = measures.PRESETS[:1], measures.PRESETS[1:]
 THIRD = 1 / 3
 CASES = (
-    (SUMMED, LAYERS, 1.0),
+    (SUMMED, LAYERS[3:], 1.0),
+    (("liu2020_code",), LAYERS[1:2], 1.0),  # the second report's, by its rule
+    ([preset for preset in SUMMED if preset != "liu2020_code"], LAYERS[1:2], THIRD),
+    (SUMMED, (LAYERS[0], LAYERS[2]), THIRD),
     (PER_LATENT, LAYERS[5:], 1.0),
     (PER_LATENT, LAYERS[3:5], THIRD),
     (PER_LATENT, LAYERS[:3], 0.0),
@@ -179,7 +182,7 @@ def evaluate(
     further = anomalous_rows(everything.truth.truth_NYX) if everything.masked else []
     for name, map_NYX in of_test.items():
         further += everything.measure(measured, name, map_NYX, threshold(simple[name][tested:]))
-    held_out_V = some_of(len(held_out_NCYX))
+    held_out_V = some_of(len(held_out_NCYX), least=FEW // 2)
     for presets, layers, share in CASES:
         some_N = some_of(tested, share)
         seen = Seen.of(category, some_N)

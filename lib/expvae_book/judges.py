@@ -235,10 +235,11 @@ def ucsd_layers(runs: list[Run], reported: pd.DataFrame) -> list[Part]:
 
 
 def _of_categories(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs that count for each category at hand."""
+    """The runs that count for each category; outdated ones only where no category has others."""
     categories = sorted({run.parameters["category"] for run in runs})
-    of = {name: [run for run in runs if run.parameters["category"] == name] for name in categories}
-    return {name: same for name in categories if (same := chosen(of[name], REPORTED))}
+    of = {name: chosen([run for run in runs if run.parameters["category"] == name], REPORTED) for name in categories}
+    current = {name: same for name, same in of.items() if not any(run.outdated for run in same)}
+    return current or of
 
 
 def judge_mvtec(parts_of: Callable[[dict[str, list[Run]], pd.DataFrame], list[Part]]) -> Judge:

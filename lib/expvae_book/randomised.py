@@ -24,7 +24,7 @@ from expvae_book.names import AUROC, FLOOR, KEPT_RANKS
 COMPARED = 16  # images whose maps are kept, to be compared between seeds
 SIDE = 32  # pixels along either side of a kept map, or a little more
 OTHER = 1_000_000  # what is added to a seed for weights that have nothing to do with those it started from
-BATCHES, BATCH = 8, 32  # of training images, for the statistics of batch normalisation
+BATCHES, BATCH = 4, 16  # of training images, for the statistics of batch normalisation
 
 Maps = dict[str, Float[Tensor, "n y x"]]
 

@@ -30,7 +30,7 @@ from expvae_book import (
 from expvae_book.data import imagenet, mvtec
 from expvae_book.data.card import DataCard
 from expvae_book.jobs import digits, mnist, ucsd
-from expvae_book.names import FIELDS, LAYERS
+from expvae_book.names import FIELDS
 
 NETWORKS = {"mnist": 5, "ucsd": 5, "mvtec": 3}  # untrained ones of each kind
 KEPT = ("pixel AUROC", "average precision", "best IoU (oracle)")  # of these every resample
@@ -136,7 +136,7 @@ def _category(parameters: Mapping[str, Any]) -> Subject:
         seen.truth,
         torch.tensor([kind != "good" for kind in seen.defects]),
         {start: localisation.network(recipe, start, "fine-tuned")[0] for start in starts},
-        lambda place: few if place else [case for case in defects.CASES if case[1] != LAYERS[:3]],
+        lambda place: few if place else [case for case in defects.CASES if case[2] > 0],
         recipe_of(parameters).batch_size,
         category.card,
         {"shuffled": True},

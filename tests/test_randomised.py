@@ -54,7 +54,7 @@ def test_randomising_changes_the_tensors_it_names_and_no_others():
 
 
 def test_statistics_come_from_the_training_images():
-    model, x_NCYX = training.build(lambda: BrongersUCSDVAE(4), 0).eval(), images(64, 1, 96)
+    model, x_NCYX = training.build(lambda: BrongersUCSDVAE(4), 0).eval(), images(32, 1, 96)
     first = model.encoder.norm1
     moments = {}
     handle = first.register_forward_pre_hook(lambda _module, given: moments.update(x=given[0]))

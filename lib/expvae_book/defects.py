@@ -36,7 +36,7 @@ FOLLOWED = ((SUMMED[:1], LAYERS[1:2]), (SUMMED, (LAYERS[3], LAYERS[5])), (PER_LA
 # By the paper's rule only where a run is judged: before the first step and at the end.
 FOLLOWED_LATE, LATE = ((PER_LATENT, LAYERS[3:4]),), 0.8
 SHOWN_MAP = ("layer2.1.conv1", "liu2020_code")  # in the panel, and behind the explorer of thresholds
-RANDOMISED = ((SHOWN_MAP[1:], SHOWN_MAP[:1]), (("liu2020_paper", "liu2020_code"), LAYERS[5:]))  # as FOLLOWED
+RANDOMISED = ((SHOWN_MAP[1:], SHOWN_MAP[:1]), (PER_LATENT, LAYERS[5:]))  # as FOLLOWED
 
 PLAIN = {field: title for field, title in FIELDS.items() if field != "aupro"}  # without what takes longest
 
@@ -195,12 +195,12 @@ def evaluate(
         )
         for (name, map_NYX), (_, normal_NYX) in zip(maps, normal_maps, strict=True):
             common, common_NYX = f"mean of {name}", normal_NYX.mean(0).expand_as(map_NYX)
-            further += seen.measure(measured, name, map_NYX, threshold(normal_NYX), by_kind=True)
-            if seen.masked:
+            further += seen.measure(measured, name, map_NYX, threshold(normal_NYX), by_kind=share == 1)
+            if seen.masked and share == 1:
                 beside = {other: other_NYX[some_N] for other, other_NYX in others.items()} | {common: common_NYX}
                 further += resemblance_rows(name, map_NYX, beside)
                 measured.pixels(common, common_NYX[seen.known_N], seen.truth, PLAIN)
-                further += measured.differences([name], [*simple, common] if share == 1 else [common])
+                further += measured.differences([name], [*simple, common])
             if name == measures.map_name(*SHOWN_MAP):
                 kept[name] = (map_NYX, threshold(normal_NYX))
     return measured, further, kept

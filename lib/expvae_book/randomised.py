@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from expvae_book import measures, runs, training
 from expvae_book.names import AUROC, FLOOR, KEPT_RANKS
 
-COMPARED = 16  # images whose maps are kept, to be compared between seeds
+COMPARED = 8  # images whose maps are kept, to be compared between seeds
 SIDE = 32  # pixels along either side of a kept map, or a little more
 OTHER = 1_000_000  # what is added to a seed for weights that have nothing to do with those it started from
-BATCHES, BATCH = 4, 16  # of training images, for the statistics of batch normalisation
+BATCHES, BATCH = 2, 16  # of training images, for the statistics of batch normalisation
 
 Maps = dict[str, Float[Tensor, "n y x"]]
 

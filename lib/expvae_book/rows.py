@@ -47,9 +47,13 @@ def order(row: Mapping[str, Any], other: Mapping[str, Any] | float) -> str:
     return "below" if row["high"] < low else "not told apart from"
 
 
-def rounded(value: Any) -> Any:
-    """A number of a metric with nine digits, which is more than any of them has."""
-    return float(f"{value:.9g}") if isinstance(value, float) else value
+def listed(row: Mapping[str, Any]) -> list[Any]:
+    """The values of a row as a record has them: numbers with nine digits, and the ends of intervals with six."""
+    digits = {"value": 9, "low": 6, "high": 6}
+    return [
+        float(f"{value:.{digits[name]}g}") if name in digits and isinstance(value, float) else value
+        for name, value in row.items()
+    ]
 
 
 def as_text(record: Mapping[str, Any]) -> str:

@@ -35,7 +35,7 @@ from expvae_book.data.card import DataCard, survey
 from expvae_book.data.catalogue import source
 from expvae_book.names import ATTENTION, COMMON
 from expvae_book.recipes import RBMRecipe, Recipe, StepRecipe
-from expvae_book.rows import METRIC_COLUMNS, as_text, read_text, rounded
+from expvae_book.rows import METRIC_COLUMNS, as_text, listed, read_text
 from expvae_book.rows import order as order
 from expvae_book.rows import row as row
 
@@ -324,7 +324,7 @@ def save(
         "parameters": stored,
         "resolved": became,
         "protocols": protocols.used(chapter, stored),
-        "metrics": [[rounded(value) for value in row.values()] for row in metrics],
+        "metrics": [listed(row) for row in metrics],
         "losses": dict(losses),
         "budget": dict(budget),
         "recipe": asdict(recipe),

@@ -177,8 +177,10 @@ def failures(found: Found) -> pd.DataFrame:
     for category, run in _there(found, names.MISSED).items():
         resembled = run.metrics[run.metrics["metric"] == names.RESEMBLES]  # none if the attention is constant
         resembled = resembled.sort_values("value", key=abs, ascending=False).head(3)
-        kinds = run.rows("AUROC within images, mean").query("method == @ATTENTION").sort_values("value")
-        worst, best = (f"{plain(kind.subset)} ({kind.value:.2f})" for kind in kinds.iloc[[0, -1]].itertuples())
+        of_kinds = run.metrics[run.metrics["metric"] == "AUROC within images, mean"]
+        kinds = of_kinds.query("method == @ATTENTION").sort_values("value")  # none where few images were explained
+        ends = kinds.iloc[[0, -1]] if len(kinds) else kinds
+        worst, best = [f"{plain(kind.subset)} ({kind.value:.2f})" for kind in ends.itertuples()] or ("–", "–")
         lines.append(
             {
                 "Category": category,

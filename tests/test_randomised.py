@@ -105,7 +105,7 @@ def test_a_cascade_ends_at_the_random_network_and_keeps_the_trained_maps():
     assert of[names.KEPT_RANKS, "random from the latents to conv1"] == pytest.approx(expected, abs=1e-6)
     assert set(kept) == {"compared/code", "compared/code, peak"}
     restored = kept["compared/code"].astype(float) * kept["compared/code, peak"]
-    np.testing.assert_allclose(restored, trained_NYX[:16], rtol=2**-10, atol=1e-6 * trained_NYX.max())
+    np.testing.assert_allclose(restored, trained_NYX[::2][:8], rtol=2**-10, atol=1e-6 * trained_NYX.max())
 
 
 # --- planted truths ---------------------------------------------------------------------------------------------------

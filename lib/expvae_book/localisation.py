@@ -6,7 +6,7 @@ maps and its numbers; the trained weights are kept, so that nothing is trained t
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
@@ -309,7 +309,9 @@ def compute(parameters: Mapping[str, Any], device: torch.device) -> runs.Run:
         rows += defects.change_rows(model, category, normal, recipe.batch_size)
         of_cascade, compared = cascade(model, category, parameters)
         rows += of_cascade
-        arrays |= measured.replicates([*maps, *(name for name in simple if name in measured.measured)])
+        few = [measures.map_name(*pair) for case in defects.CASES if not case[2] for pair in product(case[1], case[0])]
+        named = [*maps, *(name for name in simple if name in measured.measured)]
+        arrays |= measured.replicates(name for name in named if name not in few)  # no interval is paired with those
         arrays |= course.arrays() | compared
         if seed == 0 and shown(category):
             (map_NYX, flagged) = kept[measures.map_name(*defects.SHOWN_MAP)]

@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 from expvae import attention
 from expvae.models import MNISTVAE, UCSDVAE, BrongersUCSDVAE, MVTecVAE
-from expvae_book import measures, names, randomised, training, truth
+from expvae_book import measures, names, randomised, tables, training, truth
 from expvae_book.data import mnist
 from expvae_book.jobs import controls, digits
 
@@ -171,7 +171,6 @@ PARAMETERS = {
     "control": "untrained",
     "dataset": "mnist",
     "digit": 1,
-    "recipe": "liu2020",
     "data": "sample",
     "device": "cpu",
 }
@@ -193,6 +192,34 @@ def test_untrained_networks_are_those_that_trainings_start_from(few):
         assert np.percentile(drawn[0].astype(float), 2.5) == pytest.approx(row["low"], abs=2**-11)
     again = controls.untrained(PARAMETERS, CPU)
     assert again.record["metrics"] == run.record["metrics"]
+
+
+def test_maps_without_a_vae_are_measured_by_pixel_and_by_image(few, monkeypatch):
+    chance = torch.Generator().manual_seed(0)
+    fixed = {name: torch.rand(60, 28, 28, generator=chance) for name in ("padim", "nearest_neighbour")}
+    for name, map_NYX in fixed.items():
+        monkeypatch.setattr(controls.features, name, lambda *_, map_NYX=map_NYX, **__: map_NYX)
+    monkeypatch.setattr(controls.features, "backbone", lambda initial, *_, **__: initial)
+    monkeypatch.setattr(controls.imagenet, "load", lambda: None)
+    run = controls.without_vae({**PARAMETERS, "control": "baselines"}, CPU)
+    seen = digits.load("sample", 1, "liu2020")
+    at = seen.outlier_N
+    for name, key in (("PaDiM, random features", "padim"), ("nearest neighbour, random features", "nearest_neighbour")):
+        score = roc_auc_score(seen.truths["truth"][at].flatten(), fixed[key][at].flatten())
+        assert run.metric(names.AUROC, name)["value"] == pytest.approx(score, abs=1e-6)
+        score = roc_auc_score(at, fixed[key].amax((1, 2)))
+        assert run.metric(names.IMAGE_AUROC, name, "maximum")["value"] == pytest.approx(score, abs=1e-6)
+    simple = [names.PRIOR, names.CENTRE, "input intensity", "mean image difference"]
+    assert run.rows(names.AUROC)["method"].tolist() == [
+        *simple,
+        *(f"{n}, random features" for n in ("PaDiM", "nearest neighbour")),
+    ]
+    assert tables.without_vae(run)["Map"].tolist() == run.rows(names.AUROC)["method"].tolist()
+
+
+def test_a_recipe_that_the_data_set_has_not_is_refused():
+    with pytest.raises(ValueError, match=r"^recipe='brongers2021' is none of mnist; choose one of: liu2020, report1, "):
+        controls.untrained({**PARAMETERS, "recipe": "brongers2021"}, CPU)
 
 
 def test_some_images_of_a_subject_keep_their_truths():

@@ -32,6 +32,8 @@ from expvae_book.data.card import DataCard
 from expvae_book.jobs import digits, mnist, ucsd
 from expvae_book.names import FIELDS
 
+RECIPES = {"mnist": recipes.MNIST, "ucsd": recipes.UCSD, "mvtec": recipes.MVTEC}
+USUAL = {"mnist": "liu2020", "ucsd": "report1", "mvtec": "report1"}  # those of the data sets' chapters
 NETWORKS = {"mnist": 5, "ucsd": 5, "mvtec": 3}  # untrained ones of each kind
 KEPT = ("pixel AUROC", "average precision", "best IoU (oracle)")  # of these every resample
 PLAIN_STATISTICS = "mean 0 and variance 1"
@@ -85,14 +87,22 @@ def subject(parameters: Mapping[str, Any]) -> Subject:
     return {"mnist": _digits, "ucsd": _footage, "mvtec": _category}[parameters["dataset"]](parameters)
 
 
-def recipe_of(parameters: Mapping[str, Any]) -> recipes.Recipe:
-    """The recipe whose network is looked at."""
-    tables = {"mnist": recipes.MNIST, "ucsd": recipes.UCSD, "mvtec": recipes.MVTEC}
-    return tables[parameters["dataset"]][parameters["recipe"]]
+def name_of(parameters: Mapping[str, Any]) -> str:
+    """The recipe whose network is looked at: that of the data set's chapter where none is named.
+
+    Raises:
+        ValueError: If the data set has no such recipe.
+    """
+    dataset = parameters["dataset"]
+    name = parameters.get("recipe", USUAL[dataset])
+    if name not in RECIPES[dataset]:
+        raise ValueError(f"recipe={name!r} is none of {dataset}; choose one of: {', '.join(RECIPES[dataset])}")
+    return name
 
 
 def _digits(parameters: Mapping[str, Any]) -> Subject:
-    seen = digits.load(parameters["data"], parameters["digit"], parameters["recipe"])
+    recipe = name_of(parameters)
+    seen = digits.load(parameters["data"], parameters["digit"], recipe)
     at = seen.outlier_N
     return Subject(
         seen.inlier_NCYX,
@@ -100,7 +110,7 @@ def _digits(parameters: Mapping[str, Any]) -> Subject:
         at,
         measures.Truth(seen.truths["truth"][at], torch.nonzero(at)[:, 0]),
         at,
-        {"random": mnist.network(parameters["recipe"])},
+        {"random": mnist.network(recipe)},
         lambda place: [(measures.PRESETS, mnist.LAYERS, 1.0)],
         seen.batch,
         seen.images.card,
@@ -108,7 +118,8 @@ def _digits(parameters: Mapping[str, Any]) -> Subject:
 
 
 def _footage(parameters: Mapping[str, Any]) -> Subject:
-    seen = ucsd.load(parameters["data"], parameters["recipe"])
+    recipe = name_of(parameters)
+    seen = ucsd.load(parameters["data"], recipe)
     some_N, truth = seen.truth()
     return Subject(
         seen.train_NCYX,
@@ -116,7 +127,7 @@ def _footage(parameters: Mapping[str, Any]) -> Subject:
         torch.ones(len(some_N), dtype=torch.bool),
         replace(truth, subset=""),
         truth.truth_NYX.flatten(1).any(1),
-        {"random": ucsd.network(parameters["recipe"])},
+        {"random": ucsd.network(recipe)},
         lambda place: [(measures.PRESETS, ucsd.LAYERS, 1.0)],
         seen.batch,
         seen.clips.card,
@@ -124,7 +135,7 @@ def _footage(parameters: Mapping[str, Any]) -> Subject:
 
 
 def _category(parameters: Mapping[str, Any]) -> Subject:
-    category, recipe = mvtec.load(parameters["category"], parameters["data"]), parameters["recipe"]
+    recipe, category = name_of(parameters), mvtec.load(parameters["category"], parameters["data"])
     seen = defects.Seen.of(category, torch.arange(len(category.test_NCYX)))
     own = recipe in localisation.OWN_NETWORKS
     starts = ["random"] if own or imagenet.load() is None else ["random", "imagenet"]
@@ -137,7 +148,7 @@ def _category(parameters: Mapping[str, Any]) -> Subject:
         torch.tensor([kind != "good" for kind in seen.defects]),
         {start: localisation.network(recipe, start, "fine-tuned")[0] for start in starts},
         lambda place: few if place else [case for case in defects.CASES if case[2] > 0],
-        recipe_of(parameters).batch_size,
+        RECIPES["mvtec"][recipe].batch_size,
         category.card,
         {"shuffled": True},
     )
@@ -232,7 +243,7 @@ def _save(
         arrays=arrays,
         figures={},
         card=seen.card,
-        recipe=recipe_of(parameters),
+        recipe=RECIPES[parameters["dataset"]][name_of(parameters)],
         budget={"unit": "epochs", "asked": 0, "used": 0},
         seconds={"evaluation": time.monotonic() - started},
         device=devices.describe_device(device),

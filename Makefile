@@ -36,7 +36,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 # Chapters that compute. Those that come last read weights which others have trained.
 COMPUTED := disentanglement mvtec15 mvtec10 ucsd mnist-1 mnist-3 method data reuse sanity rbm-1 rbm-3 ablations
 # Chapters that read what all others have stored.
-READING := performance comparison index
+READING := forensics performance comparison index
 
 .PHONY: reproduce test book published $(COMPUTED) $(READING)
 

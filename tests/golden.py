@@ -80,6 +80,7 @@ def chapter(
         kept: Matches what is kept, as "measure; method; subset".
     """
     usual: dict[str, Any] = {f"expvae_book.figures.{drawn}": lambda *_, **__: Figure() for drawn in FIGURES}
+    usual |= {f"expvae_book.pages.{page}.examples": lambda *_: None for page in ("mnist", "ucsd")}
     usual["expvae_book.measures.RESAMPLES"] = 100
     names: dict[str, Any] = {}
     found: Numbers = {}
@@ -90,11 +91,12 @@ def chapter(
             patch.setitem(inspect.unwrap(measure).__kwdefaults__, "resamples", 100)
         for cell in jupytext.read(BOOK / f"{name}.md", fmt="md:myst").cells:
             tags = cell.metadata.get("tags", [])
-            if cell.cell_type == "code" and "remove-input" not in tags:
+            reported = "report" in tags and "chapters.job(" not in cell.source
+            if cell.cell_type == "code" and "remove-input" not in tags and not reported:
                 exec(cell.source, names)
                 names |= given if "parameters" in tags else {}
                 names |= {key: eval(value, names) for key, value in changed.items() if key in names}
-                if re.search(r"chapters\.run(_each|_all)?\(", cell.source):
+                if re.search(r"chapters\.run(_each|_all)?\(|\.measure\(job", cell.source):
                     break
         made = runs.find(name)
         for place, run in enumerate(made):

@@ -13,6 +13,7 @@ from expvae.models import MNISTVAE, UCSDVAE, BrongersUCSDVAE, MVTecVAE
 from expvae_book import measures, names, randomised, tables, training, truth
 from expvae_book.data import mnist
 from expvae_book.jobs import controls, digits
+from expvae_book.names import STROKES
 
 CPU = torch.device("cpu")
 
@@ -111,7 +112,7 @@ def test_a_cascade_ends_at_the_random_network_and_keeps_the_trained_maps():
 # --- planted truths ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", truth.STROKES)
+@pytest.mark.parametrize("kind", STROKES)
 def test_a_planted_stroke_is_exactly_what_changed(kind):
     x_NYX = mnist.load("sample").test_NYX[:50]
     changed_NYX, mask_NYX = truth.planted(x_NYX, kind, 0)

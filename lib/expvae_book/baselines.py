@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from expvae_book.names import CENTRE, PRIOR, SSIM
+from expvae_book.names import CENTRE, PRIOR, SIMPLE, SSIM
 
-NAMES = ("input intensity", "reconstruction error", "mean image difference", CENTRE, "random")
+NAMES = SIMPLE[:-1]  # of every image; the position prior is one of the data set
 CENTRE_SIGMA = 0.25  # of the image's height and width
 
 

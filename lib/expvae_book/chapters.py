@@ -11,6 +11,7 @@ import re
 import shlex
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from expvae_book.parameters import ChapterError, Value, declared, parameters_cell
@@ -78,9 +79,57 @@ class ChapterHandler:
         return path
 
 
-def run(
-    chapter: str, parameters: Mapping[str, Value], compute: Callable[[], "Run"], *, find: bool = False
-) -> "Run | None":
+@dataclass
+class Job:
+    """What one command computes, and what is stored of it: the run that a page shows.
+
+    Attributes:
+        chapter: The chapter's name, such as "mnist".
+        parameters: The parameters that tell its runs apart.
+        run: The run; None until the last of its steps has stored it.
+        losses: The curves of its training; None until that has been done.
+    """
+
+    chapter: str
+    parameters: Mapping[str, Value]
+    run: "Run | None"
+    losses: Mapping[str, Sequence[float]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.run is not None:
+            self.losses = self.run.record["losses"]
+
+
+def job(chapter: str, parameters: Mapping[str, Value], *, again: bool = False) -> Job:
+    """The job of a page: under papermill or Jupyter its steps compute what is not stored.
+
+    While Jupyter Book renders, the run is looked up as by `run`: the call has to be the last statement of its cell.
+
+    Args:
+        chapter: The chapter's name, such as "mnist".
+        parameters: The parameters that tell its runs apart.
+        again: Whether it is computed although it is stored.
+    """
+    from expvae_book import runs
+
+    if runs.reading():
+        return Job(chapter, parameters, _shown(chapter, parameters))
+    _require_devices(parameters)
+    stored = None if again else runs.load(chapter, parameters)
+    made = Job(chapter, parameters, stored if _current(stored) else None)
+    if made.run is None:
+        alike = {name: parameters[name] for name in ("recipe", "epochs") if name in parameters}
+        minutes = [
+            f"{sum(one.record['seconds'].values()) / 60:.0f} minutes on {one.record['device']}"
+            for one in runs.find(chapter, **alike)
+            if one.card.kind != "sample"
+        ]
+        like = f"One like it took {minutes[-1]}, on real data." if minutes else "Its training says how long it takes."
+        notice(f"This run is to be computed, by the cells below. {like}")
+    return made
+
+
+def run(chapter: str, parameters: Mapping[str, Value], compute: Callable[[], "Run"]) -> "Run | None":
     """The run of a chapter: computed under papermill or Jupyter, only looked up while Jupyter Book renders.
 
     While Jupyter Book renders, a missing run stops the page (see `stop_page`): the call has to be the last statement
@@ -91,7 +140,6 @@ def run(
         chapter: The chapter's name, such as "mnist".
         parameters: The parameters that tell its runs apart.
         compute: Makes the run, stores it and returns it.
-        find: Whether a run that is stored and current is taken as it is, for a job that a page shows a part of.
 
     Returns:
         The run, or None where the page has been stopped.
@@ -100,8 +148,13 @@ def run(
 
     if not runs.reading():
         _require_devices(parameters)
-        stored = runs.load(chapter, parameters) if find else None
-        return stored if _current(stored) else compute()
+        return compute()
+    return _shown(chapter, parameters)
+
+
+def _shown(chapter: str, parameters: Mapping[str, Value]) -> "Run | None":
+    from expvae_book import runs
+
     run = runs.load(chapter, parameters)
     again = f"Make it {'again ' if run else ''}with\n\n```bash\n{command(chapter, parameters)}\n```"
     if run is None:

@@ -62,12 +62,15 @@ def show(figure: Figure | Path) -> Image:
     return Image(data=buffer.getvalue(), format="png")
 
 
+NOT_KEPT = Markdown("*This run keeps no pictures: those with seed 0 do, where there is something to show.*")
+
+
 def kept(run: Run, name: str) -> Image | Markdown:
     """A figure or animation of a run as an image for the page, or a sentence where the run keeps no pictures."""
     try:
         return show(run.figure(name))
     except FileNotFoundError:
-        return Markdown("*This run keeps no pictures: those with seed 0 do, where there is something to show.*")
+        return NOT_KEPT
 
 
 def _panels(width: float, height: float, rows: int = 1, columns: int = 1, **options: bool) -> tuple[Figure, Any]:

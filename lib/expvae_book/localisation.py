@@ -32,7 +32,7 @@ from expvae_book import (
     weights,
 )
 from expvae_book.data import imagenet, mvtec
-from expvae_book.jobs import record
+from expvae_book.jobs import steps
 from expvae_book.names import LAYERS, PRIOR
 
 OWN_NETWORKS = {"brongers2021": BrongersMVTecVAE, "report2_code": Report2MVTecVAE}  # always from random weights
@@ -321,12 +321,11 @@ def compute(parameters: Mapping[str, Any], device: torch.device) -> runs.Run:
     # As many images as the reports' code took, which turns each as it is read; how long a variant the paper's ten
     # thousand images belong to nobody knows.
     asked, used = (recipe.epochs, facts["originals"]), (len(trained.history.kl), facts["images"])
-    return record.save(
+    return steps.save(
         "mvtec",
         parameters,
         trained,
         recipe,
-        device,
         metrics=rows,
         arrays=arrays,
         pictures=drawn,

@@ -28,7 +28,7 @@ from expvae_book.names import AUROC, BEST_IOU, DIFFERENCE, IMAGE_AUROC
 from expvae_book.recipes import Recipe
 from expvae_book.weights import Trained
 
-PRESETS = ("liu2020_paper", "liu2020_code", "brongers2021", "normal_difference", "most_deviant")
+PRESETS = names.PRESETS
 SEED, RESAMPLES, LEVEL = 0, 500, 0.95
 # Shares of the epochs at which maps are measured, dense where a training changes most; a run is judged by the mean over
 # the last ones.

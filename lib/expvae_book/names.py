@@ -26,12 +26,23 @@ LAST = "mean of the last stages"  # by which a run is judged, for measures swing
 LAST_STAGES = 3
 BEST_STAGE = "best of the stages (oracle)"
 UNTRAINED = "untrained"
+PRESETS = ("liu2020_paper", "liu2020_code", "brongers2021", "normal_difference", "most_deviant")
+SIMPLE = ("input intensity", ERROR, "mean image difference", CENTRE, "random", PRIOR)  # maps that need no attention
 
 # --- the digits ------------------------------------------------------------------------------------------------------
 
+KINDS = {"attention, paper": "liu2020_paper", "attention, authors' code": "liu2020_code"}
+OUTLIERS = "all outliers"
+STROKES = ("strokes added", "strokes erased")
 WITHIN_INK = "pixel AUROC within ink"
 LESS_INTUITIVE = "less intuitive maps"  # per-image AUROC below one half
 RENUMBERED = "pixel AUROC, units renumbered"
+
+# --- a walkway -------------------------------------------------------------------------------------------------------
+
+CONVOLUTIONS = ("conv1", "conv2", "conv3")
+TEST_CLIPS = "test clips"  # those that results come from
+MASKED_CLIPS = "masked clips"  # with those that the threshold comes from
 
 # --- localisation on MVTec AD ----------------------------------------------------------------------------------------
 

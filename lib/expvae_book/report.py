@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
+from IPython.display import Markdown
 
 from expvae_book import claims, runs
 from expvae_book.matching import NO_RUN
@@ -90,6 +91,35 @@ def show(table: pd.DataFrame, caption: str, **layout: Any) -> None:
 def titled(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """Some columns of a table, such as that of the verdicts, with their names as they are printed."""
     return table[list(columns)].rename(columns=lambda name: name.replace("_", " ").capitalize())
+
+
+NOT_YET = Markdown("*This run is not stored yet: the cells below compute it, and the next build of the book shows it.*")
+
+
+def extent(run: runs.Run) -> str:
+    """What data a run saw, how much of its budget it used, and whether today's code gives it."""
+    card, budget = run.card, run.record["budget"]
+    kind = f"{card.name}, {card.mark or 'complete'}"
+    used = f"{budget['used']:,} of {budget['asked']:,} {budget['unit']}"
+    return f"Data: {kind}; budget: {used}, one training (seed {run.parameters['seed']})."
+
+
+def caption(run: runs.Run) -> Markdown:
+    """What a figure or a table says of the run that made it, as a line of its own."""
+    return Markdown(f"*{run.caption}*")
+
+
+COLOURS = {"supported": "success", "contradicted": "danger", "mixed": "warning", "undecided": "secondary"}
+
+
+def badges(chapter: str) -> Markdown:
+    """The verdicts on the claims that a chapter tests, in a line each; `what_held` has their evidence."""
+    lines = [
+        f'- <span class="sd-badge sd-bg-{COLOURS[one.direction]} sd-bg-text-{COLOURS[one.direction]}">{one.direction}'
+        f"</span> ({one.strength}) {one.claim}"
+        for one in claims.verdicts(runs.find()).query("chapter == @chapter").itertuples()
+    ]
+    return Markdown("\n".join(lines))
 
 
 def what_held(chapter: str) -> None:

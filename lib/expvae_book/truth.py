@@ -3,20 +3,18 @@
 The definitions are ours, not the paper's or a report's. They depend on no model, and so favour no kind of map.
 """
 
-from typing import Literal, get_args
-
 import numpy as np
 import torch
 from jaxtyping import Bool, Int64, Shaped, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from expvae_book.names import STROKES
+
 Array = np.ndarray | Tensor
 
 INK = 0.5  # intensity from which a pixel counts as ink
 IMAGES_PER_CHUNK = 512  # distances to 60 000 inliers then take 120 MB
-Stroke = Literal["strokes added", "strokes erased"]
-STROKES = get_args(Stroke)
 LENGTH, RADIUS = 8.0, 1.3  # of a planted stroke, in pixels
 
 
@@ -79,7 +77,7 @@ def ink_truth(
 
 
 def planted(
-    x_NYX: UInt8[Tensor, "n y x"], kind: Stroke, seed: int
+    x_NYX: UInt8[Tensor, "n y x"], kind: str, seed: int
 ) -> tuple[UInt8[Tensor, "n y x"], Bool[Tensor, "n y x"]]:
     """Images with one straight stroke each, and exactly the pixels that it changed.
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from expvae_book import baselines, explanation, measures, recipes, training, truth
 from expvae_book.data import mnist
+from expvae_book.names import OUTLIERS, STROKES
 
-ALL = "all outliers"
 EVERY = 10  # outliers while a model is trained, and where its layers are randomised
 
 
@@ -56,7 +56,7 @@ class Digits:
     def planted(self) -> dict[str, tuple[UInt8[Tensor, "m y x"], measures.Truth]]:
         """Test images of the inlier with strokes added or erased, and the pixels that this changed."""
         of_inlier = self.test_NYX[~self.outlier_N]
-        made = {kind: truth.planted(of_inlier, kind, measures.SEED) for kind in truth.STROKES}
+        made = {kind: truth.planted(of_inlier, kind, measures.SEED) for kind in STROKES}
         return {
             kind: (changed_MYX, measures.Truth(mask_MYX, torch.arange(len(mask_MYX)), kind))
             for kind, (changed_MYX, mask_MYX) in made.items()
@@ -65,7 +65,26 @@ class Digits:
     def some(self, every: int = EVERY) -> tuple[Int64[Tensor, " k"], measures.Truth]:
         """The numbers of every so many outliers, and their foreign ink."""
         some = torch.nonzero(self.outlier_N)[::every, 0]
-        return some, measures.Truth(self.truths["truth"][some], some, ALL)
+        return some, measures.Truth(self.truths["truth"][some], some, OUTLIERS)
+
+    def followed(self) -> dict[str, tuple[UInt8[Tensor, "k y x"], measures.Truth]]:
+        """What maps are measured on while a model is trained: by truth some images, and their anomalous pixels."""
+        some, foreign = self.some()
+        return {"": (self.test_NYX[some], foreign)} | {
+            kind: (x_NYX[::EVERY], measures.Truth(of.truth_NYX[::EVERY], of.unit_N[::EVERY]))
+            for kind, (x_NYX, of) in self.planted.items()
+        }
+
+    @property
+    def one_of_each(self) -> UInt8[Tensor, "10 y x"]:
+        """The first test image of every digit."""
+        first = [torch.nonzero(self.images.test_label_N == number)[0, 0] for number in range(10)]
+        return self.images.test_NYX[torch.stack(first)]
+
+    @property
+    def credit(self) -> str:
+        """Whose images these are."""
+        return f"{self.images.card.credit} {self.images.card.mark}".strip()
 
     def places(self, count: int) -> dict[str, Float[Tensor, "count y x"]]:
         """The maps that look at no test image, for so many of them."""

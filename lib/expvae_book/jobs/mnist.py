@@ -29,20 +29,18 @@ from expvae_book import (
     runs,
     training,
     truth,
-    weights,
 )
+from expvae_book.chapters import Job
 from expvae_book.data import mnist
-from expvae_book.jobs import record
-from expvae_book.jobs.digits import ALL, EVERY, Digits, load
-from expvae_book.names import ACTIVE, AUROC, FIELDS, IMAGE_AUROC, LESS_INTUITIVE, PRIOR, WITHIN_INK
+from expvae_book.jobs import steps
+from expvae_book.jobs.digits import Digits
+from expvae_book.jobs.digits import load as load
+from expvae_book.names import ACTIVE, AUROC, FIELDS, IMAGE_AUROC, KINDS, LESS_INTUITIVE, OUTLIERS, PRIOR, WITHIN_INK
+from expvae_book.names import SIMPLE as BASELINES
 
-KINDS = {"attention, paper": "liu2020_paper", "attention, authors' code": "liu2020_code"}
-BASELINES = [*baselines.NAMES, PRIOR]
 METHODS = [*KINDS, *BASELINES]
 LAYERS = ("conv1", "conv2")
 LAYER = LAYERS[1]
-SHOWN_MAPS = [measures.map_name(LAYER, preset) for preset in measures.PRESETS]
-STROKES = truth.STROKES
 MAPS = [measures.map_name(*pair) for pair in product(LAYERS, measures.PRESETS)]
 
 Maps = dict[str, Float[Tensor, "n _ _"]]
@@ -56,36 +54,10 @@ def network(recipe: str) -> Callable[[], nn.Module]:
     return lambda: MNISTVAE(recipes.MNIST[recipe].latent_dim)
 
 
-def fit(digits: Digits, parameters: Mapping[str, Any], epochs: int, device: torch.device) -> weights.Trained:
-    """The model trained for so many epochs, or read where that was done before."""
-    return weights.trained(
-        network(parameters["recipe"]),
-        digits.train_NCYX,
-        digits.held_out_NCYX,
-        recipes.MNIST[parameters["recipe"]],
-        epochs=epochs,
-        seed=parameters["seed"],
-        device=device,
-        precision=parameters["precision"],
-    )
-
-
-def follow(
-    digits: Digits, parameters: Mapping[str, Any], device: torch.device
-) -> tuple[weights.Trained, list[measures.Course]]:
-    """The trained model, and the measures of its maps at stages of the training: of each truth on some images."""
-    some, foreign = digits.some()
-    cases = {"": (digits.test_NYX[some], foreign)} | {
-        kind: (x_NYX[::EVERY], measures.Truth(of.truth_NYX[::EVERY], of.unit_N[::EVERY]))
-        for kind, (x_NYX, of) in digits.planted.items()
-    }
-    courses = {kind: measures.Course(kind) for kind in cases}
-    for done, trained in measures.stages(lambda epochs: fit(digits, parameters, epochs, device), parameters["epochs"]):
-        steps = done * -(-len(digits.train_NCYX) // digits.batch)
-        for kind, (x_NYX, of) in cases.items():
-            maps = digits.explain(trained.model, x_NYX, LAYERS, measures.PRESETS)
-            courses[kind].add(steps, chain(digits.places(len(x_NYX)).items(), maps), of)
-    return trained, list(courses.values())
+def fit(job: Job, digits: Digits) -> steps.Fit:
+    """The training of a job, whose maps are followed on every tenth outlier, and on strokes planted in inliers."""
+    recipe = job.parameters["recipe"]
+    return steps.fit(job, digits, network(recipe), recipes.MNIST[recipe], LAYERS, digits.followed)
 
 
 # Measures -------------------------------------------------------------------------------------------------------------
@@ -119,9 +91,9 @@ def pixel_rows(digits: Digits, maps: Maps) -> list[dict]:
     """Foreign ink against all pixels, of all outliers and by digit, and against other ink."""
     ink_NYX, at, label_N = training.to_unit(digits.test_NYX) >= truth.INK, digits.outlier_N, digits.label_N
     cases = [
-        (AUROC, ALL, at, "truth", None),
-        (WITHIN_INK, ALL, at, "truth", ink_NYX),
-        ("pixel AUROC, strict truth", ALL, at, "strict truth", None),
+        (AUROC, OUTLIERS, at, "truth", None),
+        (WITHIN_INK, OUTLIERS, at, "truth", ink_NYX),
+        ("pixel AUROC, strict truth", OUTLIERS, at, "strict truth", None),
     ]
     cases += [(AUROC, f"digit {number}", label_N == number, "truth", None) for number in mnist.outliers(digits.digit)]
     found = []
@@ -147,14 +119,14 @@ def less_intuitive_rows(digits: Digits, maps: Maps) -> tuple[list[dict], dict[st
         arrays[f"auroc per image, {method}"] = everywhere_N.astype(np.float16)
         for metric, auroc_N in {LESS_INTUITIVE: everywhere_N, f"{LESS_INTUITIVE} within ink": ink_N}.items():
             share = fraction_interval(auroc_N[~np.isnan(auroc_N)] < 0.5)
-            found.append(runs.row(metric, method=method, subset=ALL, **vars(share)))
+            found.append(runs.row(metric, method=method, subset=OUTLIERS, **vars(share)))
     return found, {name: arrays[name] for name in (f"auroc per image, {one}" for one in (*KINDS, "centre prior"))}
 
 
 def truth_rows(digits: Digits) -> list[dict]:
     """How much is foreign, of all pixels and of the ink, in outliers and in inliers."""
     found = []
-    for subset, at in {ALL: digits.outlier_N, "inliers": ~digits.outlier_N}.items():
+    for subset, at in {OUTLIERS: digits.outlier_N, "inliers": ~digits.outlier_N}.items():
         ink_NYX = training.to_unit(digits.test_NYX[at]) >= truth.INK
         for name, truth_NYX in digits.truths.items():
             shares = {"foreign pixels": truth_NYX[at].float(), "foreign ink": truth_NYX[at][ink_NYX].float()}
@@ -169,7 +141,7 @@ def image_rows(digits: Digits, maps: Maps) -> list[dict]:
     scores["ink (mean intensity)"] = mass_N["input intensity"]
     scores["reconstruction error"] = mass_N["reconstruction error"]
     scores["negative ELBO"] = maps["negative ELBO"]
-    found = explanation.auroc_rows(IMAGE_AUROC, scores, digits.outlier_N, subset=ALL, seed=measures.SEED)
+    found = explanation.auroc_rows(IMAGE_AUROC, scores, digits.outlier_N, subset=OUTLIERS, seed=measures.SEED)
     for kind in KINDS:
         inliers, outliers = (mass_N[kind][of].median() for of in (~digits.outlier_N, digits.outlier_N))
         found.append(runs.row("inliers' map mass / outliers'", float(inliers / outliers), method=kind))
@@ -185,18 +157,18 @@ def latent_rows(model: nn.Module, digits: Digits, mass_NI: Float[Tensor, "n i"])
     found = explanation.learned_rows(model, digits.held_out_NCYX)
     found += [
         runs.row(ACTIVE, int((~silent_I).sum()), n=len(mu_NI)),
-        runs.row("map mass of inactive latents", float(silent), subset=ALL),
+        runs.row("map mass of inactive latents", float(silent), subset=OUTLIERS),
     ]
     return found, kl_I.numpy()
 
 
-def measure(model: nn.Module, digits: Digits, simple: Maps) -> measures.Measured:
+def measured_maps(model: nn.Module, digits: Digits, simple: Maps) -> measures.Measured:
     """Every layer by every preset, and the baselines, by every measure, with what the resamples gave.
 
     The threshold that no outlier chose is exceeded by one in a hundred pixels of the test inliers.
     """
     number_N, at = torch.arange(len(digits.label_N)), digits.outlier_N
-    foreign = measures.Truth(digits.truths["truth"][at], number_N[at], ALL)
+    foreign = measures.Truth(digits.truths["truth"][at], number_N[at], OUTLIERS)
     measured = measures.Measured()
     maps = digits.explain(model, digits.test_NYX, LAYERS, measures.PRESETS)
     for name, map_NYX in chain(maps, simple.items()):
@@ -243,18 +215,17 @@ def change_rows(model: nn.Module, digits: Digits) -> list[dict]:
 # Pictures and the run -------------------------------------------------------------------------------------------------
 
 
-def pictured(model: nn.Module, start: nn.Module, digits: Digits) -> dict[str, np.ndarray]:
-    """Maps of one test image of each digit, of the trained network and of the one that it started from."""
-    at = torch.stack([torch.nonzero(digits.images.test_label_N == number)[0, 0] for number in range(10)])
-    x_BCYX, arrays = digits.images.test_NYX[at][:, None], {}
-    for state, one in {"trained": model, "untrained": start}.items():
-        normal = explanation.normal_posterior(one, digits.train_NCYX)
-        maps = measures.examples(one, LAYERS, measures.PRESETS, x_BCYX, normal, measures.SEED)
-        where = next(one.parameters()).device
-        each = attention(one.encode, f"encoder.{LAYER}", training.to_unit(x_BCYX).to(where)).map_BIHW
-        maps |= measures.halved("each latent", each)
-        arrays |= {f"{state}/{name}": map_BHW for name, map_BHW in maps.items()}
-    return arrays
+def strip(digits: Digits) -> Figure:
+    """Training images, a test image of each digit with its foreign ink, and test inliers with planted strokes."""
+    x_NYX, inlier_MYX = training.to_unit(digits.one_of_each), training.to_unit(digits.inlier_NCYX[:, 0])
+    rows = {
+        "training": training.to_unit(digits.train_NCYX[: len(x_NYX), 0]),
+        "test": x_NYX,
+        "foreign ink": truth.ink_truth(x_NYX, inlier_MYX, 1).float(),
+        **{kind: training.to_unit(changed_NYX[: len(x_NYX)]) for kind, (changed_NYX, _) in digits.planted.items()},
+    }
+    titles = [str(number) for number in range(len(x_NYX))]
+    return figures.image_rows(rows, maps=[], titles=titles, label="", credit=digits.credit)
 
 
 def draw(label_N: Int64[Tensor, " n"], digits: Sequence[int]) -> Int64[Tensor, " k"]:
@@ -278,7 +249,6 @@ def panels(digits: Digits, maps: Maps) -> dict[str, Figure]:
     x_NYX, label_N = training.to_unit(digits.test_NYX), digits.label_N
     scaled = {kind: maps[kind] / float(np.quantile(maps[kind][digits.outlier_N], 0.99)) for kind in KINDS}
     name = {kind: kind.removeprefix("attention, ") for kind in KINDS}
-    credit = f"{digits.images.card.credit} {digits.images.card.mark}".strip()
     at = draw(label_N, mnist.outliers(digits.digit))
     inlier_MYX = training.to_unit(digits.inlier_NCYX[:, 0])
     rows = {
@@ -289,29 +259,49 @@ def panels(digits: Digits, maps: Maps) -> dict[str, Figure]:
         **{f"map, {name[kind]}": scaled[kind][at] for kind in KINDS},
     }
     titles, label = [str(number) for number in label_N[at].tolist()], "map / its 99th percentile over the outliers"
-    strangers = figures.image_rows(rows, maps=list(rows)[4:], titles=titles, label=label, credit=credit)
+    strangers = figures.image_rows(rows, maps=list(rows)[4:], titles=titles, label=label, credit=digits.credit)
     at = draw(label_N, [digits.digit])
     rows = {"image": x_NYX[at]}
     for kind in KINDS:
         rows[f"{name[kind]},\nper-image min-max"] = stretched(maps[kind][at])
         rows[f"{name[kind]},\nshared scale"] = scaled[kind][at]
     titles, label = [str(digits.digit)] * len(at), "value on the row's scale"
-    inliers = figures.image_rows(rows, maps=list(rows)[1:], titles=titles, label=label, credit=credit)
+    inliers = figures.image_rows(rows, maps=list(rows)[1:], titles=titles, label=label, credit=digits.credit)
     return {"outliers": strangers, "inliers": inliers}
+
+
+def explain(job: Job, fit: steps.Fit, digits: Digits) -> dict[str, np.ndarray]:
+    """Maps of one test image of each digit, of the trained network and of the one that it started from.
+
+    Of each layer and preset the mean over the latents, and by the paper's rule the map of each latent, at the layer's
+    resolution; as `measures.halved` gives them, by names such as "untrained/conv2, liu2020_code".
+    """
+    if job.run is not None:
+        return {name: map_ for name, map_ in job.run.arrays.items() if name.startswith(("trained/", "untrained/"))}
+    x_BCYX, model, arrays = digits.one_of_each[:, None], fit.trained.model, {}
+    where = next(model.parameters()).device
+    start = training.build(network(job.parameters["recipe"]), job.parameters["seed"]).eval().to(where)
+    for state, one in {"trained": model, "untrained": start}.items():
+        normal = explanation.normal_posterior(one, digits.train_NCYX)
+        maps = measures.examples(one, LAYERS, measures.PRESETS, x_BCYX, normal, measures.SEED)
+        each = attention(one.encode, f"encoder.{LAYER}", training.to_unit(x_BCYX).to(where)).map_BIHW
+        maps |= measures.halved("each latent", each)
+        arrays |= {f"{state}/{name}": map_BHW for name, map_BHW in maps.items()}
+    return arrays
 
 
 def evaluate(
     model: nn.Module, digits: Digits, parameters: Mapping[str, Any]
 ) -> tuple[list[dict], dict[str, np.ndarray], dict[str, Figure]]:
-    """All that a job stores of a trained model beside its course: rows, arrays and, of seed 0, pictures."""
+    """What a job stores of a trained model beside its course and examples: rows, arrays and, of seed 0, pictures."""
     maps = maps_of(model, digits)
     found, kl_I = latent_rows(model, digits, maps["mass per latent"][digits.outlier_N])
     rows, arrays = less_intuitive_rows(digits, maps)
     found += pixel_rows(digits, maps) + rows + image_rows(digits, maps) + truth_rows(digits)
-    measured = measure(model, digits, {name: maps[name] for name in BASELINES})
+    measured = measured_maps(model, digits, {name: maps[name] for name in BASELINES})
     # The baselines' AUROC stands among the rows of the pixels.
     found += [row for row in measured.rows if (row["metric"], row["method"] in BASELINES) != (AUROC, True)]
-    found += measured.differences(MAPS, BASELINES, ALL)
+    found += measured.differences(MAPS, BASELINES, OUTLIERS)
     of_strokes, drawn = planted(model, digits)
     some, foreign = digits.some()
     of_cascade, compared = randomised.cascade(
@@ -323,35 +313,25 @@ def evaluate(
     )
     found += of_strokes + change_rows(model, digits) + of_cascade
     arrays |= measured.replicates([*MAPS, *BASELINES]) | drawn | compared | {"kl_per_latent": kl_I}
-    if parameters["seed"] != 0:
-        return found, arrays, {}
-    start = training.build(network(parameters["recipe"]), 0).eval().to(next(model.parameters()).device)
-    return found, arrays | pictured(model, start, digits), panels(digits, maps)
+    return found, arrays, panels(digits, maps) if parameters["seed"] == 0 else {}
 
 
-def compute(parameters: Mapping[str, Any], device: torch.device) -> runs.Run:
-    """Train and measure one model, and store the run.
-
-    Args:
-        parameters: What determines it: digit, recipe, seed, epochs, precision, data, and trained_on where it is the
-            wrong class, as the chapter declares them.
-        device: Where to compute.
-    """
-    recipe, trained_on = recipes.MNIST[parameters["recipe"]], parameters.get("trained_on", "inliers")
-    digits = load(parameters["data"], parameters["digit"], parameters["recipe"], trained_on)
-    trained, courses = follow(digits, parameters, device)
-    started = time.monotonic()
-    found, arrays, pictures = evaluate(trained.model, digits, parameters)
-    for course in courses:
+def measure(job: Job, fit: steps.Fit, digits: Digits) -> runs.Run:
+    """The run of a job: read, or measured now and stored."""
+    if job.run is not None:
+        return job.run
+    started, recipe, trained = time.monotonic(), recipes.MNIST[job.parameters["recipe"]], fit.trained
+    found, arrays, pictures = evaluate(trained.model, digits, job.parameters)
+    arrays |= explain(job, fit, digits) if pictures else {}
+    for course in fit.courses:
         found, arrays = found + course.rows(), arrays | course.arrays()
     count = len(digits.train_NCYX)
     asked, used = (recipe.epochs, count), (len(trained.history.kl), count)
-    return record.save(
+    job.run = steps.save(
         "mnist",
-        parameters,
+        job.parameters,
         trained,
         recipe,
-        device,
         metrics=found,
         arrays=arrays,
         pictures=pictures,
@@ -363,6 +343,7 @@ def compute(parameters: Mapping[str, Any], device: torch.device) -> runs.Run:
         started=started,
         extra={
             "outliers": mnist.outliers(digits.digit),
-            "training": record.training_facts(trained, count),
+            "training": steps.training_facts(trained, count),
         },
     )
+    return job.run

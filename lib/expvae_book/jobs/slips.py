@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from expvae.metrics import PixelMetrics, auroc_difference
 from expvae_book import explanation, measures, runs, training
 from expvae_book.data import ucsd
+from expvae_book.names import CONVOLUTIONS as LAYERS
 
-LAYERS = ("conv1", "conv2", "conv3")
 LAYER = "conv2"
 EVERY = 10  # frames, of all test clips, so that a batch of 32 reaches over more than one clip
 SWITCHED = explanation.method_of("liu2020_code")

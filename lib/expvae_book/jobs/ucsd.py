@@ -7,7 +7,7 @@ clips; the other fifth chooses a threshold. Clips without masks count only where
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, combinations, product
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
@@ -29,17 +29,16 @@ from expvae_book import (
     recipes,
     runs,
     training,
-    weights,
 )
+from expvae_book.chapters import Job
 from expvae_book.data import ucsd
-from expvae_book.jobs import record, slips
-from expvae_book.names import ACTIVE, PRIOR
+from expvae_book.jobs import slips, steps
+from expvae_book.names import ACTIVE, SIMPLE
+from expvae_book.names import CONVOLUTIONS as LAYERS
+from expvae_book.names import MASKED_CLIPS as ALL
+from expvae_book.names import TEST_CLIPS as TEST
 
-LAYERS = slips.LAYERS
 MAPS = [measures.map_name(*pair) for pair in product(LAYERS, measures.PRESETS)]
-SIMPLE = [*baselines.NAMES, PRIOR]  # the maps that need no attention
-TEST = "test clips"  # those that results come from
-ALL = "masked clips"  # with those that the threshold comes from
 EVERY = 2  # frames of the test clips; neighbours are nearly the same image, and whole clips are resampled
 FOLLOWED_EVERY = 5  # of those while a model is trained, and where its layers are randomised
 SHOWN = ("conv2", "liu2020_code")  # the map in the pictures
@@ -74,6 +73,11 @@ class Footage:
         some = torch.nonzero(self.test_N)[::every, 0]
         truth_MYX = torch.stack([self.clips.test_mask[i] for i in some])
         return some, measures.Truth(truth_MYX, self.clips.test_clip_N[some], TEST)
+
+    @property
+    def credit(self) -> str:
+        """Whose frames these are."""
+        return f"{self.clips.card.credit} {self.clips.card.mark}".strip()
 
     def places(self, count: int) -> dict[str, Float[Tensor, "count y x"]]:
         """The maps that look at no test image, for so many of them."""
@@ -126,30 +130,11 @@ def network(recipe: str) -> Callable[[], nn.Module]:
     return lambda: make(recipes.UCSD[recipe].latent_dim)
 
 
-def fit(footage: Footage, parameters: Mapping[str, Any], epochs: int, device: torch.device) -> weights.Trained:
-    """The model trained for so many epochs, or read where that was done before."""
-    return weights.trained(
-        network(parameters["recipe"]),
-        footage.train_NCYX,
-        footage.held_out_NCYX,
-        recipes.UCSD[parameters["recipe"]],
-        epochs=epochs,
-        seed=parameters["seed"],
-        device=device,
-        precision=parameters["precision"],
-    )
-
-
-def follow(
-    footage: Footage, parameters: Mapping[str, Any], device: torch.device
-) -> tuple[weights.Trained, measures.Course]:
-    """The trained model, and the measures of its maps at stages of the training, on some of the test frames."""
-    some, truth = footage.truth(FOLLOWED_EVERY)
-    course, places = measures.Course(), footage.places(len(some)).items()
-    for done, trained in measures.stages(lambda epochs: fit(footage, parameters, epochs, device), parameters["epochs"]):
-        maps = footage.explain(trained.model, some, LAYERS, measures.PRESETS)
-        course.add(done * -(-len(footage.train_NCYX) // footage.batch), chain(places, maps), truth)
-    return trained, course
+def fit(job: Job, footage: Footage) -> steps.Fit:
+    """The training of a job, whose maps are followed on every fifth of the test frames that are measured."""
+    recipe = job.parameters["recipe"]
+    make, cases = network(recipe), lambda: {"": footage.truth(FOLLOWED_EVERY)}
+    return steps.fit(job, footage, make, recipes.UCSD[recipe], LAYERS, cases)
 
 
 # Measures -------------------------------------------------------------------------------------------------------------
@@ -306,7 +291,6 @@ def panels(footage: Footage, maps: Mapping[str, Float[Tensor, "n y x"]]) -> dict
         title: maps[name] / float(np.quantile(maps[name][footage.test_N][::FOLLOWED_EVERY], 0.99))
         for title, name in shown.items()
     }
-    credit = f"{clips.card.credit} {clips.card.mark}".strip()
     anomalous, normal = (drawn(footage, flag) for flag in (True, False))
     at = torch.cat([anomalous, normal])
     frames = figures.image_rows(
@@ -315,7 +299,7 @@ def panels(footage: Footage, maps: Mapping[str, Float[Tensor, "n y x"]]) -> dict
         maps=list(scaled),
         titles=[f"clip {clip_N[i]},\nframe {place_N[i]}" for i in at],
         label="map / its 99th percentile over the test clips",
-        credit=credit,
+        credit=footage.credit,
         grey="gray",
     )
     clip = clip_N[max(anomalous, key=lambda i: mask_NYX[i].sum())]  # of those drawn the one with the largest anomaly
@@ -327,21 +311,53 @@ def panels(footage: Footage, maps: Mapping[str, Float[Tensor, "n y x"]]) -> dict
         next(iter(scaled.values()))[at],
         titles=[f"clip {clip}, frame {place_N[i]}" for i in at],
         label="attention / its 99th percentile",
-        credit=credit,
+        credit=footage.credit,
     )
     return {"frames": frames, "clip": animation}
 
 
-def pictured(model: nn.Module, start: nn.Module, footage: Footage) -> dict[str, np.ndarray]:
-    """The maps of four of the frames drawn, of the trained network and of the one that it started from."""
-    at = torch.cat([drawn(footage, flag)[:2] for flag in (True, False)])
-    arrays = {}
-    for state, one in {"trained": model, "untrained": start}.items():
+def strip(footage: Footage) -> Figure:
+    """Frames of four training clips, and four anomalous test frames with their masks."""
+    clips, anomalous = footage.clips, drawn(footage, True)
+    first = [torch.nonzero(clips.train_clip_N == clip)[0, 0] for clip in clips.train_clip_N.unique()[:4]]
+    rows = {
+        "training": training.to_unit(clips.train_NYX[torch.stack(first)]),
+        "test": training.to_unit(clips.test_NYX[anomalous]),
+        "mask": torch.stack([clips.test_mask[i] for i in anomalous]).float(),
+    }
+    titles = [f"clip {clips.test_clip_N[i]}" for i in anomalous]
+    return figures.image_rows(rows, maps=[], titles=titles, label="", credit=footage.credit, grey="gray")
+
+
+def explain(job: Job, fit: steps.Fit, footage: Footage) -> dict[str, np.ndarray]:
+    """The maps of four of the frames drawn, of the trained network and of the one that it started from.
+
+    Of each layer and preset the mean over the latents at the layer's resolution; as `measures.halved` gives them, by
+    names such as "untrained/conv2, liu2020_code".
+    """
+    if job.run is not None:
+        return {name: map_ for name, map_ in job.run.arrays.items() if name.startswith(("trained/", "untrained/"))}
+    x_BCYX, model, arrays = footage.clips.test_NYX[examples(footage)][:, None], fit.trained.model, {}
+    start = training.build(network(job.parameters["recipe"]), job.parameters["seed"]).eval()
+    for state, one in {"trained": model, "untrained": start.to(next(model.parameters()).device)}.items():
         normal = explanation.normal_posterior(one, footage.train_NCYX)
-        x_BCYX = footage.clips.test_NYX[at][:, None]
         maps = measures.examples(one, LAYERS, measures.PRESETS, x_BCYX, normal, measures.SEED)
         arrays |= {f"{state}/{name}": map_BHW for name, map_BHW in maps.items()}
     return arrays
+
+
+def examples(footage: Footage) -> Tensor:
+    """The numbers of two anomalous and two normal test frames."""
+    return torch.cat([drawn(footage, flag)[:2] for flag in (True, False)])
+
+
+def frames(footage: Footage) -> dict[str, Float[Tensor, "n y x"]]:
+    """Those frames, their masks, and their squared difference from the mean training frame."""
+    at, clips = examples(footage), footage.clips
+    x_NCYX, mean_CYX = training.to_unit(clips.test_NYX[at][:, None]), training.to_unit(footage.train_NCYX).mean(0)
+    mask_NYX = torch.stack([clips.test_mask[i] for i in at]).float()
+    difference_NYX = baselines.mean_image_difference(x_NCYX, mean_CYX)
+    return {"frame": x_NCYX[:, 0], "mask": mask_NYX, "mean image\ndifference": difference_NYX}
 
 
 def evaluate(
@@ -366,34 +382,28 @@ def evaluate(
     found += change_rows(model, footage)
     of_cascade, compared = cascade(model, footage, parameters)
     arrays |= measured.replicates([*MAPS, *SIMPLE]) | compared
-    if parameters["seed"] != 0:
-        return found + of_cascade, arrays, {}
-    start = training.build(network(parameters["recipe"]), 0).eval().to(next(model.parameters()).device)
-    return found + of_cascade, arrays | pictured(model, start, footage), panels(footage, kept)
+    return found + of_cascade, arrays, panels(footage, kept) if parameters["seed"] == 0 else {}
 
 
-def compute(parameters: Mapping[str, Any], device: torch.device) -> runs.Run:
-    """Train and measure one model, and store the run.
-
-    Args:
-        parameters: What determines it: recipe, seed, epochs, precision and data, as the chapter declares them.
-        device: Where to compute.
-    """
-    footage, recipe = load(parameters["data"], parameters["recipe"]), recipes.UCSD[parameters["recipe"]]
-    trained, course = follow(footage, parameters, device)
-    started = time.monotonic()
-    found, arrays, pictures = evaluate(trained.model, footage, parameters)
+def measure(job: Job, fit: steps.Fit, footage: Footage) -> runs.Run:
+    """The run of a job: read, or measured now and stored."""
+    if job.run is not None:
+        return job.run
+    started, recipe, trained = time.monotonic(), recipes.UCSD[job.parameters["recipe"]], fit.trained
+    found, arrays, pictures = evaluate(trained.model, footage, job.parameters)
+    arrays |= explain(job, fit, footage) if pictures else {}
+    for course in fit.courses:
+        found, arrays = found + course.rows(), arrays | course.arrays()
     validation, test = (footage.clips.test_clip_N[of_N].unique() for of_N in (footage.validation_N, footage.test_N))
     count = len(footage.train_NCYX)
     asked, used = (recipe.epochs, count), (len(trained.history.kl), count)
-    return record.save(
+    job.run = steps.save(
         "ucsd",
-        parameters,
+        job.parameters,
         trained,
         recipe,
-        device,
-        metrics=found + course.rows(),
-        arrays=arrays | course.arrays(),
+        metrics=found,
+        arrays=arrays,
         pictures=pictures,
         card=footage.clips.card,
         budget=measures.budget("epochs", recipe, asked=asked, used=used),
@@ -402,7 +412,8 @@ def compute(parameters: Mapping[str, Any], device: torch.device) -> runs.Run:
         unit="clip",
         started=started,
         extra={
-            "training": record.training_facts(trained, count),
+            "training": steps.training_facts(trained, count),
             "clips": {"validation": validation.tolist(), "test": test.tolist()},
         },
     )
+    return job.run

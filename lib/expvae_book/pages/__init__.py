@@ -1,0 +1,1 @@
+"""What the page of one chapter alone draws and tabulates of its runs; no torch here."""

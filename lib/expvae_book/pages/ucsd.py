@@ -1,0 +1,258 @@
+"""What the chapter on UCSD Ped1 draws, tabulates and says of its runs."""
+
+from collections.abc import Mapping
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from IPython.display import Image, Markdown
+
+from expvae_book import chapters, figures, publications, report, runs, tables
+from expvae_book.chapters import Job
+from expvae_book.names import (
+    ACTIVE,
+    ATTENTION,
+    AUROC,
+    BEST_IOU,
+    BEST_STAGE,
+    DIFFERENCE,
+    ERROR,
+    IMAGE_AUROC,
+    KL,
+    LAST,
+    PARAMETERS,
+    RECONSTRUCTION,
+    SIMPLE,
+)
+from expvae_book.names import CONVOLUTIONS as LAYERS
+from expvae_book.names import MASKED_CLIPS as ALL
+from expvae_book.names import TEST_CLIPS as TEST
+from expvae_book.runs import Run
+
+MOVING = "pixel AUROC among moving pixels"
+PEDESTRIANS = "AUROC of moving pixels on normal frames"
+LIT = {
+    "above": "pedestrians light up, as the first report saw.",
+    "below": "what moves lights up less than the rest of the frame.",
+    "not told apart from": "what moves, pedestrians above all, stands out neither way.",
+}
+
+
+def methods(run: Run) -> list[str]:
+    """The maps that a page shows: attention, and those that need none."""
+    known = set(run.rows(AUROC)["method"])
+    return [name for name in (ATTENTION, *SIMPLE) if name in known]
+
+
+def reported(layer: str) -> str:
+    """The published pixel AUROCs of a layer, by source."""
+    given = _published().query("setting == @layer").drop_duplicates(["source", "value"])
+    return "; ".join(f"{publications.SOURCES[row.source]}: {row.published}" for row in given.itertuples())
+
+
+def _published() -> pd.DataFrame:
+    return publications.select(publications.read(), dataset="UCSD Ped1", metric=AUROC)
+
+
+def published() -> None:
+    """Show the published pixel AUROC by layer and source."""
+    table = _published().pivot_table(
+        "published", "setting", "source", aggfunc=lambda texts: ", ".join(dict.fromkeys(texts))
+    )
+    table = table.rename(columns=publications.SOURCES).rename_axis(columns=None).rename_axis("Layer").reset_index()
+    report.show(table, "UCSD Ped1: the published pixel AUROC by layer.")
+
+
+def in_short(job: Job, layer: str, preset: str) -> Markdown:
+    """The findings in a few sentences."""
+    if job.run is None:
+        return report.NOT_YET
+    run = job.run.at(layer, preset)
+    if run.card.kind == "sample":
+        scope = "These are generated scenes, and no number here compares with a published one."
+    else:
+        scope = "The data are not the release's own files, so that the two do not follow one protocol."
+    return Markdown(
+        f"**In short.** Attention at {layer} by the preset {preset} finds anomalous pixels with a pixel AUROC of "
+        f"**{run.text(AUROC, ATTENTION, TEST)}** (interval over clips). Published for {layer}: {reported(layer)}. "
+        f"{scope} Networks that were never trained: "
+        f"{tables.untrained_text(AUROC, layer, preset, dataset='ucsd')}. The reconstruction error has "
+        f"{run.text(AUROC, ERROR, TEST)}, and the squared difference from the mean training frame, which needs no "
+        f"network, {run.text(AUROC, 'mean image difference', TEST)}. {report.extent(run)}"
+    )
+
+
+def at_hand(run: Run) -> Markdown:
+    """What of the official release is at hand."""
+    card = run.card
+    if card.kind == "sample":
+        lines = ["**Generated scenes, not UCSD Ped1: no number on this page compares with a published one.**"]
+    else:
+        counts = [f"{card.counts.get(name, 0):,} of {number:,} {name}" for name, number in card.official.items()]
+        lines = [f"At hand, of the official release: {', '.join(counts)}."]
+    return Markdown("\n\n".join(lines + ([f"About these data: {card.note}"] if card.note else [])))
+
+
+def learned(run: Run) -> Markdown:
+    """What the training came to, in numbers; a notice where that says that the maps explain little."""
+    made, budget = run.record["training"], run.record["budget"]
+    active, recipe = run.metric(ACTIVE, subset=ALL)["value"], run.record["recipe"]
+    spread = [
+        run.text("standard deviation of a pixel over the frames", name, ALL, ".4f")
+        for name in ("frames", "reconstructions")
+    ]
+    if budget["used"] <= recipe["kl_warmup_epochs"]:
+        chapters.notice(
+            f"The weight of the KL term rises for {recipe['kl_warmup_epochs']} epochs, and this run ended before: its "
+            "losses are not those of the ELBO.",
+            "warning",
+        )
+    if active == 0:
+        chapters.notice(
+            "No latent is active: the posterior has collapsed. What the latents cost to encode, they spend without "
+            "telling the frames apart, and attention explains latents that say next to nothing. The maps below show "
+            "what the network's layers hold, not what the VAE has understood. The usual remedy is to let the weight of "
+            "the KL term rise slowly (recipe `report1_warmup`); whether it was one here, the column *active* in the "
+            "table of all runs says.",
+            "warning",
+        )
+    mean_frame = run.text("reconstruction per image, mean frame", form=",.1f")
+    return Markdown(
+        f"The model has {run.text(PARAMETERS, form=',.0f')} parameters. After {budget['used']} epochs of the "
+        f"{budget['asked']} that its recipe asks for, on {made['images']:,} frames ({made['images_per_second']:,.0f} "
+        f"frames/s on {run.record['weights']['device']}), a held-out frame costs "
+        f"{run.text(RECONSTRUCTION, form=',.1f')} nats to reconstruct, where the mean training frame alone would "
+        f"cost {mean_frame}, and "
+        f"{run.text(KL, form='.2f')} nats to encode. {active:.0f} of its {recipe['latent_dim']} latents are active "
+        f"(variance of μ over the test frames above 0.01; {run.text(ACTIVE, form='.0f')} over the held-out frames). "
+        f"From frame to frame a pixel of the test clips varies by {spread[0]} of the range of grey levels (root mean "
+        f"square), and one of their reconstructions by {spread[1]}."
+    )
+
+
+def table(run: Run, layer: str, preset: str) -> None:
+    """Show every map by every measure of pixels, beside untrained networks."""
+    shown = [AUROC, "average precision", "AUPRO", BEST_IOU, "IoU, threshold from validation"]
+    names = methods(run)
+    lines = pd.DataFrame(
+        {"Method": names} | {title: [run.text(title, name, TEST) for name in names] for title in shown}
+    )
+    untrained = {title: tables.untrained_text(title, layer, preset, dataset="ucsd") for title in shown}
+    lines.loc[len(lines)] = {"Method": tables.UNTRAINED} | untrained
+    n, share = run.metric(AUROC, ATTENTION, TEST)["n"], run.text("anomalous pixels", form=".2%")
+    report.show(lines, f"Pixels of {n} test clips, {share} of them anomalous; 95 % intervals over clips. {run.caption}")
+
+
+def moving(run: Run) -> None:
+    """Show every map by what moves, and by whole frames."""
+    columns = {
+        "Anomalous among moving pixels": (MOVING, TEST),
+        "Moving pixels of normal frames": (PEDESTRIANS, TEST),
+        "Frames, by the mean": (IMAGE_AUROC, "mean"),
+        "Frames, by the maximum": (IMAGE_AUROC, "maximum"),
+    }
+    names = methods(run)
+    numbers = {title: [run.text(metric, name, subset) for name in names] for title, (metric, subset) in columns.items()}
+    report.show(
+        pd.DataFrame({"Method": names} | numbers),
+        f"AUROC. {run.text('moving pixels', form='.1%')} of the pixels of the test clips move, and "
+        f"{run.text('moving among anomalous pixels', form='.0%')} of the anomalous ones; of the moving ones "
+        f"{run.text('anomalous among moving pixels', form='.1%')} are anomalous.",
+    )
+
+
+def orders(run: Run) -> Markdown:
+    """What follows from the order of the numbers."""
+    ours = run.metric(AUROC, ATTENTION, TEST)
+    against = [
+        f"{runs.order(run.metric(DIFFERENCE, f'{ATTENTION} − {name}', TEST), 0.0)} the {name}"
+        for name in methods(run)[1:]
+        if name != "random"
+    ]
+    among, pedestrians = (runs.order(run.metric(metric, ATTENTION, TEST), 0.5) for metric in (MOVING, PEDESTRIANS))
+    return Markdown(
+        f"Over all pixels the attention map is {runs.order(ours, 0.5)} chance, {', '.join(against)}. Among moving "
+        f"pixels it is {among} chance at telling the anomalous from the others; "
+        f"{run.text('moving among anomalous pixels', form='.0%')} of the anomalous pixels move. On normal frames its "
+        f"ranking of moving pixels over the rest is {pedestrians} chance: {LIT[pedestrians]}"
+    )
+
+
+def layers(run: Run, preset: str) -> Markdown:
+    """How the layers compare by a preset, in the one model of a run with all its maps."""
+    each = [f"{name} {run.text(AUROC, f'{name}, {preset}', TEST, lacking='–')}" for name in LAYERS]
+    pairs = []
+    for one, other in combinations(LAYERS, 2):
+        pair = (DIFFERENCE, f"{preset}, {one} − {other}", TEST)
+        if run.text(*pair, lacking=""):
+            pairs.append(f"{one} {runs.order(run.metric(*pair), 0.0)} {other} ({run.text(*pair, form='+.3f')})")
+    return Markdown(
+        f"This run's model by the preset {preset} at each layer: {'; '.join(each)}. Compared on the same frames: "
+        f"{'; '.join(pairs)}."
+    )
+
+
+def layers_and_presets(run: Run) -> Image:
+    """The pixel AUROC of every layer by every preset, and of the maps that need no attention."""
+    rows = [
+        run.metric(AUROC, name, TEST) | dict(zip(("method", "group"), name.split(", "), strict=True))
+        for name in run.maps
+    ]
+    rows += [run.metric(AUROC, name, TEST) | {"group": "baseline"} for name in SIMPLE]
+    return figures.show(figures.intervals(pd.DataFrame(rows), label="pixel AUROC over the test clips", chance=0.5))
+
+
+def every_map(run: Run) -> None:
+    """Show every layer by every preset, and the baselines, by every measure."""
+    names = {name: name.split(", ") for name in sorted(run.maps, key=lambda name: name.split(", ")[::-1])}
+    names |= {name: [name, "baseline"] for name in SIMPLE}
+    lines = []
+    for name, (layer, preset) in names.items():
+        line = {"layer": layer, "preset": preset}
+        line |= {title: run.text(title, name, TEST) for title in (AUROC, "average precision", "AUPRO", BEST_IOU)}
+        line["frame AUROC (maximum)"] = run.text(IMAGE_AUROC, name, "maximum")
+        line |= {f"{AUROC}, {stage}": run.text(AUROC, name, stage, lacking="–") for stage in (LAST, BEST_STAGE)}
+        lines.append(line)
+    report.show(
+        pd.DataFrame(lines),
+        "Layers × presets of the model of this run, and the baselines; 95 % intervals over clips. The last two columns "
+        "are of every tenth frame: what the run is judged by, and what a choice of the checkpoint on the test masks "
+        f"would have given, as the second report's code chooses it. {run.caption}",
+    )
+
+
+def every_run(layer: str, preset: str) -> None:
+    """Show every stored run of the chapter."""
+    columns = {"active": (ACTIVE, "", ALL, ".0f"), "KL (nats)": (KL, "", "", ".2f")}
+    columns |= {AUROC: (AUROC, f"{layer}, {preset}", TEST)}
+    columns |= {name: (AUROC, name, TEST) for name in ("mean image difference", ERROR)}
+    report.show(
+        report.stored_runs("ucsd", ("recipe", "seed"), columns),
+        "Every stored run of this chapter: its budget, its active latents, and the pixel AUROC of the attention map at "
+        f"{layer} by {preset} and of two baselines.",
+    )
+
+
+def examples(
+    frames: Mapping[str, figures.Images], maps: Mapping[str, np.ndarray], layer: str, preset: str, credit: str
+) -> Image | Markdown:
+    """Some frames under the maps of the trained and of the untrained network, at their resolution.
+
+    Args:
+        frames: By name what is drawn in grey, the frames first; the last is a map of its own, drawn as one.
+        maps: Maps by name, as the step `explain` of the job gives them.
+        layer: The layer shown.
+        preset: The preset shown.
+        credit: Whose frames these are.
+    """
+    if not maps:
+        return figures.NOT_KEPT
+    rows, drawn = dict(frames), list(frames)[-1:]
+    rows[drawn[0]] = np.asarray(rows[drawn[0]]) / np.quantile(rows[drawn[0]], 0.99)
+    for state in ("trained", "untrained"):
+        map_BHW = maps[f"{state}/{layer}, {preset}"].astype(np.float32)
+        drawn.append(f"attention,\n{state}")
+        rows[drawn[-1]] = map_BHW / max(float(np.quantile(map_BHW, 0.99)), 1e-12)
+    titles = ["anomalous", "anomalous", "normal", "normal"]
+    label = "map / its row's 99th percentile"
+    return figures.show(figures.image_rows(rows, maps=drawn, titles=titles, label=label, credit=credit, grey="gray"))

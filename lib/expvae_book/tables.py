@@ -324,12 +324,26 @@ def untrained_text(metric: str, layer: str, preset: str, **subject: str | int) -
         preset: Preset of the maps.
         subject: The parameters that name the data: dataset, and digit or category.
     """
+    values = untrained_values(metric, layer, preset, **subject)
+    if values.empty:
+        return NOT_MEASURED
+    return f"{values.mean():.3f} ({len(values)} networks, {values.min():.3f}–{values.max():.3f})"
+
+
+def untrained_values(metric: str, layer: str, preset: str, **subject: str | int) -> pd.Series:
+    """That measure of each untrained network with random weights; empty where none has been measured on real data."""
     for run in runs.find("sanity", control="untrained", **subject):
         rows = run.metrics[(run.metrics["metric"] == metric) & (run.metrics["method"] == f"{layer}, {preset}")]
         values = rows[rows["subset"].str.fullmatch(r"random, seed \d+")]["value"]
         if len(values) and run.card.kind != "sample":
-            return f"{values.mean():.3f} ({len(values)} networks, {values.min():.3f}–{values.max():.3f})"
-    return NOT_MEASURED
+            return values
+    return pd.Series(dtype=float)
+
+
+def untrained_point(metric: str, layer: str, preset: str, **subject: str | int) -> dict[str, float]:
+    """Their mean, between the least and the greatest, as a point of a figure; not a number where there is none."""
+    values = untrained_values(metric, layer, preset, **subject)
+    return {"value": values.mean(), "low": values.min(), "high": values.max()}
 
 
 def without_vae(run: Run) -> pd.DataFrame:

@@ -47,12 +47,13 @@ def untrained(run: Run, preset: str) -> str:
     return tables.untrained_text(AUROC, "conv2", preset, dataset="mnist", digit=run.parameters["digit"])
 
 
-def in_short(job: Job) -> Markdown:
-    """The findings in three sentences."""
+def in_short(job: Job) -> None:
+    """Show the findings in a few sentences, the verdicts, and the figure that says most."""
     if (run := job.run) is None:
-        return report.NOT_YET
+        display(report.NOT_YET)
+        return
     within = run.metric(WITHIN_INK, PAPER, OUTLIERS)
-    return Markdown(
+    text = (
         f"**In short.** By a pixel AUROC the paper's map finds what is foreign to {run.parameters['digit']}s with "
         f"**{run.text(AUROC, PAPER, OUTLIERS)}**. Networks that were never trained: {untrained(run, KINDS[PAPER])}. A "
         f"Gaussian at the centre of the image, which looks at nothing: {run.text(AUROC, CENTRE, OUTLIERS)}. "
@@ -60,6 +61,16 @@ def in_short(job: Job) -> Markdown:
         f"{run.text(WITHIN_INK, PAPER, OUTLIERS)}: it {WITHIN[runs.order(within, 0.5)]}. The paper shows pictures "
         f"of such maps and prints no number. {report.extent(run)}"
     )
+    points = [run.metric(AUROC, kind, OUTLIERS) | {"group": "trained"} for kind in KINDS]
+    for kind, preset in KINDS.items():
+        control = tables.untrained_point(AUROC, "conv2", preset, dataset="mnist", digit=run.parameters["digit"])
+        points.append({"method": kind, "group": "never trained: least to greatest"} | control)
+    simple = ("input intensity", ERROR, CENTRE)
+    points += [run.metric(AUROC, name, OUTLIERS) | {"group": "without attention"} for name in simple]
+    figure = figures.intervals(
+        pd.DataFrame(points).dropna(subset="value"), label="pixel AUROC against the foreign ink", chance=0.5
+    )
+    display(Markdown(text), report.badges("mnist"), figures.show(figure))
 
 
 def learned(run: Run) -> Markdown:

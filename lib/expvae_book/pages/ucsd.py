@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from IPython.display import Image, Markdown
+from IPython.display import Image, Markdown, display
+from matplotlib.figure import Figure
 
 from expvae_book import chapters, figures, publications, report, runs, tables
 from expvae_book.chapters import Job
@@ -63,16 +65,17 @@ def published() -> None:
     report.show(table, "UCSD Ped1: the published pixel AUROC by layer.")
 
 
-def in_short(job: Job, layer: str, preset: str) -> Markdown:
-    """The findings in a few sentences."""
+def in_short(job: Job, layer: str, preset: str) -> None:
+    """Show the findings in a few sentences, the verdicts, and the figure that says most."""
     if job.run is None:
-        return report.NOT_YET
+        display(report.NOT_YET)
+        return
     run = job.run.at(layer, preset)
     if run.card.kind == "sample":
         scope = "These are generated scenes, and no number here compares with a published one."
     else:
         scope = "The data are not the release's own files, so that the two do not follow one protocol."
-    return Markdown(
+    text = (
         f"**In short.** Attention at {layer} by the preset {preset} finds anomalous pixels with a pixel AUROC of "
         f"**{run.text(AUROC, ATTENTION, TEST)}** (interval over clips). Published for {layer}: {reported(layer)}. "
         f"{scope} Networks that were never trained: "
@@ -80,6 +83,31 @@ def in_short(job: Job, layer: str, preset: str) -> Markdown:
         f"{run.text(AUROC, ERROR, TEST)}, and the squared difference from the mean training frame, which needs no "
         f"network, {run.text(AUROC, 'mean image difference', TEST)}. {report.extent(run)}"
     )
+    display(Markdown(text), report.badges("ucsd"), figures.show(_published_and_ours(job.run, preset)))
+
+
+def _published_and_ours(run: Run, preset: str) -> Figure:
+    """Every published pixel AUROC by layer, ours, and those of untrained networks and of maps without attention."""
+    given = _published().drop_duplicates(["source", "setting", "value"])
+    points = [
+        {"method": row.setting, "group": publications.SOURCES[row.source], "value": row.value}
+        for row in given.itertuples()
+        if row.setting in LAYERS
+    ]
+    for layer in LAYERS:
+        control = tables.untrained_point(AUROC, layer, preset, dataset="ucsd")
+        points.append(
+            {"method": layer, "group": "ours, trained"} | _ends(run.metric(AUROC, f"{layer}, {preset}", TEST))
+        )
+        points.append({"method": layer, "group": "ours, never trained"} | control)
+    points += [
+        run.metric(AUROC, name, TEST) | {"group": "without attention"} for name in (ERROR, "mean image difference")
+    ]
+    return figures.intervals(pd.DataFrame(points).dropna(subset="value"), label="pixel AUROC", chance=0.5)
+
+
+def _ends(row: Mapping[str, Any]) -> dict[str, float]:
+    return {name: row[name] for name in ("value", "low", "high")}
 
 
 def at_hand(run: Run) -> Markdown:

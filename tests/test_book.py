@@ -301,3 +301,50 @@ def test_warnings_name_the_line(book, tmp_path):
     assert "index.md:14: WARNING: stderr was found in the cell outputs" in done.stdout
     assert 'index.md:18: WARNING: Unknown interpreted text role "role"' in done.stdout
     assert 'text.md:7: WARNING: Unknown interpreted text role "role"' in done.stdout
+
+
+# How the chapters that were rewritten read -------------------------------------------------------------------------
+
+CHAPTERS = ("mnist", "ucsd")
+LINES, CELL_LINES, VISIBLE, WORDS = 350, 25, 0.7, 2500
+HIDDEN = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
+FOLDED = "details, .toggle-hidden, .tag_hide-output .cell_output, .tag_hide-input .cell_input, .tag_hide-cell"
+
+
+def code_cells(chapter: str) -> list:
+    notebook = jupytext.read(BOOK / f"{chapter}.md", fmt="md:myst")
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def lines_of(cell) -> int:
+    return len([line for line in cell.source.splitlines() if line.strip()])
+
+
+def hidden(cell) -> bool:
+    return not HIDDEN.isdisjoint(cell.metadata.get("tags", []))
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_a_chapter_is_short_and_its_code_is_in_view(chapter):
+    assert len((BOOK / f"{chapter}.md").read_text().splitlines()) <= LINES
+    cells = code_cells(chapter)
+    assert max(map(lines_of, cells)) <= CELL_LINES
+    total = sum(map(lines_of, cells))
+    assert sum(lines_of(cell) for cell in cells if not hidden(cell)) >= VISIBLE * total
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_a_page_shows_something_at_once_and_is_no_longer_than_it_need_be(soups, chapter):
+    article = soups[chapter].select_one("article")
+    cells = [cell for cell in article.select(".cell") if HIDDEN.isdisjoint(hyphenated(cell))][:2]
+    assert any(cell.select("img, table") for cell in cells), "no figure or table in the first two visible cells"
+    everything = len(article.get_text(" ").split())
+    for folded in article.select(FOLDED):
+        folded.extract()
+    open_ = len(article.get_text(" ").split())
+    assert open_ <= WORDS
+    assert everything - open_ <= WORDS
+
+
+def hyphenated(cell: BeautifulSoup) -> set[str]:
+    return {name.removeprefix("tag_") for name in cell.get("class", [])}

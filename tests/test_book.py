@@ -263,6 +263,25 @@ def test_every_build_looks_at_the_store_again(book, tmp_path):
     assert "folder: digit=4" in article.get_text()
 
 
+def test_stored_outputs_are_built_without_warnings_and_without_running(book, tmp_path):
+    cells = (
+        "import time\nfrom tqdm import tqdm\nfor i in tqdm(range(3)):\n    time.sleep(0.2)\nprint('computed')",
+        "6 * 7",
+    )
+    text = page_text(*cells).replace("kernelspec:", "expvae:\n  data_set: dsprites\nkernelspec:")
+    (book / "index.md").write_text(text)
+    program, environment = Path(sys.executable).with_name("papermill"), {"EXPVAE_RUNS": str(tmp_path / "runs")}
+    command = [program, book / "index.md", tmp_path / "out.ipynb", "--no-progress-bar"]
+    subprocess.run(command, env=os.environ | environment, check=True, capture_output=True)
+    assert "it/s" in (tmp_path / "out.ipynb").read_text()
+    (book / "index.md").write_text(text.replace("computed')", "computed' )"))
+    done = build(book, tmp_path, **environment)
+    assert done.returncode == 0, done.stdout[-5000:]
+    article = BeautifulSoup((tmp_path / "_build/html/index.html").read_text(), "html.parser").article
+    assert [output.get_text().strip() for output in article.select(".cell_output")] == ["computed", "42"]
+    assert "data_set" not in article.get_text()
+
+
 def test_what_a_run_lacks_stops_its_page_if_it_is_outdated_and_is_an_error_else(tmp_path, monkeypatch):
     cells = [
         "from expvae_book import chapters\nrun = chapters.run('mnist', {'digit': 4}, lambda: None)",

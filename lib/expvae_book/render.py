@@ -1,4 +1,7 @@
-"""The reader of Jupyter Book: runs the code cells of every page in the process that builds the book.
+"""The reader of Jupyter Book: runs code cells of the pages in the process that builds the book.
+
+Of a page whose outputs are stored (`expvae_book.outputs`) it runs the cells that only read records, which takes no
+torch; of every other page all cells, unless they need torch and it is not there.
 
 MyST-NB asks the readers that ``nb_custom_formats`` names before it reads Markdown itself, so that a build needs no
 kernel and imports pandas and matplotlib once instead of once a page. Pages are kept apart: each has a new IPython
@@ -37,8 +40,11 @@ from sphinx.errors import SphinxError
 from traitlets import Type
 from traitlets.config import Config
 
+from expvae_book import outputs
+
 # What the notebooks of a kernel say of their language; without it MyST-NB warns for each cell.
 LANGUAGE = {"name": "python", "pygments_lexer": "ipython3"}
+NO_TORCH = "This page needs torch to be rendered, which is not installed here: `pip install --editable '.[book]'`."
 
 
 class PageError(SphinxError):
@@ -98,6 +104,8 @@ def parse(text: str, path: Path, config: MdParserConfig | None = None) -> Notebo
 def execute(notebook: NotebookNode, path: Path) -> None:
     """Run the code cells of a page in its own folder and put their outputs into the notebook.
 
+    Of a page whose outputs are stored, compute cells get theirs and are not run.
+
     The page has a shell and a namespace of its own. Undone after it are changes to the environment, the working
     directory, the import path, the filters of warnings, sys.stdout and sys.stderr, the rcParams and open figures of
     matplotlib, and the global random states of Python, NumPy and PyTorch. Modules that it imports stay imported.
@@ -110,14 +118,23 @@ def execute(notebook: NotebookNode, path: Path) -> None:
         PageError: If a cell fails, where the message names page, cell and line and ends with the traceback; or if this
             process is that of a notebook already.
     """
+    stored = outputs.PAGE in notebook.metadata
+    if stored:
+        try:
+            outputs.fill(notebook, path.stem)
+        except ValueError as error:
+            raise PageError(f"{path}: {error}") from error
     with _isolated(path.parent) as shell:
         for place, cell in enumerate(notebook.cells):
-            if cell.cell_type != "code":
+            if cell.cell_type != "code" or (stored and outputs.is_compute(cell)):
                 continue
             shell.outputs = cell.outputs
             result = shell.run_cell(cell.source, store_history=True)
             cell.execution_count = shell.execution_count - 1
             error = result.error_before_exec or result.error_in_exec
+            if isinstance(error, ModuleNotFoundError) and error.name == "torch" and not stored:
+                outputs.show([cell for cell in notebook.cells if cell.cell_type == "code"], NO_TORCH)
+                return
             if error is not None:
                 number = sum(other.cell_type == "code" for other in notebook.cells[: place + 1])
                 line = notebook.metadata["source_map"][place] + 1 + _line(error, shell)

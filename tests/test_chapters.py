@@ -536,7 +536,7 @@ def stored(folder, monkeypatch):
     monkeypatch.setattr(chapters, "BOOK", folder / "book")
     card = DataCard("mnist", "sample", {"train": 1}, {"train": 1}, "digest", "licence", "credit")
     record = {"chapter": "small", "parameters": {"digit": 2}, "protocols": {}, "metrics": [], "data": asdict(card)}
-    record["recipe"] = asdict(MNIST["liu2020"])
+    record |= {"recipe": asdict(MNIST["liu2020"]), "losses": {"kl": [3.0]}, "seconds": {}, "device": "cpu"}
     path = folder / "runs" / "small" / "digit=2" / "record.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(record))
@@ -552,16 +552,37 @@ def test_run_computes_unless_the_book_is_rendered(stored, monkeypatch):
     assert chapters.run("small", {"digit": 2}, lambda: "computed") == "computed"
 
 
-def test_run_finds_a_current_job_where_it_may(stored, monkeypatch):
+def test_a_job_has_its_run_where_that_is_stored_and_current(stored, monkeypatch, capsys):
     monkeypatch.delenv("EXPVAE_MODE", raising=False)
-    assert chapters.run("small", {"digit": 2}, must_not_compute, find=True).parameters == {"digit": 2}
-    assert chapters.run("small", {"digit": 3}, lambda: "computed", find=True) == "computed"
+    job = chapters.job("small", {"digit": 2})
+    assert (job.run.parameters, job.losses) == ({"digit": 2}, {"kl": [3.0]})
+    assert capsys.readouterr().out == ""
+    assert chapters.job("small", {"digit": 3}).run is None
+    assert "This run is to be computed, by the cells below." in capsys.readouterr().out
+    again = chapters.job("small", {"digit": 2}, again=True)
+    assert (again.run, again.losses) == (None, None)
     record = json.loads(stored.read_text())
     stored.write_text(json.dumps(record | {"protocols": {"PIXEL": 0}}))
-    assert chapters.run("small", {"digit": 2}, lambda: "computed", find=True) == "computed"
+    assert chapters.job("small", {"digit": 2}).run is None
     stored.write_text(json.dumps(record | {"data": record["data"] | {"kind": "partial"}}))
     monkeypatch.setattr(runs, "_data_digest", lambda name: "other files")
-    assert chapters.run("small", {"digit": 2}, lambda: "computed", find=True) == "computed"
+    assert chapters.job("small", {"digit": 2}).run is None
+
+
+def test_a_job_says_how_long_one_like_it_took(stored, monkeypatch, capsys):
+    monkeypatch.delenv("EXPVAE_MODE", raising=False)
+    record = json.loads(stored.read_text())
+    record["data"]["kind"], record["parameters"]["recipe"] = "complete", "liu2020"
+    stored.write_text(json.dumps(record | {"seconds": {"training": 100, "evaluation": 80}, "device": "a processor"}))
+    chapters.job("small", {"digit": 3, "recipe": "liu2020"})
+    assert "One like it took 3 minutes on a processor, on real data." in capsys.readouterr().out
+    chapters.job("small", {"digit": 3, "recipe": "report1"})
+    assert "Its training says how long it takes." in capsys.readouterr().out
+
+
+def test_a_job_is_only_looked_up_while_the_book_is_rendered(stored, monkeypatch):
+    monkeypatch.setenv("EXPVAE_MODE", "read")
+    assert chapters.job("small", {"digit": 2}, again=True).run.parameters == {"digit": 2}
 
 
 def test_run_only_reads_while_the_book_is_rendered(stored, monkeypatch, capsys):

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,12 +21,13 @@ from torch import nn
 from expvae import Method, attention
 from expvae.metrics import PixelMetrics, auroc_difference
 from expvae.models import UCSDVAE
-from expvae_book import measures
-from expvae_book.chapters import BOOK
+from expvae_book import measures, training
+from expvae_book.chapters import BOOK, Job
 from expvae_book.data import ucsd
 from expvae_book.data.card import DataCard
-from expvae_book.jobs import slips
+from expvae_book.jobs import slips, steps
 from expvae_book.jobs import ucsd as job
+from expvae_book.weights import Trained
 
 LAYERS = ("conv1", "conv2", "conv3")
 SIDE = 20
@@ -275,9 +277,10 @@ def test_what_is_pictured_is_of_two_frames_with_and_two_without_an_anomaly(clips
     monkeypatch.setattr(measures, "PRESETS", ("liu2020_code",))
     seen = footage(clips)
     left = seen.clips
-    torch.manual_seed(9)
-    start = Small().eval()
-    arrays = job.pictured(small, start, seen)
+    monkeypatch.setattr(job, "network", lambda recipe: Small)
+    start = training.build(Small, 9).eval()
+    asked = Job("ucsd", {"recipe": "report1", "seed": 9}, None)
+    arrays = job.explain(asked, steps.Fit(lambda: Trained(small, training.History(), "", "", "", "", False)), seen)
     at = torch.cat([job.drawn(seen, flag)[:2] for flag in (True, False)])
     assert [left.test_anomalous[i] for i in at] == [True, True, False, False]
     kept = {f"{state}/{name}, liu2020_code" for state in ("trained", "untrained") for name in LAYERS}
@@ -288,6 +291,12 @@ def test_what_is_pictured_is_of_two_frames_with_and_two_without_an_anomaly(clips
         )
         ours, peak = (arrays[f"{state}/conv2, liu2020_code{part}"] for part in ("", ", peak"))
         np.testing.assert_allclose(ours.astype(float) * peak, map_BHW, rtol=2**-10, atol=1e-6)
+    asked.run = SimpleNamespace(arrays=arrays | {"course/conv2": np.zeros(1)})
+    assert job.explain(asked, steps.Fit(must_not_train), seen).keys() == arrays.keys()
+
+
+def must_not_train():
+    raise AssertionError("trained although the run is stored")
 
 
 def test_every_switch_is_compared_with_the_case_without_it(clips, small, monkeypatch):

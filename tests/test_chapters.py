@@ -16,6 +16,7 @@ import numpy as np
 import papermill
 import pytest
 import torch
+from bs4 import BeautifulSoup
 from click.testing import CliRunner
 from papermill.cli import papermill as command
 from papermill.iorw import load_notebook_node, papermill_io
@@ -328,6 +329,30 @@ print(files, caught.stdout)"""
     read = render.parse(text.replace("digit: int = 1", "digit: int = 2"), Path("book/reuse.md"))
     render.execute(read, Path("book/reuse.md"))
     assert printed([cell.get("outputs", []) for cell in read.cells]).split() == shown
+
+
+def test_a_run_with_other_parameters_appears_on_the_page_of_the_next_build(folder, monkeypatch):
+    steps = """\
+from expvae_book import chapters, report, runs
+from expvae_book.data.card import DataCard
+from expvae_book.recipes import MNIST
+job = chapters.job("reuse", {"digit": digit})
+card = DataCard("mnist", "sample", {"train": 1}, {"train": 1}, "digest", "licence", "credit")
+spent = {"budget": {"unit": "epochs", "asked": 1, "used": 1}, "seconds": {}, "device": "cpu"}
+given = {"losses": {}, "arrays": {}, "figures": {}, "card": card, "recipe": MNIST["liu2020"]}"""
+    store = 'runs.save("reuse", job.parameters, metrics=[], **given, **spent)'
+    table = 'report.show(report.stored_runs("reuse", ("digit",), {}), "Every run")'
+    text = page_text("digit: int = 1  # 1 | 2", options=":tags: [parameters]\n")
+    Path("book/reuse.md").write_text(text + page_text(steps, store, table).removeprefix(HEADER))
+    monkeypatch.setenv("EXPVAE_RUNS", str(folder / "runs"))
+    monkeypatch.setattr(chapters, "BOOK", folder / "book")
+    for digit in (1, 2):
+        papermill.execute_notebook("book/reuse.md", "out.ipynb", {"digit": digit}, progress_bar=False)
+    page = text + page_text(steps, table).removeprefix(HEADER)
+    cells = render.parse(page, Path("book/reuse.md"))
+    render.execute(cells, Path("book/reuse.md"))
+    rows = BeautifulSoup(cells.cells[-1].outputs[-1].data["text/html"], "html.parser").select("tbody tr")
+    assert [row.select_one("td").get_text() for row in rows] == ["1", "2"]
 
 
 @pytest.mark.parametrize("line", ["%matplotlib inline", "!pip list", "digit?", "get_ipython().magic('time')"])

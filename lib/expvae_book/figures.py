@@ -243,7 +243,7 @@ def intervals(table: pd.DataFrame, *, label: str, chance: float | None = None) -
 
 
 @styled
-def bars(values: Sequence[float], *, label: str, index: str) -> Figure:
+def bars(values: Sequence[float] | np.ndarray, *, label: str, index: str) -> Figure:
     """Values in descending order, as bars.
 
     Args:

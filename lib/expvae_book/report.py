@@ -9,6 +9,7 @@ import pandas as pd
 from IPython.display import Markdown
 
 from expvae_book import claims, runs
+from expvae_book.data.catalogue import source
 from expvae_book.matching import NO_RUN
 from expvae_book.publications import QUOTED_BY, SOURCES
 
@@ -99,7 +100,7 @@ NOT_YET = Markdown("*This run is not stored yet: the cells below compute it, and
 def extent(run: runs.Run) -> str:
     """What data a run saw, how much of its budget it used, and whether today's code gives it."""
     card, budget = run.card, run.record["budget"]
-    kind = f"{card.name}, {card.mark or 'complete'}"
+    kind = f"{source(card.name).title}, {card.mark or 'complete'}"
     used = f"{budget['used']:,} of {budget['asked']:,} {budget['unit']}"
     return f"Data: {kind}; budget: {used}, one training (seed {run.parameters['seed']})."
 

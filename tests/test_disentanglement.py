@@ -122,6 +122,18 @@ def models(sprites, tmp_path_factory):
         yield list(disentanglement.compute("disentanglement", grid(), torch.device("cpu")))
 
 
+def test_a_training_that_was_told_to_end_early_keeps_the_steps_that_it_had(monkeypatch):
+    ended = Trained(Candidate(), DSpritesVAE(10), discriminator(10), Curves(), "key", "file", "cpu", 1, 2)
+    kept = {}
+    monkeypatch.setattr(factorvae, "train", lambda *arguments, **options: [ended])
+    monkeypatch.setattr(disentanglement, "evaluate", lambda *arguments: ([], {}))
+    monkeypatch.setattr(disentanglement.probes, "take", lambda *arguments: None)
+    monkeypatch.setattr(disentanglement.probes, "verify", lambda run, draw: run)
+    monkeypatch.setattr(runs, "save", lambda *arguments, **options: kept.update(options))
+    list(disentanglement.compute("disentanglement", grid("", "", "4", 2)[1:], torch.device("cpu")))
+    assert kept["budget"] == {"unit": "steps", "asked": 150_000, "used": 1}
+
+
 def test_a_run_holds_its_budget_curves_and_card(models):
     plain, with_loss = models
     for run in models:

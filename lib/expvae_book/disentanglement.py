@@ -178,7 +178,7 @@ def compute(chapter: str, wanted: Sequence[Mapping[str, Any]], device: torch.dev
             figures={},
             card=sprites.card,
             recipe=recipe,
-            budget={"unit": "steps", "asked": recipe.steps, "used": one["steps"]},
+            budget={"unit": "steps", "asked": recipe.steps, "used": trained.steps},
             seconds={"training, all side by side": trained.curves.seconds, "measuring": time.monotonic() - started},
             device=devices.describe_device(device),
             resolved={"precision": precision},

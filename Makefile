@@ -1,14 +1,13 @@
 # make reproduce   runs every chapter on the data it finds and builds the book
 # make test        checks the style and runs the tests
 # make book        builds the book from the stored runs
-# make published   makes the runs that are kept in git; needs the real MNIST, UCSD Ped1 and MVTec AD
+# make plan        lists the published runs that are missing or outdated, and how long they take
+# make published   makes them, as far as their data are there; PROFILE=gpu or PROFILE=slurm for other machines
 #
 # Each makes the environment in .venv first, if it is not there; PYTHON=python3.12 chooses its interpreter.
 
 BIN := .venv/bin
 PYTHON ?= python3
-DIGITS ?= 1 3
-SEEDS ?= 0 1 2
 # Fewer than the chapter's own, so that without data all chapters together take a quarter of an hour.
 UCSD_EPOCHS ?= 6
 # A few steps of two models: FactorVAE with the attention loss and without.
@@ -25,7 +24,11 @@ ABLATIONS ?= $(if $(filter mvtec,$(AT_HAND)),,-p frames 24 -p workpieces 6)
 # Samples are too small to keep two cores busy: two chapters at a time then, each on one. Real data take all cores.
 JOBS ?= $(if $(filter mnist ucsd mvtec,$(AT_HAND)),1,2)
 
+# Which folder of workflow/profiles says how the published runs are made.
+PROFILE ?= local
+
 INSTALLED := .venv/installed
+GRID := .venv/grid
 EXECUTED := _build/executed
 
 # Torch takes seconds to compile: let every process after the first find what was compiled, whatever the shell says.
@@ -38,7 +41,7 @@ COMPUTED := disentanglement mvtec15 mvtec10 ucsd mnist-1 mnist-3 method data reu
 # Chapters that read what all others have stored.
 READING := forensics performance comparison index
 
-.PHONY: reproduce test book published $(COMPUTED) $(READING)
+.PHONY: reproduce test book plan published $(COMPUTED) $(READING)
 
 reproduce: $(INSTALLED)
 	$(BIN)/python -m expvae_book.data status
@@ -74,35 +77,15 @@ book: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/jupyter-book build book/ -W -n --keep-going
 	@echo "$(CURDIR)/_build/html/index.html"
 
-published: $(INSTALLED)
-	mkdir -p $(EXECUTED)
-	$(BIN)/papermill book/method.md $(EXECUTED)/method.ipynb -p data real
-	for digit in $(DIGITS); do for seed in $(SEEDS); do \
-	  $(BIN)/papermill book/mnist.md $(EXECUTED)/mnist-$$digit-$$seed.ipynb \
-	    -p digit $$digit -p seed $$seed -p data real || exit 1; \
-	done; done
-	for control in untrained baselines; do \
-	  for digit in $(DIGITS); do \
-	    $(BIN)/papermill book/sanity.md $(EXECUTED)/sanity-$$control-$$digit.ipynb \
-	      -p control $$control -p digit $$digit -p data real || exit 1; \
-	  done; \
-	  $(BIN)/papermill book/sanity.md $(EXECUTED)/sanity-$$control-ucsd.ipynb \
-	    -p control $$control -p dataset ucsd -p data real || exit 1; \
-	done
-	for recipe in report1 report1_warmup; do \
-	  $(BIN)/papermill book/ucsd.md $(EXECUTED)/ucsd-$$recipe.ipynb -p recipe $$recipe -p data real || exit 1; \
-	done
-	$(BIN)/papermill book/mvtec15.md $(EXECUTED)/mvtec15.ipynb -p data real
-	$(BIN)/papermill book/mvtec10.md $(EXECUTED)/mvtec10.ipynb -p data real
-	$(BIN)/papermill book/disentanglement.md $(EXECUTED)/disentanglement.ipynb
-	for digit in $(DIGITS); do for units in spin binary; do \
-	  $(BIN)/papermill book/rbm.md $(EXECUTED)/rbm-$$digit-$$units.ipynb \
-	    -p digit $$digit -p units $$units -p data real || exit 1; \
-	done; done
-	$(BIN)/papermill book/ablations.md $(EXECUTED)/ablations.ipynb -p data real
-	$(BIN)/papermill book/reuse.md $(EXECUTED)/reuse.ipynb -p data real
-	$(BIN)/python -m benchmarks training attention pixel rbm --data real
-	$(BIN)/python -m benchmarks factorvae
+plan: $(GRID)
+	$(BIN)/snakemake -n
+
+published: $(GRID)
+	$(BIN)/snakemake --profile workflow/profiles/$(PROFILE)
+
+$(GRID): $(INSTALLED)
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable ".[grid]"
+	@touch $@
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:3]; sys.exit(None if (3, 11, 4) <= v < (3, 14) else \

@@ -268,13 +268,14 @@ def source(name: str) -> Source:
     )
 
 
+def is_at_hand(source: Source, root: Path) -> bool:
+    """Whether there is a file of a data set below the root; none is opened."""
+    return any(path.is_file() for pattern in source.patterns.values() for path in (root / source.folder).glob(pattern))
+
+
 def at_hand(root: Path) -> list[str]:
-    """Names of the data sets of which there is a file below the root; none is opened."""
-    return [
-        name
-        for name, source in SOURCES.items()
-        if any(path.is_file() for pattern in source.patterns.values() for path in (root / source.folder).glob(pattern))
-    ]
+    """Names of the data sets of which there is a file below the root."""
+    return [name for name, source in SOURCES.items() if is_at_hand(source, root)]
 
 
 if __name__ == "__main__":

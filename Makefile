@@ -3,6 +3,7 @@
 # make book        builds the book from the stored runs
 # make plan        lists the published runs that are missing or outdated, and how long they take
 # make published   makes them, as far as their data are there; PROFILE=gpu or PROFILE=slurm for other machines
+# make gpu-check   holds a GPU against the CPU: speed, and that they agree
 #
 # Each makes the environment in .venv first, if it is not there; PYTHON=python3.12 chooses its interpreter.
 
@@ -41,7 +42,7 @@ COMPUTED := disentanglement mvtec15 mvtec10 ucsd mnist-1 mnist-3 method data reu
 # Chapters that read what all others have stored.
 READING := forensics performance comparison index
 
-.PHONY: reproduce test book plan published $(COMPUTED) $(READING)
+.PHONY: reproduce test book plan published gpu-check $(COMPUTED) $(READING)
 
 reproduce: $(INSTALLED)
 	$(BIN)/python -m expvae_book.data status
@@ -82,6 +83,9 @@ plan: $(GRID)
 
 published: $(GRID)
 	$(BIN)/snakemake --profile workflow/profiles/$(PROFILE)
+
+gpu-check: $(INSTALLED)
+	$(BIN)/python -m benchmarks gpu
 
 $(GRID): $(INSTALLED)
 	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable ".[grid]"

@@ -2,6 +2,7 @@
 
     python -m benchmarks [training] [attention] [pixel] [factorvae] [rbm] [--rounds 5] [--data auto] [--device auto]
     python -m benchmarks precision --rounds 3     # no speed, but what bfloat16 changes in the result; an hour or more
+    python -m benchmarks gpu                      # a GPU beside the CPU: speed, and that they agree
 
 The contestants of a benchmark take turns, so that whatever else the machine does falls on all of them; what is printed
 and stored under runs/performance/ is the median of the rounds, with the fastest and the slowest.
@@ -25,16 +26,14 @@ from expvae_book.data.card import DataCard
 from expvae_book.recipes import MNIST
 
 TIMED = ("training", "attention", "pixel", "factorvae", "rbm")
-NAMES = (*TIMED, "precision")
+NAMES = (*TIMED, "precision", "gpu")
 DATA = ("auto", "real", "sample")
 RECIPE = MNIST["liu2020"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "names", nargs="*", metavar="name", help=f"{', '.join(NAMES)}; all but the last if none is named"
-    )
+    parser.add_argument("names", nargs="*", metavar="name", help=f"{', '.join(NAMES)}; the first five if none is named")
     parser.add_argument("--rounds", type=int, default=5, help="turns that each contestant takes after one to warm up")
     parser.add_argument("--data", choices=DATA, default="auto", help="which data the networks are fed with")
     parser.add_argument("--device", default="auto", help="where the networks run: auto, cpu, cuda or mps")

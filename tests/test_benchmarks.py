@@ -297,6 +297,7 @@ def test_a_timing_names_its_own_peers_and_device(monkeypatch, capsys):
         "factorvae": ("meta", set()),
         "rbm": ("meta", {"scikit-learn"}),
         "precision": ("meta", set()),
+        "gpu": ("meta", set()),
     }
     for name, (device, peers) in expected.items():
         monkeypatch.setattr(load(name), "measure", lambda *_: [runs.row("ratio", 2.5, "theirs / ours")])
@@ -305,6 +306,67 @@ def test_a_timing_names_its_own_peers_and_device(monkeypatch, capsys):
         assert (record["device"], set(record["peers"])) == (device, peers)
         assert record["budget"]["used"] == 2
         assert "theirs / ours" in capsys.readouterr().out
+
+
+# --- a GPU beside the CPU --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The check of a GPU with one network of each kind."""
+    gpu = load("gpu")
+    monkeypatch.setattr(gpu, "STEPS", 2)
+    monkeypatch.setattr(gpu, "NETWORKS", {"MNIST": gpu.NETWORKS["MNIST"]})
+    monkeypatch.setattr(gpu, "FACTORVAES", {"AD-FactorVAE": gpu.FACTORVAES["AD-FactorVAE, brongers2021"]})
+    monkeypatch.setattr(gpu, "MACHINES", {"RBM": gpu.MACHINES["RBM"]})
+    monkeypatch.setattr(gpu.disentanglement, "PERFECT_DRAWS", 1)
+    monkeypatch.setattr(gpu.disentanglement, "SPARE", (0,))
+    return gpu
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_device_is_no_different_from_itself_in_all_that_is_compared(small):
+    rows = [
+        row for name, compute in small.comparisons(dsprites.sample()) for row in small.differences(name, compute, CPU)
+    ]
+    assert {row["value"] for row in rows} == {0.0}
+    compared = {(row["subset"], row["method"]) for row in rows}
+    assert {("MNIST conv1", f"route {route}") for route in ("loop", "batched", "pooled")} <= compared
+    assert {("MNIST conv2", preset) for preset in small.PRESETS} <= compared
+    assert {("AD-FactorVAE", name) for name in ("attention", "discriminator", "gradient")} <= compared
+    assert {("MNIST", "losses of 2 steps"), ("RBM", "weights after 2 steps")} <= compared
+    assert {("measures", name) for name in ("auroc", "aupro", "MIG", "DCI completeness")} <= compared
+
+
+def test_what_a_device_computes_otherwise_is_told_over_the_greatest_value():
+    told = iter([{"maps": torch.tensor([1.0, -4.0])}, {"maps": torch.tensor([1.5, -4.0])}])
+    (row,) = load("gpu").differences("MNIST", lambda device: next(told), CPU)
+    assert (row["value"], row["method"], row["subset"]) == (0.125, "maps", "MNIST")
+
+
+def test_every_training_is_timed_in_both_precisions_and_on_the_cpu(small):
+    trainings = dict(small.trainings(dsprites.sample()))
+    assert list(trainings) == ["MNIST", "AD-FactorVAE", "RBM"]
+    for train in trainings.values():
+        train(CPU, "float32")
+    asked = []
+    rows = small.speeds("MNIST", lambda *where: asked.append(where), CPU, 3)
+    # Each after a turn that is not counted.
+    assert asked == [(CPU, "float32"), (CPU, "bfloat16")] * 4 + [(CPU, "float32")] * 2
+    assert [(row["method"], row["n"]) for row in rows] == [
+        ("cpu, float32", 3),
+        ("cpu, bfloat16", 3),
+        ("cpu, float32, 1 turn", 1),
+    ]
+
+
+def test_without_a_gpu_one_sentence_is_said_and_nothing_stored(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(monkeypatch, "gpu", "--data", "sample", "--device", "cpu")
+    assert stopped.value.code is None
+    said = "There is no GPU here to hold against the CPU: nothing was run, and nothing is stored.\n"
+    assert capsys.readouterr().out == said
+    assert runs.find("performance") == []
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

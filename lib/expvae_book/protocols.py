@@ -29,6 +29,7 @@ VERSIONS = {
     # Benchmarks: what is timed, and beside what.
     "benchmark attention": 1,
     "benchmark factorvae": 1,
+    "benchmark gpu": 1,
     "benchmark pixel": 1,
     "benchmark precision": 1,
     "benchmark rbm": 1,

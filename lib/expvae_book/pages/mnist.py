@@ -73,11 +73,11 @@ def in_short(job: Job) -> None:
     display(Markdown(text), report.badges("mnist"), figures.show(figure))
 
 
-def learned(run: Run) -> Markdown:
-    """What the training came to, in numbers."""
+def learned(run: Run) -> None:
+    """Show the KL of each latent, and what the training came to in numbers."""
     made, budget, latents = run.record["training"], run.record["budget"], run.record["recipe"]["latent_dim"]
     silent = run.text("map mass of inactive latents", subset=OUTLIERS, form=".1%")
-    return Markdown(
+    text = Markdown(
         f"The model of {run.parameters['digit']}s has {run.text(PARAMETERS, form=',.0f')} parameters. After "
         f"{budget['used']} epochs of the {budget['asked']} that its recipe asks for, on {made['images']:,} images "
         f"({made['images_per_second']:,.0f} images/s on {run.record['weights']['device']}), a held-out image costs "
@@ -86,10 +86,12 @@ def learned(run: Run) -> Markdown:
         f"above 0.01). The others are averaged into the paper's map all the same: {silent} of its mass on the outliers "
         "is theirs."
     )
+    label, index = "KL (nats per image)", "latents, by their KL"
+    display(figures.show(figures.bars(run.arrays["kl_per_latent"], label=label, index=index)), text)
 
 
-def inliers(run: Run) -> Markdown:
-    """How bright the maps of inliers are beside those of outliers."""
+def inliers(run: Run) -> None:
+    """Show maps of inliers on two scales, and how bright they are beside those of outliers."""
     lines = []
     for kind in KINDS:
         ratio = run.metric("inliers' map mass / outliers'", kind)["value"]
@@ -98,19 +100,22 @@ def inliers(run: Run) -> Markdown:
             f"- *{kind}*: the median inlier has {ratio:.2f} times the map mass (mean of the map) of the median "
             f"outlier; the AUROC of telling them apart by it is {score}."
         )
-    return Markdown("\n".join(lines))
+    display(figures.kept(run, "inliers"), Markdown("\n".join(lines)))
 
 
-def scores(run: Run, metric: str, label: str) -> Image:
+def scores(run: Run, metric: str) -> Image:
     """A pixel AUROC of every map with its interval, over all outliers and by digit where the run has it."""
     shown = [OUTLIERS, *(f"digit {number}" for number in run.record["outliers"])]
     rows = run.rows(metric)
     rows = rows[rows["method"].isin(methods(run)) & rows["subset"].isin(shown)].rename(columns={"subset": "group"})
+    label = (
+        f"pixel AUROC against the foreign ink, {'among pixels of ink' if metric == WITHIN_INK else 'over all pixels'}"
+    )
     return figures.show(figures.intervals(rows, label=label, chance=0.5))
 
 
 def table(run: Run) -> None:
-    """Show the pixel AUROC of every map by both truths and within ink, beside that of untrained networks."""
+    """Show the AUROC of every map by both truths and within ink, beside untrained networks, and how much is foreign."""
     shown = (AUROC, WITHIN_INK, "pixel AUROC, strict truth")
     names = methods(run)
     lines = pd.DataFrame(
@@ -121,9 +126,10 @@ def table(run: Run) -> None:
         empty = dict.fromkeys(shown, "")
         lines.loc[len(lines)] = {"method": named} | empty | {AUROC: untrained(run, preset)}
     report.show(lines, f"Pixel AUROC with 95 % intervals over images. {run.caption}")
+    display(_truth(run))
 
 
-def truth(run: Run) -> Markdown:
+def _truth(run: Run) -> Markdown:
     """How much of the images is foreign, by both truths."""
     n = run.metric("foreign pixels", "truth", OUTLIERS)["n"]
     ink = [
@@ -156,15 +162,11 @@ def _against(run: Run, kind: str, other: str) -> str:
     return runs.order(run.metric(AUROC, kind, OUTLIERS), run.metric(AUROC, other, OUTLIERS))
 
 
-def per_image(run: Run) -> Image:
-    """The pixel AUROC within each outlier."""
+def less_intuitive(run: Run) -> None:
+    """Show the pixel AUROC within each outlier, and the share of maps that rank foreign pixels below others."""
     found = {name: run.arrays[f"auroc per image, {name}"].astype(float) for name in (*KINDS, CENTRE)}
     samples = {name: auroc_N[~np.isnan(auroc_N)] for name, auroc_N in found.items()}
-    return figures.show(figures.histograms(samples, label="pixel AUROC within one image", mark=0.5))
-
-
-def less_intuitive(run: Run) -> None:
-    """Show the share of outliers whose map ranks foreign pixels below others."""
+    display(figures.show(figures.histograms(samples, label="pixel AUROC within one image", mark=0.5)))
     titles = {"Below one half": LESS_INTUITIVE, "Below one half within ink": f"{LESS_INTUITIVE} within ink"}
     names = methods(run)
     shares = {title: [run.text(metric, name, OUTLIERS, ".1%") for name in names] for title, metric in titles.items()}

@@ -121,8 +121,8 @@ def at_hand(run: Run) -> Markdown:
     return Markdown("\n\n".join(lines + ([f"About these data: {card.note}"] if card.note else [])))
 
 
-def learned(run: Run) -> Markdown:
-    """What the training came to, in numbers; a notice where that says that the maps explain little."""
+def learned(run: Run) -> None:
+    """Show the KL of each latent, and what the training came to; a notice where the maps can explain little."""
     made, budget = run.record["training"], run.record["budget"]
     active, recipe = run.metric(ACTIVE, subset=ALL)["value"], run.record["recipe"]
     spread = [
@@ -145,7 +145,7 @@ def learned(run: Run) -> Markdown:
             "warning",
         )
     mean_frame = run.text("reconstruction per image, mean frame", form=",.1f")
-    return Markdown(
+    text = Markdown(
         f"The model has {run.text(PARAMETERS, form=',.0f')} parameters. After {budget['used']} epochs of the "
         f"{budget['asked']} that its recipe asks for, on {made['images']:,} frames ({made['images_per_second']:,.0f} "
         f"frames/s on {run.record['weights']['device']}), a held-out frame costs "
@@ -156,6 +156,8 @@ def learned(run: Run) -> Markdown:
         f"From frame to frame a pixel of the test clips varies by {spread[0]} of the range of grey levels (root mean "
         f"square), and one of their reconstructions by {spread[1]}."
     )
+    label, index = "KL (nats per frame)", "latents, by their KL"
+    display(figures.show(figures.bars(run.arrays["kl_per_latent"], label=label, index=index)), text)
 
 
 def table(run: Run, layer: str, preset: str) -> None:

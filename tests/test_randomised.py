@@ -11,11 +11,10 @@ from sklearn.metrics import roc_auc_score
 from expvae import attention
 from expvae.models import MNISTVAE, UCSDVAE, BrongersUCSDVAE, MVTecVAE
 from expvae_book import measures, names, randomised, tables, training, truth
+from expvae_book.chapters import Job
 from expvae_book.data import mnist
 from expvae_book.jobs import controls, digits
 from expvae_book.names import STROKES
-
-CPU = torch.device("cpu")
 
 
 def images(count, channels, side, seed=0):
@@ -178,7 +177,7 @@ PARAMETERS = {
 
 
 def test_untrained_networks_are_those_that_trainings_start_from(few):
-    run = controls.untrained(PARAMETERS, CPU)
+    run = controls.measure(Job("sanity", PARAMETERS, None))
     seen = digits.load("sample", 1, "liu2020")
     at = seen.outlier_N
     for seed in (0, 1):
@@ -191,7 +190,7 @@ def test_untrained_networks_are_those_that_trainings_start_from(few):
         drawn = run.arrays[f"random, seed {seed}/resamples/conv2, liu2020_code"]
         assert drawn.shape == (3, 100)
         assert np.percentile(drawn[0].astype(float), 2.5) == pytest.approx(row["low"], abs=2**-11)
-    again = controls.untrained(PARAMETERS, CPU)
+    again = controls.measure(Job("sanity", PARAMETERS, None))
     assert again.record["metrics"] == run.record["metrics"]
 
 
@@ -202,7 +201,7 @@ def test_maps_without_a_vae_are_measured_by_pixel_and_by_image(few, monkeypatch)
         monkeypatch.setattr(controls.features, name, lambda *_, map_NYX=map_NYX, **__: map_NYX)
     monkeypatch.setattr(controls.features, "backbone", lambda initial, *_, **__: initial)
     monkeypatch.setattr(controls.imagenet, "load", lambda: None)
-    run = controls.without_vae({**PARAMETERS, "control": "baselines"}, CPU)
+    run = controls.measure(Job("sanity", {**PARAMETERS, "control": "baselines"}, None))
     seen = digits.load("sample", 1, "liu2020")
     at = seen.outlier_N
     for name, key in (("PaDiM, random features", "padim"), ("nearest neighbour, random features", "nearest_neighbour")):
@@ -220,7 +219,7 @@ def test_maps_without_a_vae_are_measured_by_pixel_and_by_image(few, monkeypatch)
 
 def test_a_recipe_that_the_data_set_has_not_is_refused():
     with pytest.raises(ValueError, match=r"^recipe='brongers2021' is none of mnist; choose one of: liu2020, report1, "):
-        controls.untrained({**PARAMETERS, "recipe": "brongers2021"}, CPU)
+        controls.measure(Job("sanity", {**PARAMETERS, "recipe": "brongers2021"}, None))
 
 
 def test_some_images_of_a_subject_keep_their_truths():

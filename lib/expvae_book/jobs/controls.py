@@ -27,6 +27,7 @@ from expvae_book import (
     runs,
     training,
 )
+from expvae_book.chapters import Job
 from expvae_book.data import imagenet, mvtec
 from expvae_book.data.card import DataCard
 from expvae_book.jobs import digits, mnist, ucsd
@@ -154,7 +155,7 @@ def _category(parameters: Mapping[str, Any]) -> Subject:
     )
 
 
-def measure(model: nn.Module, seen: Subject, cases: Cases, subset: str) -> measures.Measured:
+def measured_maps(model: nn.Module, seen: Subject, cases: Cases, subset: str) -> measures.Measured:
     """The measures of a network's maps, in rows of this subset."""
     measured, normal = measures.Measured(), explanation.normal_posterior(model, seen.train_NCYX)
     fields = {name: title for name, title in FIELDS.items() if title in KEPT}
@@ -170,46 +171,69 @@ def measure(model: nn.Module, seen: Subject, cases: Cases, subset: str) -> measu
     return measured
 
 
-def untrained(parameters: Mapping[str, Any], device: torch.device) -> runs.Run:
-    """Measure the untrained networks of a data set, or of a category, and store the run.
+def measure(job: Job) -> runs.Run:
+    """The untrained networks of a data set or of a category, or its maps without a VAE: read, or measured and stored.
 
     Args:
-        parameters: What determines it; see `subject`.
-        device: Where to compute.
+        job: Its parameters are control, "untrained" or "baselines", and those that `subject` reads.
     """
-    started, seen = time.monotonic(), subject(parameters)
+    if job.run is not None:
+        return job.run
+    wanted, started = job.parameters, time.monotonic()
+    seen, device = subject(wanted), devices.choose_device(wanted["device"])
+    if wanted["control"] == "untrained":
+        rows, arrays = untrained(seen, NETWORKS[wanted["dataset"]], device)
+    else:
+        rows, arrays = without_vae(seen, device)
+    job.run = runs.save(
+        "sanity",
+        wanted,
+        metrics=rows,
+        losses={},
+        arrays=arrays,
+        figures={},
+        card=seen.card,
+        recipe=RECIPES[wanted["dataset"]][name_of(wanted)],
+        budget={"unit": "epochs", "asked": 0, "used": 0},
+        seconds={"evaluation": time.monotonic() - started},
+        device=devices.describe_device(device),
+        extra={
+            "resamples": {
+                "seed": measures.SEED,
+                "measures": KEPT if wanted["control"] == "untrained" else measures.PAIRED,
+            }
+        },
+    )
+    return job.run
+
+
+def untrained(seen: Subject, networks: int, device: torch.device) -> tuple[list[dict], dict[str, np.ndarray]]:
+    """Rows and resamples of so many untrained networks of each kind, whose names are the subsets of the rows."""
     rows, arrays = [], {}
     for start, make in seen.networks.items():
-        for seed in range(NETWORKS[parameters["dataset"]]):
+        for seed in range(networks):
             model = training.build(make, seed).eval().to(device)
             states = {f"{start}, seed {seed}": randomised.settle(model, seen.train_NCYX)}
             if seed == 0 and start == "random" and randomised.normalised(model):
                 states[f"{start}, seed {seed}, {PLAIN_STATISTICS}"] = training.build(make, seed).eval().to(device)
             for subset, one in states.items():
-                measured = measure(one, seen, seen.cases(seed), subset)
+                measured = measured_maps(one, seen, seen.cases(seed), subset)
                 rows += measured.rows
                 arrays |= {
                     f"{subset}/{name}": drawn[: len(KEPT)]
                     for name, drawn in measured.replicates(measured.measured).items()
                 }
-    return _save(parameters, seen, device, started, rows, arrays, KEPT)
+    return rows, arrays
 
 
-def without_vae(parameters: Mapping[str, Any], device: torch.device) -> runs.Run:
-    """Measure the maps of a data set, or of a category, that take no VAE, and store the run.
-
-    Args:
-        parameters: What determines it; see `subject`.
-        device: Where to compute.
-    """
-    started, seen = time.monotonic(), subject(parameters)
+def without_vae(seen: Subject, device: torch.device) -> tuple[list[dict], dict[str, np.ndarray]]:
+    """Rows and resamples of the maps that take no VAE."""
     measured = measures.Measured()
     everything = measures.Truth(seen.anomalous_N, torch.arange(len(seen.test_NCYX)))
     for name, map_NYX in _maps(seen, device):
         measured.pixels(name, map_NYX[seen.measured_N], seen.truth, FIELDS)
         measured.images(name, map_NYX, everything)
-    arrays = measured.replicates(measured.measured)
-    return _save(parameters, seen, device, started, measured.rows, arrays, measures.PAIRED)
+    return measured.rows, measured.replicates(measured.measured)
 
 
 def _maps(seen: Subject, device: torch.device) -> Iterator[tuple[str, Float[Tensor, "n y x"]]]:
@@ -224,28 +248,3 @@ def _maps(seen: Subject, device: torch.device) -> Iterator[tuple[str, Float[Tens
         for name, method in {"PaDiM": features.padim, "nearest neighbour": features.nearest_neighbour}.items():
             map_NYX = method(seen.train_NCYX, seen.test_NCYX, network, seed=measures.SEED)
             yield f"{name}, {initial} features", map_NYX.cpu()
-
-
-def _save(
-    parameters: Mapping[str, Any],
-    seen: Subject,
-    device: torch.device,
-    started: float,
-    rows: list[dict],
-    arrays: Mapping[str, np.ndarray],
-    kept: Sequence[str],
-) -> runs.Run:
-    return runs.save(
-        "sanity",
-        parameters,
-        metrics=rows,
-        losses={},
-        arrays=arrays,
-        figures={},
-        card=seen.card,
-        recipe=RECIPES[parameters["dataset"]][name_of(parameters)],
-        budget={"unit": "epochs", "asked": 0, "used": 0},
-        seconds={"evaluation": time.monotonic() - started},
-        device=devices.describe_device(device),
-        extra={"resamples": {"seed": measures.SEED, "measures": kept}},
-    )

@@ -14,6 +14,7 @@ from expvae_book import measures, names, randomised, tables, training, truth
 from expvae_book.chapters import Job
 from expvae_book.data import mnist
 from expvae_book.jobs import controls, digits
+from expvae_book.jobs import mnist as mnist_job
 from expvae_book.names import STROKES
 
 
@@ -232,3 +233,18 @@ def test_some_images_of_a_subject_keep_their_truths():
     few = subject.some(torch.tensor([1, 3]))
     assert few.truth.unit_N.tolist() == [3] and torch.equal(few.truth.truth_NYX, truth_M[2:])
     assert torch.equal(few.test_NCYX, subject.test_NCYX[[1, 3]]) and few.measured_N.tolist() == [False, True]
+
+
+def test_a_random_map_does_not_know_where_strokes_were_planted(few, monkeypatch):
+    found = {}
+
+    def keep(measured, name, map_NYX, truth, fields):
+        measured.measured[name] = {}
+        found.update({truth.subset: (map_NYX, truth.truth_NYX)} if name == "random" else {})
+
+    monkeypatch.setattr(measures.Measured, "pixels", keep)
+    mnist_job.planted(training.build(lambda: MNISTVAE(32), 0).eval(), digits.load("sample", 1, "liu2020"))
+    assert found.keys() == set(STROKES)
+    for map_NYX, truth_NYX in found.values():
+        peak_N = map_NYX.flatten(1).argmax(1)
+        assert truth_NYX.flatten(1).gather(1, peak_N[:, None]).float().mean() < 0.2

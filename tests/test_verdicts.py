@@ -175,6 +175,8 @@ def test_which_runs_count_is_no_matter_of_their_results():
     assert judging.chosen([old, *other], ["report2"]) == other
     assert judging.chosen([old, short], ["report1"]) == [short]
     assert judging.chosen([], ["report1"]) == []
+    fresh, stale = run("report1"), run("report1", 1, outdated=True)
+    assert judging.chosen([fresh, stale], ["report1"]) == [fresh]
 
 
 # Claims on maps -------------------------------------------------------------------------------------------------------
@@ -232,7 +234,7 @@ def test_without_an_untrained_network_nothing_is_decided():
     runs = [make_run("mnist", {"digit": digit, "recipe": "liu2020", "seed": 0}) for digit in (1, 3)]
     found = decide(claim("MNIST maps"), runs, read())
     assert found.direction == "undecided"
-    assert "digit 1, foreign ink: no untrained network beside it" in found.evidence
+    assert "digit 1, foreign ink: its network was not measured before the first step" in found.evidence
 
 
 @pytest.mark.parametrize(

@@ -103,10 +103,11 @@ def localised(
     """
     ours, beside = judged(runs, one, truth), judged(runs, place, truth)
     if ours is None or ours[1] is None or beside is None:
-        numbers = [measure(run, AUROC, one, subset) for run in runs for subset in (OUTLIERS, CLIPS, "")]
+        subsets = [truth] if truth else [OUTLIERS, CLIPS, ""]
+        numbers = [measure(run, AUROC, one, subset) for run in runs for subset in subsets]
         values = [f"{number[0]:.3f}" for number in numbers if number]
         seen = f"pixel AUROC {', '.join(values)}, " if values else ""
-        return Part(name, (), f"{seen}no untrained network beside it")
+        return Part(name, (), f"{seen}its network was not measured before the first step")
     trained, untrained = ours
     found = [compare("above untrained", trained, untrained), compare(f"above the {place}", trained, beside[0])]
     if published is not None:

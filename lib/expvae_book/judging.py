@@ -184,7 +184,7 @@ def chosen(runs: Iterable[Run], recipes: Sequence[str], *free: str) -> list[Run]
     """Of several configurations the one that counts, all its seeds: never by its results.
 
     Those of a published recipe come first, in the order given; then current before outdated ones, the largest share of
-    the budget, the most runs.
+    the budget, the most runs. Beside current runs outdated ones do not count.
 
     Args:
         runs: Candidates.
@@ -197,7 +197,8 @@ def chosen(runs: Iterable[Run], recipes: Sequence[str], *free: str) -> list[Run]
         place = recipes.index(recipe) if recipe in recipes else len(recipes)
         return place, any(run.outdated for run in group), -min(map(share, group)), -len(group), group[0].label
 
-    return min(alike(runs, "seed", *free), key=rank, default=[])
+    groups = alike(runs, "seed", *free)
+    return min(([run for run in group if not run.outdated] or group for group in groups), key=rank, default=[])
 
 
 def share(run: Run) -> float:

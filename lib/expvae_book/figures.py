@@ -217,16 +217,20 @@ def intervals(table: pd.DataFrame, *, label: str, chance: float | None = None) -
         label: What the values are.
         chance: Value that is reached without knowing anything; drawn as a dashed line.
     """
+    table = table.reset_index(drop=True)
     methods, groups = (list(dict.fromkeys(table[name])) for name in ("method", "group"))
     figure, axis = _panels(7.0, 0.18 * len(methods) * max(len(groups), 2) + 1.1)
     if chance is not None:
         axis.axvline(chance, color="0.4", linestyle="--", linewidth=1, label="chance")
-    offsets = np.linspace(-0.3, 0.3, len(groups)) if len(groups) > 1 else [0.0]
-    for group, offset, marker, colour in zip(groups, offsets, cycle(MARKERS), cycle(COLOURS), strict=False):
+    step = 0.6 / max(len(groups) - 1, 1)
+    place = table.groupby("method", sort=False).cumcount()  # centred on the method, whichever groups it has
+    middle = table.groupby("method", sort=False)["group"].transform("size") / 2 - 0.5
+    at = table["method"].map(methods.index) + step * (place - middle)
+    for group, marker, colour in zip(groups, cycle(MARKERS), cycle(COLOURS), strict=False):
         part = table[table["group"] == group]
         axis.errorbar(
             part["value"],
-            [methods.index(method) + offset for method in part["method"]],
+            at[part.index],
             xerr=[part["value"] - part["low"], part["high"] - part["value"]],
             fmt=marker,
             markersize=4,

@@ -27,6 +27,13 @@ LAST_STAGES = 3
 BEST_STAGE = "best of the stages (oracle)"
 UNTRAINED = "untrained"
 PRESETS = ("liu2020_paper", "liu2020_code", "brongers2021", "normal_difference", "most_deviant")
+RULES = {  # presets as pages name them
+    "liu2020_paper": "paper's rule",
+    "liu2020_code": "authors' code",
+    "brongers2021": "Brongers et al.",
+    "normal_difference": "difference from normal",
+    "most_deviant": "most deviant latent",
+}
 SIMPLE = ("input intensity", ERROR, "mean image difference", CENTRE, "random", PRIOR)  # maps that need no attention
 
 # --- the digits ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from expvae_book.data.catalogue import source
 from expvae_book.matching import NO_RUN
 from expvae_book.publications import QUOTED_BY, SOURCES
 
-CELL = "text-align: left; vertical-align: top; white-space: normal"
+CELL = "text-align: left; vertical-align: top; white-space: normal; padding: 0.2rem 0.6rem"
 
 
 def wide(table: pd.DataFrame) -> pd.DataFrame:
@@ -75,11 +75,14 @@ def to_html(table: pd.DataFrame, caption: str, *, pages: str | None = None, belo
         named = texts.apply(lambda text: f"<em>{html.escape(text.name)}.</em> " + text.map(html.escape))
         lines[1:] = [wide.format("<br>".join(row)) for row in named.to_numpy()]
     body = head + "".join(f"    </tr>\n{line}{rest}" for line, rest in zip(lines, rows, strict=True))
-    body = body.replace("\\n", "<br>").replace("<th>", '<th scope="col">').replace("<td", f'<td style="{CELL}"')
+    body = body.replace("\\n", "<br>").replace("<th>", f'<th scope="col" style="{CELL}">')
+    body = re.sub(
+        r"\[[^][<]*\]", r'<span style="white-space: nowrap">\g<0></span>', body.replace("<td", f'<td style="{CELL}"')
+    )
     width = (5 if below else 7) * len(table.columns)  # long texts are read across a narrow screen, not scrolled
     body = body.replace("<table", f'<table style="min-width: {width}rem"', 1)
-    body = body.replace("<thead>", f'<caption style="text-align: left">{caption}</caption>\n  <thead>', 1)
-    return f'<div style="overflow-x: auto" role="region" tabindex="0" aria-label="{caption}">\n{body}\n</div>'
+    region = f'<div style="overflow-x: auto" role="region" tabindex="0" aria-label="{caption}">\n{body}\n</div>'
+    return f"<p><em>{caption}</em></p>\n{region}"  # above what scrolls, so that all of it can be read
 
 
 def show(table: pd.DataFrame, caption: str, **layout: Any) -> None:
@@ -115,12 +118,25 @@ COLOURS = {"supported": "success", "contradicted": "danger", "mixed": "warning",
 
 def badges(chapter: str) -> Markdown:
     """The verdicts on the claims that a chapter tests, in a line each; `what_held` has their evidence."""
-    lines = [
-        f'- <span class="sd-badge sd-bg-{COLOURS[one.direction]} sd-bg-text-{COLOURS[one.direction]}">{one.direction}'
-        f"</span> ({one.strength}) {one.claim}"
-        for one in claims.verdicts(runs.find()).query("chapter == @chapter").itertuples()
-    ]
+    lines = ["What the stored runs say of each published claim:", ""]
+    for one in claims.verdicts(runs.find()).query("chapter == @chapter").itertuples():
+        colour, weakness = COLOURS[one.direction], one.strength.removeprefix("reduced: ")
+        said = {"full": "at full strength", "none": "no run of ours can say"}.get(one.strength, f"short of: {weakness}")
+        badge = f'<span class="sd-badge sd-bg-{colour} sd-bg-text-{colour}">{one.direction}</span>'
+        lines.append(f"- {one.claim} {badge} ({said})")
     return Markdown("\n".join(lines))
+
+
+def grouped(orders: Mapping[str, str]) -> str:
+    """What is above, below or not told apart from what, as "below a and b; above c".
+
+    Args:
+        orders: By the name of what is compared with: how `runs.order` says it.
+    """
+    found: dict[str, list[str]] = {}
+    for other, order in orders.items():
+        found.setdefault(order, []).append(other)
+    return "; ".join(f"{order} the {', the '.join(others)}" for order, others in found.items())
 
 
 def what_held(chapter: str) -> None:

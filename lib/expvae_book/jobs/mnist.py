@@ -219,14 +219,17 @@ def change_rows(model: nn.Module, digits: Digits) -> list[dict]:
 def strip(digits: Digits) -> Figure:
     """Training images, a test image of each digit with its foreign ink, and test inliers with planted strokes."""
     x_NYX, inlier_MYX = training.to_unit(digits.one_of_each), training.to_unit(digits.inlier_NCYX[:, 0])
+    inliers = f"test {digits.digit}s,\n"
     rows = {
-        "training": training.to_unit(digits.train_NCYX[: len(x_NYX), 0]),
-        "test": x_NYX,
-        "foreign ink": truth.ink_truth(x_NYX, inlier_MYX, 1).float(),
-        **{kind: training.to_unit(changed_NYX[: len(x_NYX)]) for kind, (changed_NYX, _) in digits.planted.items()},
+        "training images": training.to_unit(digits.train_NCYX[: len(x_NYX), 0]),
+        "test images,\none of each digit": x_NYX,
+        "their foreign ink": truth.ink_truth(x_NYX, inlier_MYX, 1).float(),
+        **{
+            inliers + kind: training.to_unit(changed_NYX[: len(x_NYX)])
+            for kind, (changed_NYX, _) in digits.planted.items()
+        },
     }
-    titles = [str(number) for number in range(len(x_NYX))]
-    return figures.image_rows(rows, maps=[], titles=titles, label="", credit=digits.credit)
+    return figures.image_rows(rows, maps=[], titles=[""] * len(x_NYX), label="", credit=digits.credit)
 
 
 def draw(label_N: Int64[Tensor, " n"], digits: Sequence[int]) -> Int64[Tensor, " k"]:

@@ -132,9 +132,8 @@ def network(recipe: str) -> Callable[[], nn.Module]:
 
 def fit(job: Job, footage: Footage) -> steps.Fit:
     """The training of a job, whose maps are followed on every fifth of the test frames that are measured."""
-    recipe = job.parameters["recipe"]
-    make, cases = network(recipe), lambda: {"": footage.truth(FOLLOWED_EVERY)}
-    return steps.fit(job, footage, make, recipes.UCSD[recipe], LAYERS, cases)
+    recipe, cases = job.parameters["recipe"], lambda: {"": footage.truth(FOLLOWED_EVERY)}
+    return steps.fit(job, footage, network(recipe), recipes.UCSD[recipe], LAYERS, cases)
 
 
 # Measures -------------------------------------------------------------------------------------------------------------
@@ -317,16 +316,18 @@ def panels(footage: Footage, maps: Mapping[str, Float[Tensor, "n y x"]]) -> dict
 
 
 def strip(footage: Footage) -> Figure:
-    """Frames of four training clips, and four anomalous test frames with their masks."""
-    clips, anomalous = footage.clips, drawn(footage, True)
+    """Frames of four training clips, and of four test clips the frame with the largest anomaly, with its mask."""
+    clips = footage.clips
+    size_N = torch.stack(clips.test_mask).flatten(1).sum(1) * footage.test_N
+    largest = [torch.where(clips.test_clip_N == clip, size_N, -1).argmax() for clip in clips.test_clip_N.unique()]
+    anomalous = sorted(largest, key=lambda i: -int(size_N[i]))[:4]
     first = [torch.nonzero(clips.train_clip_N == clip)[0, 0] for clip in clips.train_clip_N.unique()[:4]]
     rows = {
         "training": training.to_unit(clips.train_NYX[torch.stack(first)]),
         "test": training.to_unit(clips.test_NYX[anomalous]),
         "mask": torch.stack([clips.test_mask[i] for i in anomalous]).float(),
     }
-    titles = [f"clip {clips.test_clip_N[i]}" for i in anomalous]
-    return figures.image_rows(rows, maps=[], titles=titles, label="", credit=footage.credit, grey="gray")
+    return figures.image_rows(rows, maps=[], titles=[""] * 4, label="", credit=footage.credit, grey="gray")
 
 
 def explain(job: Job, fit: steps.Fit, footage: Footage) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import Image, Markdown, display
 
-from expvae_book import figures, report, runs, tables
+from expvae_book import figures, publications, report, runs, tables
 from expvae_book.chapters import Job
 from expvae_book.names import (
     ACTIVE,
@@ -20,8 +20,8 @@ from expvae_book.names import (
     LESS_INTUITIVE,
     OUTLIERS,
     PARAMETERS,
-    PRESETS,
     RECONSTRUCTION,
+    RULES,
     SIMPLE,
     STROKES,
     WITHIN_INK,
@@ -52,25 +52,33 @@ def in_short(job: Job) -> None:
     if (run := job.run) is None:
         display(report.NOT_YET)
         return
-    within = run.metric(WITHIN_INK, PAPER, OUTLIERS)
+    ours, within = run.metric(AUROC, PAPER, OUTLIERS)["value"], run.metric(WITHIN_INK, PAPER, OUTLIERS)
+    control_N = tables.untrained_values(AUROC, "conv2", KINDS[PAPER], dataset="mnist", digit=run.parameters["digit"])
+    control = "Networks that were never trained have not been measured."
+    if len(control_N):
+        place = "below" if ours < control_N.min() else "above" if ours > control_N.max() else "within"
+        control = (
+            f"That is {place} the range of {len(control_N)} networks that were never trained "
+            f"({control_N.min():.3f} to {control_N.max():.3f})."
+        )
     text = (
-        f"**In short.** By a pixel AUROC the paper's map finds what is foreign to {run.parameters['digit']}s with "
-        f"**{run.text(AUROC, PAPER, OUTLIERS)}**. Networks that were never trained: {untrained(run, KINDS[PAPER])}. A "
-        f"Gaussian at the centre of the image, which looks at nothing: {run.text(AUROC, CENTRE, OUTLIERS)}. "
-        "Among pixels of ink alone, where to find ink is not enough, the map has "
-        f"{run.text(WITHIN_INK, PAPER, OUTLIERS)}: it {WITHIN[runs.order(within, 0.5)]}. The paper shows pictures "
-        f"of such maps and prints no number. {report.extent(run)}"
+        "**In short.** The paper's map gives a foreign pixel a higher value than another pixel with a chance of "
+        f"**{run.text(AUROC, PAPER, OUTLIERS)}** (its pixel AUROC; one half is chance). {control} It is "
+        f"{_against(run, PAPER, CENTRE)} a blob at the centre of the image, which looks at nothing "
+        f"({run.text(AUROC, CENTRE, OUTLIERS)}), and {_against(run, PAPER, 'input intensity')} the bare image "
+        f"({run.text(AUROC, 'input intensity', OUTLIERS)}). Among pixels of ink alone it "
+        f"{WITHIN[runs.order(within, 0.5)]} ({run.text(WITHIN_INK, PAPER, OUTLIERS)}). The paper shows pictures of "
+        f"such maps and prints no number. {report.extent(run)}"
     )
     points = [run.metric(AUROC, kind, OUTLIERS) | {"group": "trained"} for kind in KINDS]
     for kind, preset in KINDS.items():
-        control = tables.untrained_point(AUROC, "conv2", preset, dataset="mnist", digit=run.parameters["digit"])
-        points.append({"method": kind, "group": "never trained: least to greatest"} | control)
+        point = tables.untrained_point(AUROC, "conv2", preset, dataset="mnist", digit=run.parameters["digit"])
+        points.append({"method": kind, "group": "never trained: least to greatest"} | point)
     simple = ("input intensity", ERROR, CENTRE)
     points += [run.metric(AUROC, name, OUTLIERS) | {"group": "without attention"} for name in simple]
-    figure = figures.intervals(
-        pd.DataFrame(points).dropna(subset="value"), label="pixel AUROC against the foreign ink", chance=0.5
-    )
-    display(Markdown(text), report.badges("mnist"), figures.show(figure))
+    label = "pixel AUROC against the foreign ink"
+    figure = figures.intervals(pd.DataFrame(points).dropna(subset="value"), label=label, chance=0.5)
+    display(Markdown(text), figures.show(figure), report.badges("mnist"))
 
 
 def learned(run: Run) -> None:
@@ -96,9 +104,12 @@ def inliers(run: Run) -> None:
     for kind in KINDS:
         ratio = run.metric("inliers' map mass / outliers'", kind)["value"]
         score = run.text(IMAGE_AUROC, f"map mass, {kind.removeprefix('attention, ')}", OUTLIERS)
+        so = "dimmer than" if ratio < 1 else "at least as bright as"
+        display_ = "the display makes them look brighter" if ratio < 1 else "the display does not explain it"
         lines.append(
-            f"- *{kind}*: the median inlier has {ratio:.2f} times the map mass (mean of the map) of the median "
-            f"outlier; the AUROC of telling them apart by it is {score}."
+            f"- *{kind}*: on one scale inliers are {so} outliers, so that {display_}. The median inlier has "
+            f"{ratio:.2f} times the map mass (mean of the map) of the median outlier; the AUROC of telling them apart "
+            f"by it is {score}."
         )
     display(figures.kept(run, "inliers"), Markdown("\n".join(lines)))
 
@@ -122,10 +133,10 @@ def table(run: Run) -> None:
         {"method": names} | {metric: [run.text(metric, name, OUTLIERS) for name in names] for metric in shown}
     )
     for kind, preset in KINDS.items():
-        named = f"{tables.UNTRAINED}, {kind.removeprefix('attention, ')}"
-        empty = dict.fromkeys(shown, "")
-        lines.loc[len(lines)] = {"method": named} | empty | {AUROC: untrained(run, preset)}
-    report.show(lines, f"Pixel AUROC with 95 % intervals over images. {run.caption}")
+        control = untrained(run, preset)
+        if control != tables.NOT_MEASURED:
+            lines.loc[len(lines), ["method", AUROC]] = [f"never trained, {kind.removeprefix('attention, ')}", control]
+    report.show(lines.fillna(""), "Pixel AUROC with 95 % intervals over images.")
     display(_truth(run))
 
 
@@ -148,9 +159,9 @@ def orders(run: Run) -> Markdown:
     """What follows from the order of the numbers."""
     lines = []
     for kind in KINDS:
-        others = [f"{_against(run, kind, other)} the {other}" for other in methods(run)[2:] if other != "random"]
+        orders = {other: _against(run, kind, other) for other in methods(run)[2:] if other != "random"}
         within = WITHIN[runs.order(run.metric(WITHIN_INK, kind, OUTLIERS), 0.5)]
-        lines.append(f"- *{kind}*: over all pixels {', '.join(others)}; and within ink it {within}.")
+        lines.append(f"- *{kind}*: over all pixels {report.grouped(orders)}. Within ink it {within}.")
     return Markdown("\n".join(lines))
 
 
@@ -172,25 +183,37 @@ def less_intuitive(run: Run) -> None:
     shares = {title: [run.text(metric, name, OUTLIERS, ".1%") for name in names] for title, metric in titles.items()}
     n = run.metric(LESS_INTUITIVE, PAPER, OUTLIERS)["n"]
     caption = f"Share of the {n:,} outlier images with foreign ink, with Wilson's 95 % interval."
-    report.show(pd.DataFrame({"Method": names} | shares), caption)
+    report.show(pd.DataFrame({"method": names} | shares), caption)
+    given = publications.select(publications.read(), source="R1", dataset="MNIST", metric=LESS_INTUITIVE)
+    printed = ", ".join(given["published"])
+    display(Markdown(f"The first report printed {printed} for the maps of the authors' code, counted by eye."))
 
 
 def planted(run: Run) -> Markdown | None:
-    """Show the pixel AUROC of every map for strokes that were planted."""
+    """Show the pixel AUROC of every map for strokes that were planted, and how the paper's map compares."""
     kinds = [kind for kind in STROKES if kind in set(run.metrics["subset"])]
     if not kinds:
         return Markdown("*This run is older than the planted strokes.*")
-    names = [f"conv2, {preset}" for preset in PRESETS] + list(SIMPLE)
-    lines = [{"Method": name} | {kind.capitalize(): run.text(AUROC, name, kind) for kind in kinds} for name in names]
-    report.show(pd.DataFrame(lines), f"Pixel AUROC with 95 % intervals over images. {run.caption}")
-    return None
+    titles = {preset: kind for kind, preset in KINDS.items()}
+    names = {f"conv2, {preset}": titles.get(preset, f"attention, {RULES[preset]}") for preset in RULES}
+    names |= {name: name for name in SIMPLE}
+    lines = [{"method": title} | {kind: run.text(AUROC, name, kind) for kind in kinds} for name, title in names.items()]
+    report.show(pd.DataFrame(lines), "Pixel AUROC with 95 % intervals over images.")
+    said = []
+    for kind in kinds:
+        ours, centre = (run.metric(AUROC, name, kind) for name in (f"conv2, {KINDS[PAPER]}", CENTRE))
+        said.append(f"for {kind} the paper's map is {runs.order(ours, centre)} the blob at the centre")
+    return Markdown(f"Judged by intervals, {' and '.join(said)}, which looks at no image.")
 
 
-def whole_images(run: Run) -> Image:
-    """The AUROC of outliers against inliers by scores of whole images."""
+def whole_images(run: Run) -> None:
+    """Show the AUROC of outliers against inliers by scores of whole images."""
     rows = run.rows(IMAGE_AUROC)
     rows = rows[rows["subset"] == OUTLIERS].rename(columns={"subset": "group"})
-    return figures.show(figures.intervals(rows, label="image AUROC, outlier against inlier digits", chance=0.5))
+    figure = figures.intervals(rows, label="image AUROC, outlier against inlier digits", chance=0.5)
+    mass, ink = (run.text(IMAGE_AUROC, name, OUTLIERS) for name in ("map mass, paper", "ink (mean intensity)"))
+    text = f"The mass of the paper's map tells outliers from inliers with {mass}; the mere amount of ink with {ink}."
+    display(figures.show(figure), Markdown(text))
 
 
 def every_run() -> None:
@@ -203,6 +226,7 @@ def every_run() -> None:
         ERROR: (AUROC, ERROR, OUTLIERS),
         "paper's map within ink": (WITHIN_INK, PAPER, OUTLIERS),
         "less intuitive (paper's)": (LESS_INTUITIVE, PAPER, OUTLIERS),
+        "less intuitive (authors' code)": (LESS_INTUITIVE, AUTHORS, OUTLIERS),
         "active": (ACTIVE, "", "", ".0f"),
     }
     report.show(
@@ -229,7 +253,7 @@ def examples(x_BYX: figures.Images, maps: Mapping[str, np.ndarray], credit: str)
         named = {state: f"{state}/conv2, {preset}" for state in ("trained", "untrained")}
         for state, name in named.items():
             map_BHW = maps[name].astype(np.float32)
-            title = f"{kind.removeprefix('attention, ')},\n{state}"
+            title = f"{kind},\n{state}"
             rows[title] = map_BHW / max(float(np.quantile(map_BHW, 0.99)), 1e-12)
     label = "map / its row's 99th percentile"
     titles = [str(number) for number in range(10)]

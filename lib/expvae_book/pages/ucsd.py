@@ -85,8 +85,8 @@ def in_short(job: Job, layer: str, preset: str) -> None:
     text = (
         f"**In short.** By the paper's rule the attention map at {layer} is {order} chance at ranking anomalous "
         f"pixels: its pixel AUROC is **{job.run.text(AUROC, paper, TEST)}** (one half is chance); by the preset shown "
-        f"below, {preset}, {run.text(AUROC, ATTENTION, TEST)}. Published for {layer}: {reported(layer)}. {scope}{before} "
-        f"The squared difference from the mean training frame, which takes no network, has "
+        f"below, {preset}, {run.text(AUROC, ATTENTION, TEST)}. Published for {layer}: {reported(layer)}. "
+        f"{scope}{before} The squared difference from the mean training frame, which takes no network, has "
         f"{run.text(AUROC, 'mean image difference', TEST)}, and the reconstruction error "
         f"{run.text(AUROC, ERROR, TEST)}. "
         + ("" if run.metric(ACTIVE, subset=ALL)["value"] else f"{COLLAPSED} ")

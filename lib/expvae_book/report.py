@@ -120,8 +120,8 @@ def badges(chapter: str) -> Markdown:
     """The verdicts on the claims that a chapter tests, in a line each; `what_held` has their evidence."""
     lines = ["What the stored runs say of each published claim:", ""]
     for one in claims.verdicts(runs.find()).query("chapter == @chapter").itertuples():
-        colour, weakness = COLOURS[one.direction], one.strength.removeprefix("reduced: ")
-        said = {"full": "at full strength", "none": "no run of ours can say"}.get(one.strength, f"short of: {weakness}")
+        colour, weakness = COLOURS[one.direction], one.strength.replace("outdated", "by older protocols")
+        said = {"full": "at full strength", "none": "no run of ours can say"}.get(one.strength, weakness)
         badge = f'<span class="sd-badge sd-bg-{colour} sd-bg-text-{colour}">{one.direction}</span>'
         lines.append(f"- {one.claim} {badge} ({said})")
     return Markdown("\n".join(lines))

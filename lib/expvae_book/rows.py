@@ -48,8 +48,8 @@ def order(row: Mapping[str, Any], other: Mapping[str, Any] | float) -> str:
 
 
 def listed(row: Mapping[str, Any]) -> list[Any]:
-    """The values of a row as a record has them: numbers with nine digits, and the ends of intervals with six."""
-    digits = {"value": 9, "low": 6, "high": 6}
+    """The values of a row as a record has them: numbers with seven digits, and the ends of intervals with five."""
+    digits = {"value": 7, "low": 5, "high": 5}
     return [
         float(f"{value:.{digits[name]}g}") if name in digits and isinstance(value, float) else value
         for name, value in row.items()
@@ -58,9 +58,9 @@ def listed(row: Mapping[str, Any]) -> list[Any]:
 
 def as_text(record: Mapping[str, Any]) -> str:
     """A record as JSON, a line for each row of its metrics: in hundreds of rows, names would be most of the text."""
-    rows = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in record["metrics"]]
+    rows = [json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")) for row in record["metrics"]]
     text = json.dumps(record | {"metrics": []}, indent=1, ensure_ascii=False, allow_nan=False)
-    return text.replace('"metrics": []', '"metrics": [\n  ' + ",\n  ".join(rows) + "\n ]", 1) if rows else text
+    return text.replace('"metrics": []', '"metrics": [\n' + ",\n".join(rows) + "\n ]", 1) if rows else text
 
 
 def read_text(file: BinaryIO) -> dict[str, Any]:

@@ -354,7 +354,7 @@ def save(
 
     with files.replacing_folder(folder) as temporary:
         (temporary / "record.json").write_text(text + "\n", encoding="utf-8")
-        np.savez_compressed(temporary / "arrays.npz", **arrays)
+        files.write_arrays(temporary / "arrays.npz", arrays)
         (temporary / "figures").mkdir()
         for name, figure in figures.items():
             if isinstance(figure, Animation):

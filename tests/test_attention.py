@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from expvae import PRESETS, RMS_EPSILON, Method, attention, upsample
+from expvae import PRESETS, RMS_EPSILON, Method, attention, attentions, upsample
 from expvae.models import MNISTVAE, UCSDVAE, MVTecVAE
 
 
@@ -92,8 +92,11 @@ def test_every_layer_of_every_encoder_equals_captum(kind):
     vae, x_BCYX = network(kind), torch.rand(2, *SHAPES[kind], generator=torch.Generator().manual_seed(1))
     layers = convolutions(kind)
     assert len(layers) == {MNISTVAE: 2, UCSDVAE: 3, MVTecVAE: 20}[kind]
+    together = attentions(vae.encode, {layer: (f"encoder.{layer}", "liu2020_paper") for layer in layers}, x_BCYX)
     for layer in layers:
         result = attention(vae.encode, f"encoder.{layer}", x_BCYX, "liu2020_paper")
+        alpha_BIC = together[layer].alpha_BIC
+        torch.testing.assert_close(alpha_BIC, result.alpha_BIC, rtol=1e-4, atol=1e-5 * float(alpha_BIC.abs().max()))
         gradcam = LayerGradCam(lambda x: vae.encode(x)[0], vae.encoder.get_submodule(layer))
         for latent in (1,) if kind is MVTecVAE else (0, 1):  # captum takes half a second for each there
             expected = gradcam.attribute(x_BCYX, target=latent).detach()
@@ -320,8 +323,49 @@ def test_several_methods_share_passes(vae, x_BCYX, monkeypatch):
         assert torch.equal(results[name].latents_BD, alone.latents_BD)
         assert not results[name].map_BYX.requires_grad
     after, _, backward = count({"after": Method(tensor="after"), "before": Method()}, latents=[3, 1])
-    assert backward == 4
+    assert backward == 2  # one of each latent serves both places
     torch.testing.assert_close(after["after"].map_BYX, count(Method(tensor="after"), latents=[3, 1])[0].map_BYX)
+
+
+def test_several_layers_share_passes(vae, x_BCYX, monkeypatch):
+    calls, grad, normal = [], torch.autograd.grad, (torch.zeros(6), torch.ones(6))
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(a) or grad(*a, **k))
+    passes, layers = [], (vae.encoder.conv1, vae.encoder.conv2)
+    methods = dict(PRESETS) | {score: Method(score=score) for score in ("normal_difference", "most_deviant")}
+    methods |= {"after": Method("sum_of_means", "after"), "mixed": Method("normal_difference", "mixed")}
+    wanted = {(name, place): (layer, methods[name]) for name in methods for place, layer in enumerate(layers)}
+    wanted |= {"module": (vae.encoder.relu1, "liu2020_code")}
+
+    def encode(x):
+        passes.append(len(x))
+        return vae.encode(x)
+
+    for route, backward in (("auto", None), ("loop", 6 + 1 + 6 + 1 + 1)):
+        passes.clear()
+        calls.clear()
+        options = {"normal": normal, "route": route}
+        results = attentions(encode, wanted, x_BCYX, generator=torch.Generator().manual_seed(3), **options)
+        assert passes == [3]
+        assert backward is None or len(calls) == backward
+        assert list(results) == list(wanted)
+        for name, (layer, method) in wanted.items():
+            alone = attention(encode, layer, x_BCYX, method, generator=torch.Generator().manual_seed(3), **options)
+            expected = alone.map_BYX
+            assert (results[name].method, results[name].route) == (alone.method, alone.route)
+            torch.testing.assert_close(results[name].map_BYX, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
+            assert torch.equal(results[name].latents_BD, alone.latents_BD)
+    assert not any(module._forward_hooks for module in vae.modules())
+
+
+def test_several_layers_are_parts_of_one_graph(vae, x_BCYX):
+    wanted = {layer: (f"encoder.{layer}", "liu2020_code") for layer in ("conv1", "conv2")}
+    together = attentions(vae.encode, wanted, x_BCYX, graph="second_order")
+    weight = vae.encoder.conv1.weight
+    for name, (layer, method) in wanted.items():
+        (slope,) = torch.autograd.grad(together[name].map_BYX.square().sum(), weight, retain_graph=True)
+        alone = attention(vae.encode, layer, x_BCYX, method, graph="second_order")
+        (expected,) = torch.autograd.grad(alone.map_BYX.square().sum(), weight)
+        torch.testing.assert_close(slope, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
 
 
 def test_several_methods_are_parts_of_one_graph(vae, x_BCYX):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from expvae import Method, attention
+from expvae import Method, attention, attentions
 from expvae import _backward as backward
 from expvae import _gradients as gradients
 from expvae.models import MNISTVAE, UCSDVAE, MVTecVAE
@@ -130,6 +130,16 @@ def test_routes_on_any_net(name, memory_format):
     else:
         with pytest.raises(ValueError, match="route='pooled' needs"):
             attention(net, "0", x_BCYX, route="pooled")
+    require_together(net, x_BCYX, [module for module in net.modules() if isinstance(module, nn.Conv2d)])
+
+
+def require_together(net, x_BCYX, layers):
+    """Several layers at once have the α of each alone."""
+    expected = {layer: slow_alpha(net, layer, x_BCYX, range(net(x_BCYX).shape[1])) for layer in layers}
+    for route in ("auto", "loop"):
+        found = attentions(net, {layer: (layer, "liu2020_paper") for layer in layers}, x_BCYX, route=route)
+        for layer, alpha_BIC in expected.items():
+            torch.testing.assert_close(found[layer].alpha_BIC, alpha_BIC, rtol=1e-4, atol=1e-7)
 
 
 class Block(nn.Module):
@@ -159,8 +169,9 @@ def test_rules_equal_the_slow_loop_at_every_layer_of_a_residual_network(middle, 
     x_BCYX = torch.rand(3, 1, 18, 18)
     net(x_BCYX)  # gives batch normalisation statistics of its own
     net.eval()
-    for name, layer in net.named_modules():
-        if isinstance(layer, nn.Conv2d | nn.BatchNorm2d) and ("projection" not in name or name[0] == "5"):
+    reached = {name: one for name, one in net.named_modules() if "projection" not in name or name[0] == "5"}
+    for name, layer in reached.items():
+        if isinstance(layer, nn.Conv2d | nn.BatchNorm2d):
             expected, last = slow_alpha(net, layer, x_BCYX, range(5)), name in ("8.conv2", "8.bn2")
             for route in ("auto", "batched") if last or isinstance(middle, nn.Identity) else ("auto",):
                 result = attention(net, layer, x_BCYX, route=route)
@@ -169,6 +180,8 @@ def test_rules_equal_the_slow_loop_at_every_layer_of_a_residual_network(middle, 
             method, many = Method(normaliser="image"), attention(net, layer, x_BCYX, Method(normaliser="image"))
             loop = attention(net, layer, x_BCYX, method, route="loop")
             torch.testing.assert_close(many.alpha_BIC, loop.alpha_BIC, rtol=1e-4, atol=1e-6)
+    kinds = nn.Conv2d | nn.BatchNorm2d | nn.MaxPool2d | Block
+    require_together(net, x_BCYX, [layer for layer in reached.values() if isinstance(layer, kinds)])
 
 
 @pytest.mark.parametrize("route", ["auto", "loop", "batched", "pooled"])

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         Method as Method,
         TensorChoice as TensorChoice,
         attention as attention,
+        attentions as attentions,
         upsample as upsample,
     )
     from expvae._encoder import Score as Score
@@ -41,7 +42,16 @@ if TYPE_CHECKING:
 __getattr__, __all__ = attach(
     __name__,
     {
-        "_attention": ["PRESETS", "Attention", "Channels", "Method", "TensorChoice", "attention", "upsample"],
+        "_attention": [
+            "PRESETS",
+            "Attention",
+            "Channels",
+            "Method",
+            "TensorChoice",
+            "attention",
+            "attentions",
+            "upsample",
+        ],
         "_encoder": ["Score"],
         "_gradients": ["RMS_EPSILON", "Normaliser"],
         "_input_attention": ["gradient_times_input"],

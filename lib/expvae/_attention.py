@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from expvae._encoder import Score, latents_of, noise, scores_of, through
-from expvae._gradients import CHUNK_BYTES, Normaliser, Route, widened
+from expvae._gradients import CHUNK_BYTES, Normaliser, Route, mean_gradients, widened
 
 Name = TypeVar("Name", bound=Hashable)
 TensorChoice = Literal["before", "after", "mixed"]
@@ -278,42 +278,68 @@ def attention(
             than the method's `highest`; if there is no image; or if α or A has values that are not finite.
         TypeError: If a path is given and `encode` is no module, or if `encode` puts out no latents [B, D].
     """
-    methods = {name: _known(one) for name, one in (method if isinstance(method, Mapping) else {None: method}).items()}
+    wanted = {name: (layer, one) for name, one in (method if isinstance(method, Mapping) else {None: method}).items()}
+    found = attentions(
+        encode, wanted, x_BCYX, latents=latents, normal=normal, generator=generator, graph=graph, route=route
+    )
+    return found if isinstance(method, Mapping) else found[None]
+
+
+def attentions(
+    encode: Callable[[Tensor], Tensor | tuple[Tensor, ...]],
+    wanted: Mapping[Name, tuple[str | nn.Module, str | Method]],
+    x_BCYX: Float[Tensor, "b c y x"],
+    *,
+    latents: Sequence[int] | Tensor | None = None,
+    normal: tuple[Tensor, Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    graph: Graph | str = "none",
+    route: Route | str = "auto",
+) -> dict[Name, Attention]:
+    """Attention at several layers by several methods: by names of one's own, the layer and the method of each.
+
+        wanted = {layer: (f"encoder.{layer}", "liu2020_code") for layer in ("conv1", "conv2", "conv3")}
+        maps = attentions(vae.encode, wanted, x_BCYX)
+
+    All share the pass through the encoder, and those with the same score its backward passes too, which go on from the
+    last layer to the first. Each is what `attention` gives for it alone, which describes the arguments and errors.
+    """
+    methods = {name: (layer, _known(method)) for name, (layer, method) in wanted.items()}
     for name, value, kind in (("graph", graph, Graph), ("route", route, Route)):
         if value not in get_args(kind):
             raise ValueError(f"{name}={value!r} is unknown; choose one of: {', '.join(get_args(kind))}")
     if len(x_BCYX) == 0:
         raise ValueError("x_BCYX must hold at least one image, got none")
     alike = defaultdict(dict)
-    for name, one in methods.items():
-        alike[one.score, one.tensor == "after"][name] = one
-    results = {}
+    for name, (layer, one) in methods.items():
+        alike[one.score][name] = layer, one
+    results, size = {}, tuple(x_BCYX.shape[-2:])
     with torch.inference_mode(False), torch.enable_grad():
         x_BCYX = x_BCYX.clone() if x_BCYX.is_inference() else x_BCYX
-        output, encoded = through(encode, layer, x_BCYX, attached=graph != "none")
+        outputs, encoded = through(encode, [layer for layer, _ in methods.values()], x_BCYX, attached=graph != "none")
         kept = encoded if graph != "none" else tuple(map(_detached, encoded))
-        epsilon_BD = noise(encoded, [score for score, _ in alike], generator)
-        for (score, after), sharing in alike.items():
+        epsilon_BD = noise(encoded, alike, generator)
+        for score, sharing in alike.items():
             latents_BD = latents_of(encoded, score, normal, epsilon_BD)
-            flow = output.flow(scores_of(latents_BD, score, latents, normal))
-            values = {"before": output.values_BCHW}
-            if {one.tensor for one in sharing.values()} != {"before"}:
-                values["after"], flow_after = flow.activated(output.values_BCHW, output.named)
-                flow = flow_after if after else flow
+            shown_BD = latents_BD if graph != "none" else latents_BD.detach()
+            score_I, flows, values = scores_of(latents_BD, score, latents, normal).sum(0), [], []
+            for layer, one in sharing.values():
+                flow, values_BCHW = outputs[layer].flow(score_I), outputs[layer].values_BCHW
+                if one.tensor != "before":
+                    values_BCHW, after = flow.activated(values_BCHW, outputs[layer].named)
+                    flow = after if one.tensor == "after" else flow
+                flows.append((flow, one.normaliser))
+                values.append(widened(values_BCHW))
             # Where the encoder runs under autocast, the sums here keep their digits.
             with torch.autocast(x_BCYX.device.type, enabled=False):
-                normalisers = dict.fromkeys(one.normaliser for one in sharing.values())
-                alphas, taken = flow.mean_gradients(normalisers, route, second_order=graph == "second_order")
-            for name, one in sharing.items():
-                values_BCHW = widened(values["before" if one.tensor == "before" else "after"])
-                alpha_BIC = alphas[one.normaliser].to(values_BCHW.dtype)
-                if not (_finite(alpha_BIC) and _finite(values_BCHW)):
-                    raise ValueError(f"{output.named}: its output or the gradient there has values that are not finite")
-                if one.highest is not None and one.highest > alpha_BIC.shape[1]:
-                    raise ValueError(f"highest={one.highest} is more than the {alpha_BIC.shape[1]} scores there are")
-                shown_BD = latents_BD if graph != "none" else latents_BD.detach()
-                results[name] = Attention(alpha_BIC, values_BCHW, shown_BD, kept, one, tuple(x_BCYX.shape[-2:]), taken)
-    return results if isinstance(method, Mapping) else results[None]
+                alphas = mean_gradients(flows, route, second_order=graph == "second_order")
+            for (name, (layer, one)), values_BCHW, (alpha_BIC, taken) in zip(
+                sharing.items(), values, alphas, strict=True
+            ):
+                alpha_BIC = alpha_BIC.to(values_BCHW.dtype)
+                _require_readable(outputs[layer].named, one, alpha_BIC, values_BCHW)
+                results[name] = Attention(alpha_BIC, values_BCHW, shown_BD, kept, one, size, taken)
+    return {name: results[name] for name in methods}
 
 
 def upsample(
@@ -331,6 +357,13 @@ def _known(method: str | Method) -> Method:
 
 def _detached(value: object) -> object:
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def _require_readable(named: str, method: Method, alpha_BIC: Tensor, values_BCHW: Tensor) -> None:
+    if not (_finite(alpha_BIC) and _finite(values_BCHW)):
+        raise ValueError(f"{named}: its output or the gradient there has values that are not finite")
+    if method.highest is not None and method.highest > alpha_BIC.shape[1]:
+        raise ValueError(f"highest={method.highest} is more than the {alpha_BIC.shape[1]} scores there are")
 
 
 def _finite(values: Tensor) -> bool:

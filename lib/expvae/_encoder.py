@@ -6,9 +6,10 @@ activations in place, residual connections, views, hooks of its own, or compiled
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -58,13 +59,13 @@ class Output:
         copy = tensor.clone() if attached or leaf or tensor._is_view() else None
         return cls(named, tensor, edge, tensor if attached else tensor.detach().clone(), copy, tensor._version)
 
-    def flow(self, score_BI: Float[Tensor, "b i"]) -> Flow:
-        """What lies between the output and the scores.
+    def flow(self, score_I: Float[Tensor, " i"]) -> Flow:
+        """What lies between the output and the scores, each summed over the images.
 
         Raises:
             ValueError: If no score depends on it, or if the encoder changed it or its copy in place and read the other.
         """
-        flow = Flow.between(self.edge, self.values_BCHW.shape, score_BI.sum(0)) if self.edge is not None else None
+        flow = Flow.between(self.edge, self.values_BCHW.shape, score_I) if self.edge is not None else None
         if flow is None:
             raise ValueError(
                 f"{self.named}: the latents do not depend on its output, or encode does not record gradients, as under "
@@ -84,31 +85,35 @@ class Output:
 
 
 def through(
-    encode: Callable, layer: str | nn.Module, x_BCYX: Float[Tensor, "b c y x"], attached: bool
-) -> tuple[Output, tuple]:
-    """What the layer puts out on the way of the images to the latents, and all that the encoder does.
+    encode: Callable, layers: Iterable[str | nn.Module], x_BCYX: Float[Tensor, "b c y x"], attached: bool
+) -> tuple[dict[str | nn.Module, Output], tuple]:
+    """What each layer puts out on the way of the images to the latents, and all that the encoder does.
 
     Args:
         encode: The encoder, as for `expvae.attention`.
-        layer: The layer, or its path inside the encoder.
+        layers: The layers, or their paths inside the encoder.
         x_BCYX: Images.
-        attached: Whether the values of the output are to be part of the graph.
+        attached: Whether the values of the outputs are to be part of the graph.
 
     Raises:
-        ValueError: If the layer is unknown, is not reached, is reached twice or does not put out [B, C, H, W], or if
+        ValueError: If a layer is unknown, is not reached, is reached twice or does not put out [B, C, H, W], or if
             batch normalisation is in training mode.
         TypeError: If a path is given and `encode` is no module, or if it puts out no latents [B, D].
     """
-    module = _find(encode, layer)
-    named = f"layer={layer!r}" if isinstance(layer, str) else f"layer={type(layer).__name__}(...)"
-    with _outputs(named, module, attached) as outputs:
-        encoded = _as_written(encode, _recorded(x_BCYX, module))
-    if len(outputs) != 1:
-        times = f"is reached {len(outputs)} times" if outputs else "is not reached"
-        here = "" if outputs else " by the calling thread (of nn.DataParallel or a script, give the model in it)"
-        raise ValueError(f"{named} {times} on the way from the images to the latents; it must be once{here}")
-    if not isinstance(outputs[0], Output):
-        raise ValueError(f"{named} puts out {outputs[0]}, not the [B, C, H, W] of a convolution")
+    modules = {layer: _find(encode, layer) for layer in layers}
+    names = {
+        layer: f"layer={layer!r}" if isinstance(layer, str) else f"layer={type(layer).__name__}(...)"
+        for layer in modules
+    }
+    with _outputs(modules, names, attached) as outputs:
+        encoded = _as_written(encode, _recorded(x_BCYX, modules.values()))
+    for layer, found in outputs.items():
+        if len(found) != 1:
+            times = f"is reached {len(found)} times" if found else "is not reached"
+            here = "" if found else " by the calling thread (of nn.DataParallel or a script, give the model in it)"
+            raise ValueError(f"{names[layer]} {times} on the way from the images to the latents; it must be once{here}")
+        if not isinstance(found[0], Output):
+            raise ValueError(f"{names[layer]} puts out {found[0]}, not the [B, C, H, W] of a convolution")
     encoded = (encoded,) if isinstance(encoded, Tensor) else encoded
     first = encoded[0] if isinstance(encoded, tuple | list) and len(encoded) else encoded
     if not isinstance(first, Tensor) or first.ndim != 2:
@@ -117,7 +122,7 @@ def through(
             f"encode must put out latents [B, D], or a tuple that starts with them, as (mu, logvar); got {got}: "
             "wrap it in a function that picks them, and give the layer as a module"
         )
-    return outputs[0], tuple(encoded)
+    return {layer: output for layer, (output,) in outputs.items()}, tuple(encoded)
 
 
 def noise(encoded: tuple, scores: Iterable[Score], generator: torch.Generator | None) -> Float[Tensor, "b d"] | None:
@@ -191,30 +196,33 @@ def _find(encode: Callable, layer: str | nn.Module) -> nn.Module:
     return modules[layer]
 
 
-def _recorded(x_BCYX: Tensor, module: nn.Module) -> Tensor:
-    """The images, so that autograd records what the layer does even where none of its own parameters asks for it."""
-    learns = any(parameter.requires_grad for parameter in module.parameters())
-    if learns or x_BCYX.requires_grad or not x_BCYX.is_floating_point():
+def _recorded(x_BCYX: Tensor, modules: Iterable[nn.Module]) -> Tensor:
+    """The images, so that autograd records what each layer does even where none of its parameters asks for it."""
+    learn = all(any(parameter.requires_grad for parameter in module.parameters()) for module in modules)
+    if learn or x_BCYX.requires_grad or not x_BCYX.is_floating_point():
         return x_BCYX
     return x_BCYX.detach().requires_grad_().clone()  # no leaf, which the encoder could not change in place
 
 
 @contextmanager
-def _outputs(named: str, module: nn.Module, attached: bool) -> Iterator[list]:
-    """Collect what the module puts out."""
-    outputs, here = [], threading.get_ident()
+def _outputs(
+    modules: Mapping[str | nn.Module, nn.Module], names: Mapping[str | nn.Module, str], attached: bool
+) -> Iterator[dict[str | nn.Module, list]]:
+    """Collect what each module puts out."""
+    outputs, here = {layer: [] for layer in modules}, threading.get_ident()
 
-    def keep(_module: nn.Module, _inputs: tuple, output: object) -> object:
+    def keep(layer: str | nn.Module, _module: nn.Module, _inputs: tuple, output: object) -> object:
         if threading.get_ident() != here:  # another thread uses the same model
             return output
         if not isinstance(output, Tensor) or output.ndim != 4:
-            outputs.append(list(output.shape) if isinstance(output, Tensor) else type(output).__name__)
+            outputs[layer].append(list(output.shape) if isinstance(output, Tensor) else type(output).__name__)
             return output
         output = output.clone() if output.is_inference() and torch.is_grad_enabled() else output
         if torch.is_grad_enabled() and not output.requires_grad and not attached:
             hooks.callback(output.requires_grad_, False)
-        outputs.append(Output.of(named, output, attached))
-        return output if outputs[-1].copy is None else outputs[-1].copy
+        kept = Output.of(names[layer], output, attached)
+        outputs[layer].append(kept)
+        return output if kept.copy is None else kept.copy
 
     def refuse(normalisation: nn.Module, _inputs: tuple) -> None:
         uses_batch = isinstance(normalisation, _BatchNorm) and (
@@ -227,7 +235,8 @@ def _outputs(named: str, module: nn.Module, attached: bool) -> Iterator[list]:
             )
 
     with ExitStack() as hooks:
-        hooks.callback(module.register_forward_hook(keep).remove)
+        for layer, module in modules.items():
+            hooks.callback(module.register_forward_hook(partial(keep, layer)).remove)
         hooks.callback(register_module_forward_pre_hook(refuse).remove)
         yield outputs
 

@@ -29,7 +29,7 @@ its kernel, P places of its output.
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -163,7 +163,7 @@ class Flow:
             )
         return ACTIVATIONS[node.name()](A_BCHW, node), replace(self, target=GradientEdge(node, 0))
 
-    def choose(self, normalisers: Collection[Normaliser], second_order: bool) -> Route:
+    def choose(self, normaliser: Normaliser, second_order: bool) -> Route:
         """The route that is fastest by rule.
 
         Per image and channel, `pooled` takes T + I multiplications for each output of the linear operation where the
@@ -176,53 +176,35 @@ class Flow:
         i = len(self.score_I)
         if second_order:
             return "loop"
-        entry = self._entry() if set(normalisers) == {"none"} else None
+        entry = self._entry() if normaliser == "none" else None
         if entry is not None:
             taps = [weight[0, 0] if weight.ndim == 4 else entry.shape[2:] for _, weight in entry.linears]
             t = sum(one.numel() for one in taps)
             if t * i >= 2 * (t + i * len(entry.linears)):
                 return "pooled"
         many = i > 1 and not _checks_nan()
-        return (
-            "batched"
-            if many and (self._batchable(self.target) or Passage.exists([self.target.node], self.users))
-            else "loop"
-        )
+        known = many and (_batchable(self.target, self.users) or Passage.exists([self.target.node], self.users))
+        return "batched" if known else "loop"
 
-    def mean_gradients(
-        self, normalisers: Collection[Normaliser], route: Route, second_order: bool
-    ) -> tuple[dict[Normaliser, Float[Tensor, "b i c"]], Route]:
-        """α [B, I, C] by each normaliser, all from the same passes, and the route that was taken.
-
-        With a normaliser, the gradient of each score is divided by its root mean square over the "image" or the whole
-        "batch", plus 1e-5. With `second_order` α can be differentiated; else it is detached.
-
-        Raises:
-            ValueError: If the route cannot be taken.
-        """
+    def reading(self, normaliser: Normaliser, route: Route, second_order: bool) -> "_Reading":
+        """How α is read from gradients; a ValueError if the route cannot be taken."""
         if route == "auto":
-            route = self.choose(normalisers, second_order)
+            route = self.choose(normaliser, second_order)
         if second_order and route != "loop":
             raise ValueError(f"route={route!r} keeps no second-order graph; choose 'auto' or 'loop'")
-        if route == "pooled":
-            entry = self._entry()
-            if entry is None or set(normalisers) != {"none"}:
-                raise ValueError(
-                    "route='pooled' needs no normaliser, and a convolution or fully connected layer that all of the "
-                    "layer's output goes into through elementwise operations, max pooling and residual connections "
-                    "only; choose 'auto', 'loop' or 'batched'"
-                )
-            with torch.no_grad():
-                return {"none": self._pooled(entry)}, route
         if route == "batched" and _checks_nan():
             raise ValueError("route='batched' cannot run under torch.autograd.detect_anomaly; choose 'auto' or 'loop'")
-        parts = {normaliser: [] for normaliser in normalisers}
-        for (gradient_IB,) in self._gradients([self.target], route, second_order):
-            gradient_IBCHW = gradient_IB.reshape(-1, *self.shape)  # an activation may come after a flattening
-            alpha_IBC = gradient_IBCHW.mean((3, 4))
-            for normaliser, alphas in parts.items():
-                alphas.append(alpha_IBC / _size(gradient_IBCHW, normaliser))
-        return {normaliser: torch.cat(alphas).transpose(0, 1) for normaliser, alphas in parts.items()}, route
+        if route != "pooled":
+            return _Reading(self, route, [self.target], partial(self._averaged, normaliser))
+        entry = self._entry()
+        if entry is None or normaliser != "none":
+            raise ValueError(
+                "route='pooled' needs no normaliser, and a convolution or fully connected layer that all of the "
+                "layer's output goes into through elementwise operations, max pooling and residual connections "
+                "only; choose 'auto', 'loop' or 'batched'"
+            )
+        ends = [GradientEdge(node, 0) for node in (*(node for node, _ in entry.linears), *entry.sums)]
+        return _Reading(self, route, ends, partial(self._pooled, entry))
 
     def _entry(self) -> _Entry | None:
         """The first tensor after the target that a linear operation reads; None if something else reads it too."""
@@ -248,60 +230,103 @@ class Flow:
                 return None
         return _Entry(edge, shape, tuple(pools), gated, tuple(linears), tuple(sums)) if linears else None
 
-    def _batchable(self, start: GradientEdge) -> bool:
-        """Whether vmap takes all operations from there to the scores."""
-        waiting, seen = [start.node], set()
-        while waiting:
-            for node, _ in self.users.get(waiting.pop(), ()):
-                if node.name() not in BATCHABLE:
-                    return False
-                if node not in seen:
-                    seen.add(node)
-                    waiting.append(node)
-        return True
+    def _averaged(self, normaliser: Normaliser, gradient_IB: Float[Tensor, "i b ..."]) -> Float[Tensor, "b i c"]:
+        gradient_IBCHW = gradient_IB.reshape(-1, *self.shape)  # an activation may come after a flattening
+        return (gradient_IBCHW.mean((3, 4)) / _size(gradient_IBCHW, normaliser)).transpose(0, 1)
 
-    def _gradients(self, ends: list[GradientEdge], route: Route, second_order: bool = False) -> Iterator[list[Tensor]]:
-        """∂Σ_b s_bi/∂end [I, B, ...] of each end, some scores at a time."""
-        many = route != "loop" and len(self.score_I) > 1 and not _checks_nan()
-        passage = Passage.to([end.node for end in ends], self.users) if many else None
-        tops = ends if passage is None else [GradientEdge(passage.top, 0)]
-        # Who asks for it by name has vmap go through what it is not known to go through.
-        batched = many and (all(map(self._batchable, tops)) or (route == "batched" and passage is None))
-        gradients_of = partial(torch.autograd.grad, self.score_I, tops, retain_graph=True, create_graph=second_order)
-        values = max(sum(shape_of(edge).numel() for edge in edges) for edges in (ends, tops))
-        unit_II = torch.eye(len(self.score_I), dtype=self.score_I.dtype, device=self.score_I.device)
-        for unit in unit_II.split(1 if route == "loop" else _at_once(values)):
-            if batched:
-                gradients = gradients_of(grad_outputs=unit, is_grads_batched=True)
-            else:
-                alone = [gradients_of(grad_outputs=one) for one in unit]
-                gradients = [torch.stack(parts) for parts in zip(*alone, strict=True)]
-            yield [widened(gradient) for gradient in (passage.down(gradients[0]) if passage else gradients)]
-
-    def _pooled(self, entry: _Entry) -> Float[Tensor, "b i c"]:
+    @torch.no_grad()
+    def _pooled(self, entry: _Entry, *gradients: Float[Tensor, "i b ..."]) -> Float[Tensor, "b i c"]:
         (b, c, h, w), linears = self.shape, entry.linears
         gate_BCHW, like = entry.gate(self.target), widened(self.score_I)
         gate_BCHW = like.new_ones((1, *entry.shape[1:])) if gate_BCHW is None else gate_BCHW.to(like.dtype)
-        ends = [GradientEdge(node, 0) for node in (*(node for node, _ in linears), *entry.sums)]
-        k = max(shape_of(end)[1:].numel() for end in ends[: len(linears)])
+        k = max(gradient_IB[0, 0].numel() for gradient_IB in gradients[: len(linears)])
         images = _at_once(c * k * len(linears)) if len(gate_BCHW) > 1 else b
-        V = [without_scores(*linear, gate_BCHW) for linear in linears] if images >= b else None
         alphas = []
-        for gradients in self._gradients(ends, "pooled"):
-            parts = []
-            for start in range(0, b, images):
-                part = slice(start, start + images)
-                V_part = [without_scores(*linear, gate_BCHW[part]) for linear in linears] if V is None else V
-                alpha_BIC = 0
-                for G_IB, V_BCK in zip(gradients, V_part, strict=False):
-                    G_BIK = G_IB[:, part].flatten(2).transpose(0, 1).to(gate_BCHW.dtype)
-                    alpha_BIC = alpha_BIC + torch.bmm(G_BIK, V_BCK.expand(len(G_BIK), -1, -1).mT)
-                for G_IB in gradients[len(linears) :]:
-                    G_IBCHW = G_IB[:, part].reshape(len(G_IB), -1, *entry.shape[1:])
-                    alpha_BIC = alpha_BIC + (G_IBCHW * gate_BCHW[part]).sum((3, 4)).transpose(0, 1)
-                parts.append(alpha_BIC)
-            alphas.append(torch.cat(parts))
-        return torch.cat(alphas, 1) / (h * w)
+        for start in range(0, b, images):
+            part, alpha_BIC = slice(start, start + images), 0
+            for linear, G_IB in zip(linears, gradients, strict=False):
+                G_BIK = G_IB[:, part].flatten(2).transpose(0, 1).to(gate_BCHW.dtype)
+                V_BCK = without_scores(*linear, gate_BCHW[part])
+                alpha_BIC = alpha_BIC + torch.bmm(G_BIK, V_BCK.expand(len(G_BIK), -1, -1).mT)
+            for G_IB in gradients[len(linears) :]:
+                G_IBCHW = G_IB[:, part].reshape(len(G_IB), -1, *entry.shape[1:])
+                alpha_BIC = alpha_BIC + (G_IBCHW * gate_BCHW[part]).sum((3, 4)).transpose(0, 1)
+            alphas.append(alpha_BIC)
+        return torch.cat(alphas) / (h * w)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How α at the target of a flow is read: `alpha` gives it from the gradients at the ends."""
+
+    flow: Flow
+    route: Route
+    ends: list[GradientEdge]
+    alpha: Callable[..., Float[Tensor, "b i c"]]
+
+
+def mean_gradients(
+    flows: Sequence[tuple[Flow, Normaliser]], route: Route, second_order: bool
+) -> list[tuple[Float[Tensor, "b i c"], Route]]:
+    """α [B, I, C] of each of some flows to the same scores, all from the same passes, and the route that was taken.
+
+    With a normaliser, the gradient of each score is divided by its root mean square over the "image" or the whole
+    "batch", plus 1e-5. With `second_order` α can be differentiated; else it is detached.
+
+    Raises:
+        ValueError: If the route cannot be taken.
+    """
+    readings = [flow.reading(normaliser, route, second_order) for flow, normaliser in flows]
+    parts = [
+        [reading.alpha(*(gradients[end[:2]] for end in reading.ends)) for reading in readings]
+        for gradients in _gradients(readings, second_order)
+    ]
+    return [(torch.cat(alphas, 1), one.route) for alphas, one in zip(zip(*parts, strict=True), readings, strict=True)]
+
+
+def _gradients(readings: Sequence[_Reading], second_order: bool) -> Iterator[dict[tuple[Node, int], Tensor]]:
+    """∂Σ_b s_bi/∂end [I, B, ...] of each end, some scores at a time."""
+    score_I, users = readings[0].flow.score_I, _joined([reading.flow for reading in readings])
+    ends = {end[:2]: end for reading in readings for end in reading.ends}
+    looped = all(reading.route == "loop" for reading in readings)
+    many = not looped and len(score_I) > 1 and not _checks_nan()
+    passage = Passage.to([node for node, _ in ends], users) if many else None
+    tops = list(ends.values()) if passage is None else [GradientEdge(passage.top, 0)]
+    # Who asks for it by name has vmap go through what it is not known to go through.
+    named = passage is None and [reading.route for reading in readings] == ["batched"]
+    batched = many and (named or all(_batchable(top, users) for top in tops))
+    gradients_of = partial(torch.autograd.grad, score_I, tops, retain_graph=True, create_graph=second_order)
+    values = max(sum(shape_of(edge).numel() for edge in edges) for edges in (ends.values(), tops))
+    unit_II = torch.eye(len(score_I), dtype=score_I.dtype, device=score_I.device)
+    for unit in unit_II.split(1 if looped else _at_once(values)):
+        if batched:
+            gradients = gradients_of(grad_outputs=unit, is_grads_batched=True)
+        else:
+            alone = [gradients_of(grad_outputs=one) for one in unit]
+            gradients = [torch.stack(parts) for parts in zip(*alone, strict=True)]
+        gradients = passage.down(gradients[0]) if passage else gradients
+        yield dict(zip(ends, map(widened, gradients), strict=True))
+
+
+def _joined(flows: Sequence[Flow]) -> Users:
+    """Who uses what at or above any of the targets: each flow knows it of its own target and of all above that."""
+    users: Users = {}
+    for flow in flows:
+        users |= {node: those for node, those in flow.users.items() if len(those) > len(users.get(node, ()))}
+    return users | {flow.target.node: flow.users[flow.target.node] for flow in flows}
+
+
+def _batchable(start: GradientEdge, users: Users) -> bool:
+    """Whether vmap takes all operations from there to the scores."""
+    waiting, seen = [start.node], set()
+    while waiting:
+        for node, _ in users.get(waiting.pop(), ()):
+            if node.name() not in BATCHABLE:
+                return False
+            if node not in seen:
+                seen.add(node)
+                waiting.append(node)
+    return True
 
 
 def _size(gradient_IBCHW: Tensor, normaliser: Normaliser) -> Float[Tensor, "i _ 1"] | float:

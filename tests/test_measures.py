@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -236,7 +237,7 @@ def test_every_preset_and_score_has_its_own_method(preset):
 
 def test_every_layer_is_explained_by_every_preset(model, x_NCYX):
     options = {"batch": 3, "seed": 5, "normal": NORMAL}
-    found = list(measures.layers_and_presets(model, ("conv1", "conv2"), measures.PRESETS, x_NCYX, **options))
+    found = list(measures.layers_and_presets(model, product(("conv1", "conv2"), measures.PRESETS), x_NCYX, **options))
     assert [name for name, _ in found] == [
         f"{layer}, {preset}" for layer in ("conv1", "conv2") for preset in measures.PRESETS
     ]

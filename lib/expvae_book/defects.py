@@ -6,6 +6,7 @@ Suffixes as in expvae.attention, and N images, M those that are normal or have a
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -183,14 +184,14 @@ def evaluate(
     for name, map_NYX in of_test.items():
         further += everything.measure(measured, name, map_NYX, threshold(simple[name][tested:]))
     held_out_V = some_of(len(held_out_NCYX), least=FEW // 2)
-    for presets, layers, share in CASES:
+    for share, pairs in by_share(CASES).items():
         some_N = some_of(tested, share)
         seen = Seen.of(category, some_N)
         # Methods that divide by the whole batch would tell defects apart by the folders that they lie in, or normal
         # images by those beside them: batches are put together at random, of test images or of held-out ones alone.
         options = {"batch": batch, "seed": measures.SEED, "normal": normal, "shuffled": True}
         maps, normal_maps = (
-            measures.layers_and_presets(model, layers, presets, x_NCYX, **options)
+            measures.layers_and_presets(model, pairs, x_NCYX, **options)
             for x_NCYX in (category.test_NCYX[some_N], held_out_NCYX[held_out_V])
         )
         for (name, map_NYX), (_, normal_NYX) in zip(maps, normal_maps, strict=True):
@@ -226,6 +227,14 @@ def change_rows(model: nn.Module, category: mvtec.Category, normal: tuple[Tensor
         resamples=measures.RESAMPLES,
         seed=measures.SEED,
     )
+
+
+def by_share(cases: Sequence[tuple[Sequence[str], Sequence[str], float]]) -> dict[float, list[tuple[str, str]]]:
+    """The pairs of a layer and a preset of some cases, by the share of the images, which share passes."""
+    pairs: dict[float, list[tuple[str, str]]] = {}
+    for presets, layers, share in cases:
+        pairs.setdefault(share, []).extend(product(layers, presets))
+    return pairs
 
 
 def some_of(count: int, share: float = 0.0, least: int | None = None) -> Int64[Tensor, " k"]:

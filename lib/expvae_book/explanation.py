@@ -12,7 +12,7 @@ from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from expvae import PRESETS, Method, attention, reconstruction_loss
+from expvae import PRESETS, Method, attentions, reconstruction_loss
 from expvae.metrics import Array, auroc_interval
 from expvae_book import runs, training
 
@@ -30,19 +30,28 @@ def explain(
     layer: str,
     x_NCYX: UInt8[Tensor, "n c y x"],
     methods: Mapping[Name, str | Method],
+    **options: object,
+) -> dict[Name, Float[Tensor, "n y x"]]:
+    """The attention maps of many images at one layer by several methods; see `explain_layers` for the options."""
+    return explain_layers(model, {name: (layer, method) for name, method in methods.items()}, x_NCYX, **options)
+
+
+def explain_layers(
+    model: nn.Module,
+    wanted: Mapping[Name, tuple[str, str | Method]],
+    x_NCYX: UInt8[Tensor, "n c y x"],
     *,
     batch: int,
     seed: int,
     normal: tuple[Tensor, Tensor] | None = None,
     shuffled: bool = False,
 ) -> dict[Name, Float[Tensor, "n y x"]]:
-    """The attention maps of many images by several methods, which share passes as in `expvae.attention`.
+    """The attention maps of many images, which share passes as in `expvae.attentions`.
 
     Args:
         model: The trained VAE.
-        layer: Path of the layer.
+        wanted: By names of one's own, the path of the layer and the preset or method of each map.
         x_NCYX: Images.
-        methods: Presets or methods, by names of one's own.
         batch: Images at a time; the maps of methods that divide by the gradient's size over the batch depend on it.
         seed: Fixes the noise of sampled scores, of which every image has its own, and the order.
         normal: Mean and log-variance of the posterior of normal images, for the score "normal_difference".
@@ -52,10 +61,10 @@ def explain(
     where, n = next(model.parameters()).device, len(x_NCYX)
     chance = torch.Generator().manual_seed(seed)
     order_N = torch.randperm(n, generator=chance) if shuffled else torch.arange(n)
-    maps = {name: torch.empty(n, *x_NCYX.shape[2:]) for name in methods}
+    maps = {name: torch.empty(n, *x_NCYX.shape[2:]) for name in wanted}
     for chosen_B in tqdm(order_N.split(batch), desc="attention", unit="batch"):
         x_BCYX = training.to_unit(x_NCYX[chosen_B].to(where))
-        results = attention(model.encode, layer, x_BCYX, methods, normal=normal, generator=chance)
+        results = attentions(model.encode, wanted, x_BCYX, normal=normal, generator=chance)
         for name, result in results.items():
             maps[name][chosen_B] = result.map_BYX.cpu()
     return maps

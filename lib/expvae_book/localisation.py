@@ -183,10 +183,9 @@ def explained(
     chosen = {preset for presets, _ in cases for preset in presets}
     normal = explanation.normal_for(chosen, model, split(category)[0])
     options = {"batch": batch, "seed": measures.SEED, "normal": normal, "shuffled": True}
-    for presets, layers in cases:
-        x_NCYX = category.test_NCYX[seen.image_N]
-        for name, map_NYX in measures.layers_and_presets(model, layers, presets, x_NCYX, **options):
-            yield name, map_NYX[seen.known_N]
+    pairs = [(layer, preset) for presets, layers in cases for layer, preset in product(layers, presets)]
+    for name, map_NYX in measures.layers_and_presets(model, pairs, category.test_NCYX[seen.image_N], **options):
+        yield name, map_NYX[seen.known_N]
 
 
 def cascade(

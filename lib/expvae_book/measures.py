@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float16, Int64, UInt8
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from expvae import attention
+from expvae import Method, attentions
 from expvae.metrics import Interval, PixelMetrics, iou_intervals, percentile_interval
 from expvae_book import checkpoints, explanation, names, runs, training, weights
 from expvae_book.names import AUROC, BEST_IOU, DIFFERENCE, IMAGE_AUROC
@@ -153,24 +152,21 @@ class Measured:
 
 
 def layers_and_presets(
-    model: nn.Module,
-    layers: Sequence[str],
-    presets: Sequence[str],
-    x_NCYX: UInt8[Tensor, "n c y x"],
-    **options: object,
+    model: nn.Module, pairs: Iterable[tuple[str, str]], x_NCYX: UInt8[Tensor, "n c y x"], **options: object
 ) -> Iterator[tuple[str, Float[Tensor, "n y x"]]]:
-    """Name and maps of every layer by every preset, one layer after the other, as they would be too many together.
+    """Name and maps of images by pairs of a layer and a preset, all from the same passes.
 
     Args:
         model: The trained VAE.
-        layers: Layers of its encoder.
-        presets: Presets, or scores, as for `expvae_book.explanation.method_of`.
+        pairs: Layers of its encoder, and presets, or scores, as for `expvae_book.explanation.method_of`.
         x_NCYX: Images.
-        options: Of `expvae_book.explanation.explain`.
+        options: Of `expvae_book.explanation.explain_layers`.
     """
-    for layer in tqdm(layers, desc="layers", unit="layer"):
-        methods = {map_name(layer, preset): explanation.method_of(preset) for preset in presets}
-        yield from explanation.explain(model, f"encoder.{layer}", x_NCYX, methods, **options).items()
+    yield from explanation.explain_layers(model, _wanted(pairs), x_NCYX, **options).items()
+
+
+def _wanted(pairs: Iterable[tuple[str, str]]) -> dict[str, tuple[str, Method]]:
+    return {map_name(*pair): (f"encoder.{pair[0]}", explanation.method_of(pair[1])) for pair in pairs}
 
 
 def map_name(layer: str, preset: str) -> str:
@@ -188,13 +184,9 @@ def examples(
 ) -> dict[str, np.ndarray]:
     """The maps of a few images at the resolution of each layer, by the name of the map; see `halved`."""
     x_BCYX = training.to_unit(x_BCYX).to(next(model.parameters()).device)
-    maps = {}
-    for layer in layers:
-        methods = {map_name(layer, preset): explanation.method_of(preset) for preset in presets}
-        chance = torch.Generator().manual_seed(seed)
-        results = attention(model.encode, f"encoder.{layer}", x_BCYX, methods, normal=normal, generator=chance)
-        for name, result in results.items():
-            maps |= halved(name, result.map_BIHW.mean(1))
+    wanted, chance, maps = _wanted(product(layers, presets)), torch.Generator().manual_seed(seed), {}
+    for name, result in attentions(model.encode, wanted, x_BCYX, normal=normal, generator=chance).items():
+        maps |= halved(name, result.map_BIHW.mean(1))
     return maps
 
 

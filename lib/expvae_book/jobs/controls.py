@@ -160,13 +160,13 @@ def measured_maps(model: nn.Module, seen: Subject, cases: Cases, subset: str) ->
     measured, normal = measures.Measured(), explanation.normal_posterior(model, seen.train_NCYX)
     fields = {name: title for name, title in FIELDS.items() if title in KEPT}
     options = {"batch": seen.batch, "seed": measures.SEED, "normal": normal, **seen.options}
-    for presets, layers, share in cases:
+    for share, pairs in defects.by_share(cases).items():
         whole = share == 1
         some_N = torch.arange(len(seen.test_NCYX)) if whole else defects.some_of(len(seen.test_NCYX), share)
         few = seen.some(some_N)
         if not few.truth.truth_NYX.any():
             continue
-        for name, map_NYX in measures.layers_and_presets(model, layers, presets, few.test_NCYX, **options):
+        for name, map_NYX in measures.layers_and_presets(model, pairs, few.test_NCYX, **options):
             measured.pixels(name, map_NYX[few.measured_N], replace(few.truth, subset=subset), fields)
     return measured
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
@@ -96,7 +97,7 @@ class Digits:
         """Name and maps of images, of each layer by each preset."""
         normal = explanation.normal_for(presets, model, self.train_NCYX)
         options = {"batch": self.batch, "seed": measures.SEED, "normal": normal}
-        return measures.layers_and_presets(model, layers, presets, x_NYX[:, None], **options)
+        return measures.layers_and_presets(model, product(layers, presets), x_NYX[:, None], **options)
 
 
 def load(data: str, digit: int, recipe: str, trained_on: str = "inliers") -> Digits:

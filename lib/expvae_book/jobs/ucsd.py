@@ -88,7 +88,7 @@ class Footage:
         normal = explanation.normal_for(presets, model, self.train_NCYX)
         x_NCYX = self.clips.test_NYX[frame_N][:, None]
         options = {"batch": self.batch, "seed": measures.SEED, "normal": normal}
-        return measures.layers_and_presets(model, layers, presets, x_NCYX, **options)
+        return measures.layers_and_presets(model, product(layers, presets), x_NCYX, **options)
 
 
 def size_of(recipe: str) -> int:
@@ -158,12 +158,12 @@ def map_rows(
     """Measure one map after the other: what was measured, and rows on what moves."""
     clips, (some, truth) = footage.clips, footage.truth()
     frames = measures.Truth(truth.truth_NYX.flatten(1).any(1), truth.unit_N)
-    measured, moving = measures.Measured(), []
+    measured, moving, moving_MYX = measures.Measured(), [], moving_pixels(footage)[some]
     for name, map_NYX in maps:
         counts = slips.counted(map_NYX, clips.test_mask, clips.test_clip_N, footage.validation_N)
         measured.add(name, map_NYX[some], truth, counts.compute().best_iou_threshold)
         measured.images(name, map_NYX[some], frames)
-        moving += moving_rows(name, map_NYX[some], moving_pixels(footage)[some], truth)
+        moving += moving_rows(name, map_NYX[some], moving_MYX, truth)
     return measured, moving
 
 

@@ -776,7 +776,8 @@ def test_maps_of_the_defects_shown_are_kept_of_the_trained_and_of_the_untrained_
     monkeypatch.setattr(measures, "PRESETS", ("liu2020_code",))
     torch.manual_seed(12)
     data, start = category(), Small().eval()
-    arrays = localisation.pictured(small, start, data)
+    normal = explanation.normal_posterior(small, localisation.split(data)[0])
+    arrays = localisation.pictured(small, normal, start, data)
     kept = {f"{state}/{n}, liu2020_code" for state in ("trained", "untrained") for n in PICTURED}
     assert arrays.keys() == kept | {f"{name}, peak" for name in kept}
     x_BCYX = data.test_NCYX[localisation.shown(data)] / 255

@@ -255,14 +255,14 @@ def shown(category: mvtec.Category) -> list[int]:
     return [masked[i] for i in defects.some_of(len(masked), least=SHOWN)]
 
 
-def pictured(model: nn.Module, start: nn.Module, category: mvtec.Category) -> dict[str, np.ndarray]:
-    """The maps of the defects shown, of the trained network and of the one that it started from."""
-    train_NCYX, _ = split(category)
-    arrays = {}
+def pictured(
+    model: nn.Module, normal: tuple[Tensor, Tensor], start: nn.Module, category: mvtec.Category
+) -> dict[str, np.ndarray]:
+    """The maps of the defects shown, of the trained network, with its normal posterior, and of its initial state."""
+    normals, arrays = {"trained": normal, "untrained": explanation.normal_posterior(start, split(category)[0])}, {}
     for state, one in {"trained": model, "untrained": start}.items():
-        normal = explanation.normal_posterior(one, train_NCYX)
         maps = measures.examples(
-            one, PICTURED, measures.PRESETS, category.test_NCYX[shown(category)], normal, measures.SEED
+            one, PICTURED, measures.PRESETS, category.test_NCYX[shown(category)], normals[state], measures.SEED
         )
         arrays |= {f"{state}/{name}": map_BHW for name, map_BHW in maps.items()}
     return arrays
@@ -316,7 +316,7 @@ def compute(parameters: Mapping[str, Any], device: torch.device) -> runs.Run:
             (map_NYX, flagged) = kept[measures.map_name(*defects.SHOWN_MAP)]
             drawn["defects"] = panel(category, map_NYX, restored_NCYX, flagged)
             start = training.build(make, seed).eval().to(device)
-            arrays |= pictured(model, start, category) | flagged_counts(category, map_NYX)
+            arrays |= pictured(model, normal, start, category) | flagged_counts(category, map_NYX)
     # As many images as the reports' code took, which turns each as it is read; how long a variant the paper's ten
     # thousand images belong to nobody knows.
     asked, used = (recipe.epochs, facts["originals"]), (len(trained.history.kl), facts["images"])

@@ -9,6 +9,7 @@ C the classes: normal pixels, anomalous pixels, and the latter's shares of their
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64, Num, UInt32
@@ -51,6 +52,8 @@ class Histogram:
 
     def with_units(self, index_U: Int64[np.ndarray, " u"]) -> "Histogram":
         """The same counts with unit u renamed to index_U[u]."""
+        if np.array_equal(index_U, np.arange(len(index_U))):
+            return self
         unit_T = self.unit_T
         return merged([Histogram(self.key_T + ((index_U[unit_T] - unit_T) << UNIT_BIT), self.count_T, self.dropped)])
 
@@ -58,10 +61,11 @@ class Histogram:
         """Numbers of normal and of anomalous pixels of each unit."""
         return self._summed(self.unit_T, units)[:2]
 
-    def cells(self) -> tuple[Float32[np.ndarray, " k"], Num[np.ndarray, "c k"]]:
-        """The scores that occur, or the lowest ones of the cells, and the counts of each class."""
-        score_K, cell_T = np.unique(self.score_T, return_inverse=True)
-        return score_K, self._summed(cell_T, len(score_K))
+    @cached_property
+    def cells(self) -> tuple[Float32[np.ndarray, " g"], Num[np.ndarray, "c g"], Int64[np.ndarray, " t"]]:
+        """The scores that occur, or the lowest ones of cells; the counts of each class; the place of each key."""
+        score_G, group_T = np.unique(self.score_T, return_inverse=True)
+        return score_G, self._summed(group_T, len(score_G)), group_T
 
     def _summed(self, place_T: Int64[np.ndarray, " t"], places: int) -> Num[np.ndarray, "c _"]:
         """The counts of each class at each place."""
@@ -80,8 +84,8 @@ class Histogram:
             threshold: Where to split cells, beside the thresholds of the reports.
             join_runs: See `resampling_cells`.
         """
-        score_G, group_T = np.unique(self.score_T, return_inverse=True)
-        cell_G = resampling_cells(score_G, self._summed(group_T, len(score_G))[:2], threshold, join_runs=join_runs)
+        score_G, count_CG, group_T = self.cells
+        cell_G = resampling_cells(score_G, count_CG[:2], threshold, join_runs=join_runs)
         cell_T, unit_T = cell_G[group_T], self.unit_T
         score_K = score_G[np.diff(cell_G, prepend=-1) > 0]
         weight_RU = resampled_weights(units, resamples, seed)
@@ -96,7 +100,8 @@ class Histogram:
                 count_VK = np.bincount(place_T, self.count_T[rows], minlength=shape[0] * shape[1]).reshape(shape)
                 count_RK += weight_RV @ count_VK.astype(np.float32)
         highest_U = np.full(units, -np.inf)
-        np.maximum.at(highest_U, unit_T, score_G[group_T])
+        last_T = np.append(np.diff(self.key_T >> UNIT_BIT) > 0, True)  # of each class and unit, by ascending scores
+        np.maximum.at(highest_U, unit_T[last_T], self.score_T[last_T])
         return score_K, count_CRK, np.where(weight_RU > 0, highest_U, -np.inf).max(axis=1)
 
 

@@ -153,8 +153,7 @@ class PixelMetrics:
         self.images += other.images
         self._pixels += other._pixels
         self._lowest, self._highest = min(self._lowest, other._lowest), max(self._highest, other._highest)
-        counted = other._count()
-        self._parts.append(counted.with_units(index_U) if len(index_U) else counted)
+        self._parts.append(other._count().with_units(index_U))
         self._count()
 
     def compute(self, threshold: float | None = None) -> PixelScores:
@@ -167,7 +166,7 @@ class PixelMetrics:
         Raises:
             ValueError: If a class is missing.
         """
-        return self._measures(*self._count().cells(), self._highest, threshold)
+        return self._measures(*self._count().cells[:2], self._highest, threshold)
 
     def intervals(
         self, *, seed: int, threshold: float | None = None, resamples: int = 1000, level: float = 0.95
@@ -252,6 +251,8 @@ class PixelMetrics:
 
     def _count(self) -> histogram.Histogram:
         """The histogram of all pixels, those that wait among them."""
+        if not self._waiting and len(self._parts) == 1:
+            return self._parts[0]
         dropped, max_rows = 0, None
         if self._pixels > EXACT_PIXELS:
             max_rows = histogram.MAX_ROWS

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, UInt8
 from scipy.stats import rankdata
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from expvae_book import measures, runs, training
 from expvae_book.names import AUROC, FLOOR, KEPT_RANKS
@@ -45,23 +46,21 @@ def settle(model: nn.Module, train_NCYX: UInt8[Tensor, "n c y x"]) -> nn.Module:
 
     The mean over batches drawn at random, with the network as it is.
     """
-    norms = normalised(model)
-    if not norms:
-        return model
-    before = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain mean
-        norm.train()
     order_N = torch.randperm(len(train_NCYX), generator=torch.Generator().manual_seed(measures.SEED))
-    where = next(model.parameters()).device
-    with torch.no_grad():
-        for chosen_B in order_N[: BATCHES * BATCH].split(BATCH):
-            model.encode(training.to_unit(train_NCYX[chosen_B].to(where)))
-    for norm, momentum in zip(norms, before, strict=True):
-        norm.momentum = momentum
-        norm.eval()
+    batches = (train_NCYX[chosen_B] for chosen_B in order_N[: BATCHES * BATCH].split(BATCH))
+    update_bn(batches, _Encoding(model).eval(), next(model.parameters()).device)
     return model
+
+
+class _Encoding(nn.Module):
+    """A network as `update_bn` takes it: no module of it but the batch normalisations of its encoder is changed."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.norms, self.encode = nn.ModuleList(normalised(model.encoder)), model.encode
+
+    def forward(self, x_BCYX: UInt8[Tensor, "b c y x"]) -> tuple[Tensor, Tensor]:
+        return self.encode(training.to_unit(x_BCYX))
 
 
 def groups(model: nn.Module) -> dict[str, list[str]]:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from captum.attr import LayerGradCam
+from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import nn
@@ -293,6 +294,18 @@ def test_what_is_pictured_is_of_two_frames_with_and_two_without_an_anomaly(clips
         np.testing.assert_allclose(ours.astype(float) * peak, map_BHW, rtol=2**-10, atol=1e-6)
     asked.run = SimpleNamespace(arrays=arrays | {"course/conv2": np.zeros(1)})
     assert job.explain(asked, steps.Fit(must_not_train), seen).keys() == arrays.keys()
+
+
+def test_the_strip_shows_the_largest_anomaly_of_four_clips(clips, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(job.figures, "image_rows", lambda rows, **_: drawn.update(rows) or Figure())
+    job.strip(footage(clips))
+    sizes = {
+        clip: [int(m.sum()) for m, c in zip(clips.test_mask, clips.test_clip_N, strict=True) if c == clip]
+        for clip in (3, 4, 5)
+    }
+    assert [len(images) for images in drawn.values()] == [3, 3, 3]  # clip 1 is held back, and 2 has no masks
+    assert sorted(int(mask_YX.sum()) for mask_YX in drawn["mask"]) == sorted(map(max, sizes.values()))
 
 
 def must_not_train():

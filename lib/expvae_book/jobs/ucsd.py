@@ -40,7 +40,7 @@ from expvae_book.names import TEST_CLIPS as TEST
 
 MAPS = [measures.map_name(*pair) for pair in product(LAYERS, measures.PRESETS)]
 EVERY = 2  # frames of the test clips; neighbours are nearly the same image, and whole clips are resampled
-FOLLOWED_EVERY = 5  # of those while a model is trained, and where its layers are randomised
+FOLLOWED_EVERY = 5  # of those while a model is trained, and where layers are random
 SHOWN = ("conv2", "liu2020_code")  # the map in the pictures
 RANDOMISED = ("liu2020_paper", "liu2020_code")  # presets at conv2 whose layers are replaced by random ones
 MOVING = 0.1  # of the range of grey levels, from the mean training frame
@@ -317,17 +317,17 @@ def panels(footage: Footage, maps: Mapping[str, Float[Tensor, "n y x"]]) -> dict
 
 def strip(footage: Footage) -> Figure:
     """Frames of four training clips, and of four test clips the frame with the largest anomaly, with its mask."""
-    clips = footage.clips
-    size_N = torch.stack(clips.test_mask).flatten(1).sum(1) * footage.test_N
-    largest = [torch.where(clips.test_clip_N == clip, size_N, -1).argmax() for clip in clips.test_clip_N.unique()]
-    anomalous = sorted(largest, key=lambda i: -int(size_N[i]))[:4]
-    first = [torch.nonzero(clips.train_clip_N == clip)[0, 0] for clip in clips.train_clip_N.unique()[:4]]
+    clips, of_test_N = footage.clips, footage.clips.test_clip_N * footage.test_N
+    size_N = torch.stack(clips.test_mask).flatten(1).sum(1)
+    largest = [torch.where(of_test_N == clip, size_N, -1).argmax() for clip in of_test_N.unique() if clip]
+    anomalous = torch.stack(sorted(largest, key=lambda i: -int(size_N[i]))[:4])
+    first = [torch.nonzero(clips.train_clip_N == clip)[0, 0] for clip in clips.train_clip_N.unique()[: len(anomalous)]]
     rows = {
         "training": training.to_unit(clips.train_NYX[torch.stack(first)]),
         "test": training.to_unit(clips.test_NYX[anomalous]),
         "mask": torch.stack([clips.test_mask[i] for i in anomalous]).float(),
     }
-    return figures.image_rows(rows, maps=[], titles=[""] * 4, label="", credit=footage.credit, grey="gray")
+    return figures.image_rows(rows, maps=[], titles=[""] * len(anomalous), label="", credit=footage.credit, grey="gray")
 
 
 def explain(job: Job, fit: steps.Fit, footage: Footage) -> dict[str, np.ndarray]:

@@ -56,7 +56,7 @@ Normaliser = Literal["none", "image", "batch"]
 Route = Literal["auto", "loop", "batched", "pooled"]
 
 RMS_EPSILON = 1e-5  # the authors' code adds it to the root mean square of the gradient
-CHUNK_BYTES = 2**28  # bound on what is held at once of the gradients of many scores, and as much again of V
+CHUNK_BYTES = 2**29  # bound on what is held at once of the gradients of many scores, and as much again of V
 
 # What vmap takes for many scores in one call without a loop of its own.
 BATCHABLE = {*ACTIVATIONS, *COPIES, "AddBackward0", "SubBackward0", "MulBackward0", "ExpBackward0", "SqrtBackward0"}

@@ -148,7 +148,7 @@ def save(
         recipe=recipe,
         budget=budget,
         seconds={"training": history.seconds, "evaluation": time.monotonic() - started},
-        device=devices.describe_device(devices.choose_device(parameters["device"])),
+        device=devices.describe_device(next(trained.model.parameters()).device),
         resolved={"precision": trained.precision, **(resolved or {})},
         probe=probe,
         extra={

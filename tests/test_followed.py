@@ -1,6 +1,7 @@
 """Whoever reads the layer's output, and whichever way, is part of the map; what cannot be followed is refused."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -296,10 +297,37 @@ def test_compiled_encoders_run_as_they_were_written(backend, first):
         parameter.grad = None
     compiled(X).sum().backward()
     assert net.stem.weight.grad.abs().sum() > 0
-    torch._dynamo.reset()  # what earlier tests compiled may have used up how often one function is
+    require_compiling()
+    torch._dynamo.reset()
+
+
+def require_compiling():
     counted = torch._dynamo.testing.CompileCounter()
     torch.compile(lambda x: x + 1, backend=counted)(X)
-    assert counted.frame_count == 1  # compiling goes on afterwards
+    assert counted.frame_count == 1
+
+
+def test_threads_that_overlap_leave_compiling_as_it_was():
+    """Whatever their order: the first in is the first out."""
+    net = Net()
+    torch.compile(net, backend="eager")(X)
+    inside, left = threading.Barrier(2), threading.Event()
+
+    def encode(x, first):
+        inside.wait(60)
+        if not first:
+            assert left.wait(60)
+        return net(x)
+
+    def explain(first):
+        attention(lambda x: encode(x, first), net.layer, X)
+        if first:
+            left.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(explain, first) for first in (True, False)]:
+            future.result()
+    require_compiling()
     torch._dynamo.reset()
 
 

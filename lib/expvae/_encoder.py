@@ -245,5 +245,31 @@ def _as_written(encode: Callable, x_BCYX: Tensor) -> object:
     """What encode puts out, not as torch.compile made it: compiled code calls no hook, or keeps it for good."""
     if "torch._dynamo" not in sys.modules:  # who has compiled has imported it
         return encode(x_BCYX)
-    with torch.compiler.set_stance("force_eager"):
+    with _eagerly:
         return encode(x_BCYX)
+
+
+class _Eagerly:
+    """Switches off what torch.compile made.
+
+    The switch is the process's, and whoever turns it restores what was before: of threads that take turns at random,
+    the last could leave it off for good. So the first thread in turns it, and the last one out restores it.
+    """
+
+    def __init__(self):
+        self._lock, self._inside, self._stance = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self):
+        with self._lock:
+            if not self._inside:
+                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self._inside += 1
+
+    def __exit__(self, *_raised):
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._stance.close()
+
+
+_eagerly = _Eagerly()

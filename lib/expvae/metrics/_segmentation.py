@@ -15,7 +15,7 @@ ascending order.
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Int64, Num, Shaped
+from jaxtyping import Bool, Float, Float64, Int64, Num, Shaped
 from scipy import ndimage
 
 from expvae.metrics._inputs import require_both_classes
@@ -93,39 +93,70 @@ def from_counts(
         ValueError: If a class is missing or the threshold is NaN.
     """
     occurs_K = (negative_K > 0) | (positive_K > 0)
-    score_K = score_K[occurs_K][::-1]  # from here on descending, as thresholds sweep from none to all flagged
-    negative_K, positive_K = negative_K[occurs_K][::-1], positive_K[occurs_K][::-1]
-    fp_K, tp_K = np.cumsum(negative_K, dtype=np.float64), np.cumsum(positive_K, dtype=np.float64)
-    require_both_classes(*(int(count_K[-1]) if count_K.size else 0 for count_K in (fp_K, tp_K)))
-    n, p = fp_K[-1], tp_K[-1]
-    union_K = p + fp_K
-    iou_K = tp_K / union_K
-    mean_iou_K = (iou_K + (n - fp_K) / (n + p - tp_K)) / 2
-    best, best_mean = int(iou_K.argmax()), int(mean_iou_K.argmax())
-
+    require_both_classes(int(negative_K.sum()), int(positive_K.sum()))
     if threshold is not None and np.isnan(threshold):
         raise ValueError("threshold must be a number, got nan.")
-    given = GRID * float(score_K[0] if highest is None else highest)
-    threshold_T = rounded(np.append(given, [] if threshold is None else threshold), score_K.dtype)
-    # How many cells, from the top, each threshold flags, and the measures there; none has an IoU of 0.
-    flagged_T = len(score_K) - np.searchsorted(score_K[::-1], threshold_T)
-    iou_T, mean_iou_T = np.append(0, iou_K)[flagged_T], np.append(n / (n + p) / 2, mean_iou_K)[flagged_T]
+    highest_1 = np.array([score_K[occurs_K][-1] if highest is None else highest], dtype=np.float64)
+    region_1K = None if region_K is None else region_K[None]
+    found = of_resamples(score_K, negative_K[None], positive_K[None], region_1K, highest_1, threshold)
     return PixelScores(
-        auroc=float(auroc_of_counts(negative_K[::-1], positive_K[::-1])),
-        average_precision=float((positive_K * tp_K / (tp_K + fp_K)).sum() / p),
-        fpr95=float(fp_K[np.argmax(20 * tp_K >= 19 * p)] / n),  # 0.95 p would round
-        best_iou=float(iou_K[best]),
-        best_iou_threshold=float(score_K[best]),
-        best_mean_iou=float(mean_iou_K[best_mean]),
-        best_mean_iou_threshold=float(score_K[best_mean]),
-        grid_iou=float(iou_T[: len(GRID)].max()),
-        aupro=None if region_K is None else _aupro(fp_K / n, region_K[occurs_K][::-1]),
-        iou=None if threshold is None else float(iou_T[-1]),
-        mean_iou=None if threshold is None else float(mean_iou_T[-1]),
+        **dict.fromkeys(("aupro", "iou", "mean_iou")) | {name: float(of_1[0]) for name, of_1 in found.items()}
     )
 
 
-def rounded(threshold_T: Num[np.ndarray, " t"], dtype: np.dtype) -> Float[np.ndarray, " t"]:
+def of_resamples(
+    score_K: Shaped[np.ndarray, " k"],
+    negative_RK: Num[np.ndarray, "r k"],
+    positive_RK: Num[np.ndarray, "r k"],
+    region_RK: Num[np.ndarray, "r k"] | None,
+    highest_R: Float[np.ndarray, " r"],
+    threshold: float | None,
+) -> dict[str, Float64[np.ndarray, " r"]]:
+    """By the names of `PixelScores`, what `from_counts` computes, of many counts of the same cells at once.
+
+    Each row needs both classes; a cell may be empty.
+    """
+    score_K = score_K[::-1]  # from here on descending, as thresholds sweep from none to all flagged
+    negative_RK, positive_RK = negative_RK[:, ::-1], positive_RK[:, ::-1]
+    fp_RK, tp_RK = np.cumsum(negative_RK, 1, dtype=np.float64), np.cumsum(positive_RK, 1, dtype=np.float64)
+    n_R1, p_R1 = fp_RK[:, -1:], tp_RK[:, -1:]
+    iou_RK = tp_RK / (p_R1 + fp_RK)
+    mean_iou_RK = (iou_RK + (n_R1 - fp_RK) / (n_R1 + p_R1 - tp_RK)) / 2
+    flagged_RK = tp_RK + fp_RK
+    # Above the highest score that occurs is no threshold, although a mean of IoUs can be the best there.
+    best_R1 = iou_RK.argmax(1)[:, None]
+    best_mean_R1 = np.where(flagged_RK > 0, mean_iou_RK, -1).argmax(1)[:, None]
+
+    given_RT = highest_R[:, None] * GRID
+    if threshold is not None:
+        given_RT = np.insert(given_RT, len(GRID), threshold, axis=1)
+    # How many cells, from the top, each threshold flags, and the measures there; none has an IoU of 0.
+    cells_RT = len(score_K) - np.searchsorted(score_K[::-1], rounded(given_RT, score_K.dtype))
+    last_RT = np.maximum(cells_RT - 1, 0)
+    iou_RT = np.where(cells_RT > 0, np.take_along_axis(iou_RK, last_RT, 1), 0)
+    precision_RK = np.divide(tp_RK, flagged_RK, out=np.zeros_like(tp_RK), where=flagged_RK > 0)
+    reached_R1 = np.argmax(20 * tp_RK >= 19 * p_R1, axis=1)[:, None]  # 0.95 p would round
+    found = {
+        "auroc": auroc_of_counts(negative_RK[:, ::-1], positive_RK[:, ::-1]),
+        "average_precision": (positive_RK * precision_RK).sum(1) / p_R1[:, 0],
+        "fpr95": np.take_along_axis(fp_RK, reached_R1, 1)[:, 0] / n_R1[:, 0],
+        "best_iou": np.take_along_axis(iou_RK, best_R1, 1)[:, 0],
+        "best_iou_threshold": score_K[best_R1[:, 0]],
+        "best_mean_iou": np.take_along_axis(mean_iou_RK, best_mean_R1, 1)[:, 0],
+        "best_mean_iou_threshold": score_K[best_mean_R1[:, 0]],
+        "grid_iou": iou_RT[:, : len(GRID)].max(1),
+    }
+    if region_RK is not None:
+        rows = zip(fp_RK / n_R1, region_RK[:, ::-1], strict=True)
+        found["aupro"] = np.array([_aupro(fpr_K, region_K) for fpr_K, region_K in rows])
+    if threshold is not None:
+        none_R = n_R1[:, 0] / (n_R1 + p_R1)[:, 0] / 2
+        mean_R = np.take_along_axis(mean_iou_RK, last_RT[:, -1:], 1)[:, 0]
+        found |= {"iou": iou_RT[:, -1], "mean_iou": np.where(cells_RT[:, -1] > 0, mean_R, none_R)}
+    return {name: values_R.astype(np.float64) for name, values_R in found.items()}
+
+
+def rounded(threshold_T: Num[np.ndarray, "*t"], dtype: np.dtype) -> Float[np.ndarray, "*t"]:
     """Thresholds in the precision of the scores."""
     with np.errstate(over="ignore"):  # beyond the type's range is beyond all scores
         return threshold_T.astype(dtype)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
-from jaxtyping import Float64, Int64, Num, Shaped
+from jaxtyping import Float64, Int64, Shaped
 
 from expvae.metrics import _histogram as histogram
 from expvae.metrics._bootstrap import Interval, percentile_interval
@@ -27,13 +27,14 @@ from expvae.metrics._inputs import (
     require_resampling,
     with_masks,
 )
-from expvae.metrics._segmentation import PixelScores, auroc_of_counts, from_counts, region_sizes
+from expvae.metrics._segmentation import PixelScores, auroc_of_counts, from_counts, of_resamples, region_sizes
 
 Unit = str | int
 
 EXACT_PIXELS = 2**22
 MAX_CELLS = 2**19
 SHARE = 2**40  # a region in whole numbers: off by 1e-8 of it at 20 000 pixels, and room for 8 million regions
+AT_ONCE = 2**16  # cells of resamples that are measured together: what a processor's cache holds
 
 
 class PixelMetrics:
@@ -166,7 +167,9 @@ class PixelMetrics:
         Raises:
             ValueError: If a class is missing.
         """
-        return self._measures(*self._count().cells[:2], self._highest, threshold)
+        score_K, (negative_K, positive_K, region_K) = self._count().cells[:2]
+        region_K = region_K if self.regions else None
+        return from_counts(score_K, negative_K, positive_K, region_K, highest=self._highest, threshold=threshold)
 
     def intervals(
         self, *, seed: int, threshold: float | None = None, resamples: int = 1000, level: float = 0.95
@@ -213,13 +216,16 @@ class PixelMetrics:
         score_K, count_CRK, highest_R = self._by_sorted_unit().resampled(
             len(self._unit_index), seed, resamples, threshold
         )
-        value = asdict(self.compute(threshold))
-        drawn = {name: np.full(1 + resamples, np.nan) for name, number in value.items() if number is not None}
-        for place, (count_CK, highest) in enumerate(zip(count_CRK.swapaxes(0, 1), highest_R, strict=True)):
-            if count_CK[0].any() and count_CK[1].any():
-                measured = self._measures(score_K, count_CK, float(highest), threshold)
-                for name, drawn_R in drawn.items():
-                    drawn_R[place] = getattr(measured, name)
+        value = {name: number for name, number in asdict(self.compute(threshold)).items() if number is not None}
+        drawn = {name: np.full(1 + resamples, np.nan) for name in value}
+        (whole_R,) = np.nonzero(count_CRK[:2].any(axis=2).all(axis=0))  # those that hold both classes
+        # As many at once as keep within a processor's cache.
+        for rows in np.array_split(whole_R, 1 + whole_R.size * len(score_K) // AT_ONCE):
+            negative_RK, positive_RK, region_RK = count_CRK[:, rows]
+            region_RK = region_RK if self.regions else None
+            found = of_resamples(score_K, negative_RK, positive_RK, region_RK, highest_R[rows], threshold)
+            for name, drawn_R in drawn.items():
+                drawn_R[rows] = found[name]
         return {name: drawn_R[1:] + (value[name] - drawn_R[0]) for name, drawn_R in drawn.items()}
 
     def auroc_interval(self, *, seed: int, resamples: int = 1000, level: float = 0.95) -> Interval:
@@ -269,16 +275,6 @@ class PixelMetrics:
         if len(names) < 2:
             raise ValueError(f"unit must name at least two units to resample, got {len(names)}.")
         return self._count().with_units(np.argsort(np.argsort(names)))
-
-    def _measures(
-        self,
-        score_K: Shaped[np.ndarray, " k"],
-        count_CK: Num[np.ndarray, "c k"],
-        highest: float,
-        threshold: float | None,
-    ) -> PixelScores:
-        region_K = count_CK[2] if self.regions else None
-        return from_counts(score_K, *count_CK[:2], region_K, highest=highest, threshold=threshold)
 
     def resampled_aurocs(self, seed: int, resamples: int) -> Float64[np.ndarray, " r"]:
         """The AUROC of all units and then of every resample of them; NaN where it lacks a class."""

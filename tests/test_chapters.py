@@ -562,6 +562,7 @@ def stored(folder, monkeypatch):
     card = DataCard("mnist", "sample", {"train": 1}, {"train": 1}, "digest", "licence", "credit")
     record = {"chapter": "small", "parameters": {"digit": 2}, "protocols": {}, "metrics": [], "data": asdict(card)}
     record |= {"recipe": asdict(MNIST["liu2020"]), "losses": {"kl": [3.0]}, "seconds": {}, "device": "cpu"}
+    record |= {"budget": {"unit": "epochs", "asked": 100, "used": 0}}
     path = folder / "runs" / "small" / "digit=2" / "record.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(record))
@@ -592,6 +593,26 @@ def test_a_job_has_its_run_where_that_is_stored_and_current(stored, monkeypatch,
     stored.write_text(json.dumps(record | {"data": record["data"] | {"kind": "partial"}}))
     monkeypatch.setattr(runs, "_data_digest", lambda name: "other files")
     assert chapters.job("small", {"digit": 2}).run is None
+
+
+@pytest.mark.parametrize(
+    ("parameters", "budget", "whole"),
+    [
+        ({"epochs": 60}, {"unit": "epochs", "used": 60}, True),
+        ({"epochs": 60}, {"unit": "epochs", "used": 59}, False),
+        ({"steps": 60}, {"unit": "steps", "used": 59}, False),
+        ({"epochs": 60}, {"unit": "images", "used": 60 * 48}, True),
+        ({"epochs": 60}, {"unit": "images", "used": 59 * 48}, False),
+        ({"resamples": 60}, {"unit": "images", "used": 1}, True),
+    ],
+)
+def test_a_job_that_was_told_to_end_early_goes_on(parameters, budget, whole, stored, monkeypatch):
+    monkeypatch.delenv("EXPVAE_MODE", raising=False)
+    record = json.loads(stored.read_text()) | {"budget": budget, "training": {"images": 48}}
+    path = stored.parents[1] / ",".join(f"{name}={value}" for name, value in parameters.items()) / "record.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(record | {"parameters": parameters}))
+    assert (chapters.job("small", parameters).run is not None) == whole
 
 
 def test_a_job_says_how_long_one_like_it_took(stored, monkeypatch, capsys):

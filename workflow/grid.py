@@ -32,9 +32,8 @@ from typing import Any
 
 import yaml
 
-from expvae_book import data, runs, sprite_grid
+from expvae_book import chapters, data, runs, sprite_grid
 from expvae_book.data import catalogue
-from expvae_book.runs import Run
 
 GRID = Path(__file__).with_name("grid.yaml")
 STORED, TOGETHER = "stored", "all side by side"
@@ -207,12 +206,6 @@ def command_here(job: Job, output: str) -> list[str]:
 # What is there -------------------------------------------------------------------------------------------------------
 
 
-def whole(run: Run) -> bool:
-    """Whether a run had the budget that its parameters ask for, and was not told to end early."""
-    budget, asked = run.record["budget"], run.parameters.get("steps", run.parameters.get("epochs", 0))
-    return budget["used"] >= asked * (run.record["training"]["images"] if budget["unit"] == "images" else 1)
-
-
 def state(chapter: str, parameters: Mapping[str, Any]) -> str:
     """What is stored of a run: "stored" where it need not be made again."""
     run = runs.load(chapter, parameters)
@@ -220,7 +213,7 @@ def state(chapter: str, parameters: Mapping[str, Any]) -> str:
         return "missing"
     if run.outdated:
         return "outdated"
-    if not whole(run):
+    if not chapters.whole(run):
         return "incomplete"
     return STORED if run.of_data_at_hand else "of other data"
 
@@ -228,7 +221,7 @@ def state(chapter: str, parameters: Mapping[str, Any]) -> str:
 def taken(job: Job, gpu: bool) -> float | None:
     """The minutes that a job took by its stored runs; None where not all are there, of today and of such a device."""
     found = [runs.load(job.chapter, one) for one in job.stored]
-    if not found or not all(run and not run.outdated and whole(run) for run in found):
+    if not found or not all(run and not run.outdated and chapters.whole(run) for run in found):
         return None
     if any(run.record["device"].startswith("cuda") != gpu for run in found):
         return None

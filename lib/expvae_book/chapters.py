@@ -227,8 +227,16 @@ def run_all(
     return found
 
 
+def whole(run: "Run") -> bool:
+    """Whether a run had the budget that its parameters ask for, and was not told to end early."""
+    budget, asked = run.record["budget"], run.parameters.get("steps", run.parameters.get("epochs", 0))
+    if asked and budget["unit"] == "images":
+        asked *= run.record["training"]["images"]
+    return budget["used"] >= asked
+
+
 def _current(run: "Run | None") -> bool:
-    return run is not None and not run.outdated and run.of_data_at_hand
+    return run is not None and not run.outdated and whole(run) and run.of_data_at_hand
 
 
 def command(chapter: str, parameters: Mapping[str, Value]) -> str:

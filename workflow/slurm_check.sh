@@ -54,11 +54,15 @@ EOF
   options+=(--slurm-init-seconds-before-status-checks 5)
 }
 
-stop_slurm() {
+# Stops what was started; the stores stay where something went wrong.
+finish() {
+  local status=$?
   for daemon in slurmd slurmctld; do
     [ ! -s "$work/$daemon.pid" ] || kill "$(cat "$work/$daemon.pid")" || true
   done
   [ "$(readlink /etc/slurm/slurm.conf)" != "$work/slurm.conf" ] || rm /etc/slurm/slurm.conf
+  sleep 2 # until they have gone
+  [ $status != 0 ] || rm -r "$work"
 }
 
 # Runs the grid into a store of its own, with further options.
@@ -66,9 +70,9 @@ run() {
   EXPVAE_RUNS=$work/$1/runs EXPVAE_CACHE=$work/$1/cache snakemake "${options[@]}" "${@:2}"
 }
 
+trap finish EXIT
 if [ "${1:-}" = local ]; then
   shift
-  trap stop_slurm EXIT
   start_slurm
 fi
 options+=("$@")
@@ -118,4 +122,3 @@ for folder, (run, arrays) in whole.items():
         assert np.array_equal(values, others[name], equal_nan=True), f"{folder}: {name} differ"
 print(f"All {len(whole)} records are there, and equal those of the undisturbed run.")
 EOF
-rm -r "$work"

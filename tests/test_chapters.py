@@ -700,94 +700,51 @@ def several(stored):
     return paths
 
 
-def test_run_each_computes_what_is_missing_or_outdated(several, monkeypatch, capsys):
+WANTED = [{"digit": digit, "seed": 5} for digit in (1, 2, 3)]
+
+
+def test_jobs_have_their_runs_where_these_are_current(several, monkeypatch):
     monkeypatch.delenv("EXPVAE_MODE", raising=False)
     make_outdated(several[3])
-    outdated, asked = json.loads(several[3].read_text()), []
-
-    def compute(parameters):
-        asked.append(parameters)
-        if parameters["digit"] == 1:
-            return None  # its data are not at hand
-        several[3].write_text(json.dumps(outdated | {"protocols": {}}))
-        return runs.load("small", parameters)
-
-    found = chapters.run_each("small", {"seed": 5}, "digit", [1, 2, 3], compute)
-    assert asked == [{"digit": 1, "seed": 5}, {"digit": 3, "seed": 5}]
-    assert list(found) == [1, 2, 3]
-    assert found[1] is None
-    assert [found[digit].parameters for digit in (2, 3)] == [{"digit": 2, "seed": 5}, {"digit": 3, "seed": 5}]
-    assert found[3].outdated == []
-    assert capsys.readouterr().out == ""
-
-    asked.clear()
-    chapters.run_each("small", {"seed": 5}, "digit", [3, 2], compute)
-    assert asked == []
+    made = chapters.jobs("small", WANTED)
+    assert [job.parameters for job in made] == WANTED
+    assert [job.run and job.run.parameters for job in made] == [None, WANTED[1], None]
+    assert not any(job.run for job in chapters.jobs("small", WANTED, again=True))
 
 
-def test_run_each_computes_again_from_other_data(several, monkeypatch):
+def test_jobs_are_computed_again_from_other_data(several, monkeypatch):
     monkeypatch.delenv("EXPVAE_MODE", raising=False)
     for path in several.values():
         record = json.loads(path.read_text())
         path.write_text(json.dumps(record | {"data": record["data"] | {"kind": "partial"}}))
     monkeypatch.setattr(runs, "_data_digest", lambda name: "other files")
-    asked = []
-    chapters.run_each("small", {"seed": 5}, "digit", [2, 3], lambda parameters: asked.append(parameters["digit"]))
-    assert asked == [2, 3]
+    assert not any(job.run for job in chapters.jobs("small", WANTED))
     monkeypatch.setenv("EXPVAE_MODE", "read")  # pages show what is stored
-    assert all(chapters.run_each("small", {"seed": 5}, "digit", [2, 3], must_not_compute_each).values())
-
-
-def test_run_each_goes_on_where_it_was_killed(several, monkeypatch):
-    monkeypatch.delenv("EXPVAE_MODE", raising=False)
-    asked = []
-
-    def compute(parameters):
-        asked.append(parameters["digit"])
-        if parameters["digit"] == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        chapters.run_each("small", {"seed": 5}, "digit", [2, 0, 1, 3], compute)
-    assert asked == [0, 1]
-
-
-def test_run_each_may_find_and_compute_nothing(folder, monkeypatch):
-    monkeypatch.delenv("EXPVAE_MODE", raising=False)
-    monkeypatch.setenv("EXPVAE_RUNS", str(folder / "runs"))
-    assert chapters.run_each("small", {}, "digit", [1, 2], lambda _: None) == {1: None, 2: None}
-
-
-def test_run_each_only_reads_while_the_book_is_rendered(several, monkeypatch, capsys):
-    monkeypatch.setenv("EXPVAE_MODE", "read")
-    found = chapters.run_each("small", {"seed": 5}, "digit", [3, 1, 2], must_not_compute_each)
-    assert list(found) == [3, 1, 2]
-    assert found[1] is None
-    assert found[2].parameters == {"digit": 2, "seed": 5}
-    assert capsys.readouterr().out == ""
+    assert [job.run is not None for job in chapters.jobs("small", WANTED)] == [False, True, True]
 
 
 def must_not_compute_each(parameters):
     raise AssertionError(f"computed {parameters} while reading")
 
 
-def test_run_each_names_all_outdated_runs_in_one_warning(several, monkeypatch, capsys):
+def test_jobs_name_all_outdated_runs_in_one_warning(several, monkeypatch, capsys):
     monkeypatch.setenv("EXPVAE_MODE", "read")
     make_outdated(several[2])
     make_outdated(several[3])
-    found = chapters.run_each("small", {"seed": 5}, "digit", [1, 2, 3], must_not_compute_each)
-    assert [value for value, run in found.items() if run is not None] == [2, 3]
+    found = chapters.jobs("small", WANTED)
+    assert [job.parameters["digit"] for job in found if job.run is not None] == [2, 3]
     shown = capsys.readouterr().out
     assert shown.count("{warning}") == 1
     assert "2 (PIXEL 0, now 1); 3 (PIXEL 0, now 1)." in shown
 
 
 @pytest.mark.parametrize(("digits", "stops"), [("[0, 1]", True), ("[0, 2]", False)])
-def test_run_each_stops_the_page_only_if_all_runs_are_missing(several, tmp_path, digits, stops):
+def test_jobs_stop_the_page_only_if_all_runs_are_missing(several, tmp_path, digits, stops):
     shown = outputs(
         tmp_path / "page.md",
-        f"from expvae_book import chapters\nfound = chapters.run_each('small', {{'seed': 5}}, 'digit', {digits}, None)",
-        "print(*[digit for digit, run in found.items() if run])",
+        f"from expvae_book import chapters\nwanted = [{{'digit': digit, 'seed': 5}} for digit in {digits}]\n"
+        "found = chapters.jobs('small', wanted)",
+        "print(*[job.parameters['digit'] for job in found if job.run])",
     )
     assert printed(shown) == ("" if stops else "2\n")
     assert ("No stored run of this chapter for any digit of 0; 1." in notices(shown)) is stops

@@ -17,8 +17,6 @@ import yaml
 
 from expvae_book import chapters, parameters, protocols, provenance, runs
 from expvae_book.data.card import DataCard
-from expvae_book.data.catalogue import MVTEC_OFFICIAL
-from expvae_book.training import hold_out
 
 REPOSITORY = provenance.REPOSITORY
 sys.path.insert(0, str(REPOSITORY / "workflow"))
@@ -167,11 +165,8 @@ def test_jobs_store_the_runs_that_their_chapter_asks_for(group, monkeypatch):
         asked.extend([wanted] if isinstance(wanted, dict) else wanted)
         raise AskedError(name)
 
-    def ask_each(name, shared, told_by, values, compute):
-        ask(name, [{told_by: value, **shared} for value in values])
-
-    for owner, function, spy in ((chapters, "run", ask), (chapters, "run_all", ask), (chapters, "run_each", ask_each)):
-        monkeypatch.setattr(owner, function, spy)
+    for function in ("run", "run_all", "jobs"):
+        monkeypatch.setattr(chapters, function, ask)
     monkeypatch.setattr(runs, "load", ask)
     namespace = {}
     with pytest.raises(AskedError):
@@ -181,13 +176,6 @@ def test_jobs_store_the_runs_that_their_chapter_asks_for(group, monkeypatch):
                 namespace |= given if "parameters" in cell.metadata.get("tags", []) else {}
     names = {runs._folder_name(runs._determining(one)) for one in asked}
     assert names == {runs._folder_name(one) for one in grid.records(one.chapter, given)}
-
-
-def test_categories_are_trained_on_their_originals_less_those_held_out():
-    for job in JOBS:
-        if job.group == "mvtec":
-            train_N, _ = hold_out(MVTEC_OFFICIAL[job.parameters["categories"]]["train"], 0.2)
-            assert job.parameters["augmented"] == len(train_N)
 
 
 def test_a_rehearsal_runs_some_jobs_of_each_kind_at_a_share_of_their_budget():

@@ -15,10 +15,10 @@ from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor, nn
 
 from expvae.models import MNISTVAE, UCSDVAE
-from expvae_book import choices, devices, explanation, localisation, recipes, runs, training, truth, weights
-from expvae_book.augmentation import PAPER_COUNT
+from expvae_book import choices, devices, explanation, recipes, runs, training, truth, weights
 from expvae_book.data import mnist, mvtec, ucsd
 from expvae_book.data.card import DataCard
+from expvae_book.jobs import mvtec as workpieces
 from expvae_book.recipes import Recipe
 
 MODELS = {"mnist": ("1", "3"), "ucsd": ("report1",), "mvtec": mvtec.CATEGORIES}  # digits, a recipe, categories
@@ -40,7 +40,7 @@ TRAINING = {
 FULL_TRAINING = {
     "mnist": {"epochs": recipes.MNIST["liu2020"].epochs},
     "ucsd": {"epochs": recipes.UCSD["report1"].epochs},
-    "mvtec": {"augmented": PAPER_COUNT, "epochs": recipes.MVTEC["report1"].epochs},
+    "mvtec": {"augmented": recipes.PAPER_COUNT, "epochs": recipes.MVTEC["report1"].epochs},
 }
 SAMPLE_TRAINING = {"mnist": {}, "ucsd": {"epochs": 6}, "mvtec": {"augmented": 32, "epochs": 1}}
 SAMPLE_CATEGORIES = ("bottle",)
@@ -159,7 +159,7 @@ def _mvtec(
     category: mvtec.Category, chosen: dict[str, Any], parameters: Mapping[str, Any], device: torch.device
 ) -> Subject:
     recipe = recipes.MVTEC[chosen["recipe"]]
-    train, _ = localisation.trainer(category, chosen, device)
+    train = workpieces.trainer(category, chosen | {"device": str(device)})
     trained = train(chosen["epochs"])
     known = torch.tensor([i for i, mask_YX in enumerate(category.test_mask) if mask_YX is not None])
     some = _drawn(known, parameters)  # at random also within the batches
@@ -170,10 +170,10 @@ def _mvtec(
         truth_MYX=_stacked([category.test_mask[i] for i in some], f"MVTec AD {category.name}"),
         unit_M=some,
         there=len(known),
-        normal=explanation.normal_posterior(trained.model, localisation.split(category)[0]),
+        normal=explanation.normal_posterior(trained.model, workpieces.split(category)[0]),
         card=category.card,
         recipe=recipe,
-        budget={"unit": "images", "asked": recipe.epochs * PAPER_COUNT, "used": trained.history.images},
+        budget={"unit": "images", "asked": recipe.epochs * recipes.PAPER_COUNT, "used": trained.history.images},
     )
 
 

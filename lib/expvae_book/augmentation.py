@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from expvae_book.data.catalogue import MOTIFS
 
-PAPER_COUNT = 10_000  # images of each category
 BATCH = 64
 
 

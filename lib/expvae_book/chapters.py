@@ -165,25 +165,28 @@ def _shown(chapter: str, parameters: Mapping[str, Value]) -> "Run | None":
     return run
 
 
-def run_each(
-    chapter: str,
-    parameters: Mapping[str, Value],
-    name: str,
-    values: Sequence[Value],
-    compute: Callable[[dict[str, Value]], "Run | None"],
-) -> "dict[Value, Run | None]":
-    """One run for each value of a parameter, such as for each category of a data set; see `run_all`.
+def jobs(
+    chapter: str, wanted: Sequence[Mapping[str, Value]], *, told_by: Sequence[str] = (), again: bool = False
+) -> list[Job]:
+    """The jobs of a page that shows several, such as one for each category; see `job`.
+
+    While Jupyter Book renders, runs that are missing stop the page only if all are, and outdated ones are named in a
+    warning.
 
     Args:
-        chapter: The chapter's name, such as "mvtec15".
-        parameters: The parameters that all runs share.
-        name: The parameter in which they differ, such as "category".
-        values: Its values.
-        compute: Makes and stores the run with the parameters given and returns it, or None where that cannot be done.
+        chapter: The chapter's name.
+        wanted: The parameters of each.
+        told_by: The parameters by which notices name a run; by default those in which the runs differ.
+        again: Whether they are computed although they are stored.
     """
-    wanted = [{name: value, **parameters} for value in values]
-    found = run_all(chapter, wanted, lambda missing: map(compute, missing), told_by=[name])
-    return dict(zip(values, found, strict=True))
+    from expvae_book import runs
+
+    if runs.reading():
+        found = run_all(chapter, wanted, lambda _missing: (), told_by)
+        return [Job(chapter, one, run) for one, run in zip(wanted, found, strict=True)]
+    _require_devices(*wanted)
+    stored = [None if again else runs.load(chapter, one) for one in wanted]
+    return [Job(chapter, one, run if _current(run) else None) for one, run in zip(wanted, stored, strict=True)]
 
 
 def run_all(

@@ -120,6 +120,23 @@ def image_rows(
     return figure
 
 
+def before_and_after(
+    maps: Mapping[str, np.ndarray], layer: str, preset: str, name: str = "attention"
+) -> dict[str, np.ndarray]:
+    """The maps of the examples that a job keeps, at a layer by a preset, of the trained and the untrained network."""
+    return {f"{name},\n{state}": maps[f"{state}/{layer}, {preset}"] for state in ("trained", "untrained")}
+
+
+def examples(
+    pictures: Mapping[str, Images], maps: Mapping[str, Images], *, titles: Sequence[str], credit: str, **style: str
+) -> Image:
+    """Some images above maps of them, each row of maps in units of its own 99th percentile; see `image_rows`."""
+    scaled = {name: np.asarray(map_BHW, dtype=np.float32) for name, map_BHW in maps.items()}
+    scaled = {name: map_BHW / max(float(np.quantile(map_BHW, 0.99)), 1e-12) for name, map_BHW in scaled.items()}
+    options = {"titles": titles, "label": "map / its row's 99th percentile", "credit": credit, **style}
+    return show(image_rows({**pictures, **scaled}, maps=list(scaled), **options))
+
+
 @pictured
 def clip_animation(
     frame_NYX: Images,

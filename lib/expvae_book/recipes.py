@@ -218,6 +218,9 @@ MVTEC = {
     ),
 }
 
+PAPER_COUNT = 10_000  # images of each category, after the paper's augmentation
+KEPT = ("none", "report2_code")  # augmentations that leave a category as many training images as it has
+
 DSPRITES = {
     "report1": StepRecipe(
         source="first report, Table 1; the discriminator's decay rates of the second report",

@@ -97,6 +97,11 @@ def titled(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
     return table[list(columns)].rename(columns=lambda name: name.replace("_", " ").capitalize())
 
 
+def ends(row: Mapping[str, Any]) -> dict[str, float]:
+    """A number and the ends of its interval, out of a row, as a figure takes them."""
+    return {name: row[name] for name in ("value", "low", "high")}
+
+
 NOT_YET = Markdown("*This run is not stored yet: the cells below compute it, and the next build of the book shows it.*")
 
 

@@ -71,7 +71,7 @@ def results(report: str, found: Found, command: Callable[[str], str]) -> pd.Data
     """
     table, mean = pd.DataFrame(index=list(map(plain, found))), {}
     for metric, ours in PRINTED.items():
-        given, values = published(report, metric).reindex(table.index), _values(found, ours)
+        given, values = published(report, metric).reindex(table.index), numbers(found, ours)
         for source in ("paper", report):
             name = f"{metric}, {publications.SOURCES[source]}"
             table[name] = given[source].map("{:.3g}".format, na_action="ignore")
@@ -84,7 +84,7 @@ def results(report: str, found: Found, command: Callable[[str], str]) -> pd.Data
         command(category) if run is None else budget_text(run, ",") for category, run in found.items()
     ]
     table["Data"] = ["" if run is None else run.card.mark or "complete" for run in found.values()]
-    number = len(_values(found, AUROC))
+    number = len(numbers(found, AUROC))
     if number:
         table.loc[f"mean of {number}"] = pd.Series(mean)
     return table.fillna("").rename_axis("Category").reset_index()
@@ -96,10 +96,10 @@ def methods(found: Found, metric: str) -> pd.DataFrame:
         {"Category": category}
         | {name: run.text(metric, name, form=".2f", lacking="–") for name in METHODS}
         | {UNTRAINED: _untrained(metric, run)}
-        for category, run in _there(found, metric).items()
+        for category, run in having(found, metric).items()
     ]
     if lines:
-        lines.append({"Category": "mean"} | {name: _decimals(_values(found, metric, name).mean()) for name in METHODS})
+        lines.append({"Category": "mean"} | {name: _decimals(numbers(found, metric, name).mean()) for name in METHODS})
     return pd.DataFrame(lines)
 
 
@@ -113,9 +113,9 @@ def orders(found: Found) -> pd.DataFrame:
     lines = []
     for name in BASELINES:
         difference = (names.DIFFERENCE, f"{ATTENTION} − {name}")
-        told = [runs.order(run.metric(*difference), 0.0) for run in _there(found, *difference).values()]
+        told = [runs.order(run.metric(*difference), 0.0) for run in having(found, *difference).values()]
         counts = {outcome: told.count(outcome) for outcome in ("above", "not told apart from", "below")}
-        mean = f"{_values(found, *difference).mean():+.3f}"
+        mean = f"{numbers(found, *difference).mean():+.3f}"
         lines.append({"Attention against": name} | counts | {"Mean difference": mean})
     return pd.DataFrame(lines)
 
@@ -129,7 +129,7 @@ def conventions(found: Found, report: str) -> pd.DataFrame:
     lines = []
     for average, classes in CONVENTIONS:
         for choice, threshold in CHOICES.items():
-            ours = _values(found, f"IoU, {average}, {classes}", ATTENTION, choice)
+            ours = numbers(found, f"IoU, {average}, {classes}", ATTENTION, choice)
             if ours.empty:
                 continue
             distances = given[["paper", report]].sub(ours, axis=0).abs().mean()
@@ -154,7 +154,7 @@ def trivial(found: Found, report: str) -> pd.DataFrame:
     """
     given = published(report, "IoU")[report].map("{:.3g}".format)
     lines = []
-    for category, run in _there(found, "anomalous pixels", "").items():
+    for category, run in having(found, "anomalous pixels", "").items():
         share, of_defective = (run.metric("anomalous pixels", "", of)["value"] for of in ("", "defective images"))
         lines.append(
             {
@@ -174,7 +174,7 @@ def trivial(found: Found, report: str) -> pd.DataFrame:
 def failures(found: Found) -> pd.DataFrame:
     """Why maps miss: how alike they are from image to image, and what they resemble instead of the defect."""
     lines = []
-    for category, run in _there(found, names.MISSED).items():
+    for category, run in having(found, names.MISSED).items():
         resembled = run.metrics[run.metrics["metric"] == names.RESEMBLES]  # none if the attention is constant
         resembled = resembled.sort_values("value", key=abs, ascending=False).head(3)
         of_kinds = run.metrics[run.metrics["metric"] == "AUROC within images, mean"]
@@ -197,7 +197,7 @@ def failures(found: Found) -> pd.DataFrame:
 
 def missed(found: Found) -> tuple[int, int]:
     """Over all categories: the number of defective images, and of attention maps that miss the defect."""
-    rows = [run.metric(names.MISSED, ATTENTION) for run in _there(found, names.MISSED).values()]
+    rows = [run.metric(names.MISSED, ATTENTION) for run in having(found, names.MISSED).values()]
     return sum(row["n"] for row in rows), sum(round(row["value"] * row["n"]) for row in rows)
 
 
@@ -216,13 +216,13 @@ def learned(found: Found) -> pd.DataFrame:
         "Spread of images": (spread, "images"),
         "of reconstructions": (spread, "reconstructions"),
     }
-    there = _there(found, names.KL, "")
+    there = having(found, names.KL, "")
     return pd.DataFrame({"Category": category} | cells(run, columns) for category, run in there.items())
 
 
 def dear(found: Found) -> list[str]:
     """The categories in which a held-out image costs more nats by the model than by the mean training image."""
-    return [category for category, run in _there(found, names.KL, "").items() if _relative_cost(run) > 1]
+    return [category for category, run in having(found, names.KL, "").items() if _relative_cost(run) > 1]
 
 
 def layers(found: Found) -> pd.DataFrame:
@@ -279,7 +279,7 @@ def literature() -> pd.DataFrame:
     return table[list(columns)].rename(columns=columns)
 
 
-def _there(found: Found, metric: str, method: str = ATTENTION, subset: str = "") -> dict[str, Run]:
+def having(found: Found, metric: str, method: str = ATTENTION, subset: str = "") -> dict[str, Run]:
     """The runs that have a number, by the name of their category as it is printed."""
     return {
         plain(category): run
@@ -288,9 +288,9 @@ def _there(found: Found, metric: str, method: str = ATTENTION, subset: str = "")
     }
 
 
-def _values(found: Found, metric: str, method: str = ATTENTION, subset: str = "") -> pd.Series:
+def numbers(found: Found, metric: str, method: str = ATTENTION, subset: str = "") -> pd.Series:
     """That number of those runs."""
-    there = _there(found, metric, method, subset)
+    there = having(found, metric, method, subset)
     return pd.Series({name: run.metric(metric, method, subset)["value"] for name, run in there.items()}, dtype=float)
 
 

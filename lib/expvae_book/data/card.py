@@ -247,6 +247,12 @@ def available(root: Path | None = None) -> list[str]:
     return [name for name in MVTEC_OFFICIAL if any(map(is_image, (folder / name / "train/good").glob("*")))]
 
 
+def at_hand(category: str, data: str) -> bool:
+    """Whether a category can be computed: with "auto" a generated one stands in only where nothing of MVTec AD is."""
+    there = available()
+    return category in there if data == "real" or (data == "auto" and there) else True
+
+
 def _encoded_again(source: Source, counted: dict[str, dict[Path, int]]) -> list[str]:
     """A remark on images and one on masks that have another format than those of the release."""
     remarks = []

@@ -45,6 +45,11 @@ class Category:
     test_mask: list[Bool[Tensor, "size size"] | None]
     card: DataCard
 
+    @property
+    def credit(self) -> str:
+        """Whose images these are."""
+        return f"{self.card.credit} {self.card.mark}".strip()
+
 
 def load(category: str, data: str = "auto", root: Path | None = None, size: int = 256) -> Category:
     """Load one category from `ROOT/mvtec/<category>`, or its generated sample.

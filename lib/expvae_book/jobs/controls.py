@@ -20,7 +20,6 @@ from expvae_book import (
     devices,
     explanation,
     features,
-    localisation,
     measures,
     randomised,
     recipes,
@@ -28,9 +27,10 @@ from expvae_book import (
     training,
 )
 from expvae_book.chapters import Job
-from expvae_book.data import imagenet, mvtec
+from expvae_book.data import imagenet
 from expvae_book.data.card import DataCard
-from expvae_book.jobs import digits, mnist, ucsd
+from expvae_book.data.mvtec import load as load_category
+from expvae_book.jobs import digits, mnist, mvtec, ucsd
 from expvae_book.names import FIELDS
 
 RECIPES = {"mnist": recipes.MNIST, "ucsd": recipes.UCSD, "mvtec": recipes.MVTEC}
@@ -136,18 +136,18 @@ def _footage(parameters: Mapping[str, Any]) -> Subject:
 
 
 def _category(parameters: Mapping[str, Any]) -> Subject:
-    recipe, category = name_of(parameters), mvtec.load(parameters["category"], parameters["data"])
+    recipe, category = name_of(parameters), load_category(parameters["category"], parameters["data"])
     seen = defects.Seen.of(category, torch.arange(len(category.test_NCYX)))
-    own = recipe in localisation.OWN_NETWORKS
+    own = recipe in mvtec.OWN_NETWORKS
     starts = ["random"] if own or imagenet.load() is None else ["random", "imagenet"]
     few = [(presets, layers, defects.THIRD) for presets, layers in defects.FOLLOWED + defects.FOLLOWED_LATE]
     return Subject(
-        localisation.split(category)[0],
+        mvtec.split(category)[0],
         category.test_NCYX,
         seen.known_N,
         seen.truth,
         torch.tensor([kind != "good" for kind in seen.defects]),
-        {start: localisation.network(recipe, start, "fine-tuned")[0] for start in starts},
+        {start: mvtec.network(recipe, start, "fine-tuned")[0] for start in starts},
         lambda place: few if place else [case for case in defects.CASES if case[2] > 0],
         RECIPES["mvtec"][recipe].batch_size,
         category.card,

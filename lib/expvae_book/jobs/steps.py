@@ -90,11 +90,12 @@ def fit(
         for name, (which, truth) in followed.items():
             maps = seen.explain(trained.model, which, layers, measures.PRESETS)
             courses[name].add(steps, chain(seen.places(len(which)).items(), maps), truth)
-    job.losses = _losses(trained)
+    job.losses = losses(trained)
     return Fit(lambda: trained, list(courses.values()))
 
 
-def _losses(trained: Trained) -> dict[str, list[float]]:
+def losses(trained: Trained) -> dict[str, list[float]]:
+    """The curves of a training."""
     return {name: value for name, value in vars(trained.history).items() if isinstance(value, list)}
 
 
@@ -141,7 +142,7 @@ def save(
         store,
         parameters,
         metrics=metrics,
-        losses=_losses(trained),
+        losses=losses(trained),
         arrays=arrays,
         figures=pictures,
         card=card,

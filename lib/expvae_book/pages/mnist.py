@@ -248,13 +248,7 @@ def examples(x_BYX: figures.Images, maps: Mapping[str, np.ndarray], credit: str)
     """A test image of each digit under the maps of the trained and of the untrained network, at their resolution."""
     if not maps:
         return figures.NOT_KEPT
-    rows: dict[str, figures.Images] = {"image": x_BYX}
+    shown: dict[str, figures.Images] = {}
     for kind, preset in KINDS.items():
-        named = {state: f"{state}/conv2, {preset}" for state in ("trained", "untrained")}
-        for state, name in named.items():
-            map_BHW = maps[name].astype(np.float32)
-            title = f"{kind},\n{state}"
-            rows[title] = map_BHW / max(float(np.quantile(map_BHW, 0.99)), 1e-12)
-    label = "map / its row's 99th percentile"
-    titles = [str(number) for number in range(10)]
-    return figures.show(figures.image_rows(rows, maps=list(rows)[1:], titles=titles, label=label, credit=credit))
+        shown |= figures.before_and_after(maps, "conv2", preset, kind)
+    return figures.examples({"image": x_BYX}, shown, titles=[str(number) for number in range(10)], credit=credit)

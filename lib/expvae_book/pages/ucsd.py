@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -105,17 +104,13 @@ def _published_and_ours(run: Run) -> Figure:
     ]
     for layer in LAYERS:
         control = tables.untrained_point(AUROC, layer, "liu2020_paper", dataset="ucsd")
-        ours = _ends(run.metric(AUROC, f"{layer}, liu2020_paper", TEST))
+        ours = report.ends(run.metric(AUROC, f"{layer}, liu2020_paper", TEST))
         points.append({"method": layer, "group": "ours, trained"} | ours)
         points.append({"method": layer, "group": "ours, never trained"} | control)
     simple = (ERROR, "mean image difference")
     points += [run.metric(AUROC, name, TEST) | {"group": "without attention"} for name in simple]
     table = pd.DataFrame(points).dropna(subset="value")
     return figures.intervals(table, label="pixel AUROC, ours by the paper's rule", chance=0.5)
-
-
-def _ends(row: Mapping[str, Any]) -> dict[str, float]:
-    return {name: row[name] for name in ("value", "low", "high")}
 
 
 def at_hand(run: Run) -> Markdown:
@@ -288,12 +283,7 @@ def examples(
     """
     if not maps:
         return figures.NOT_KEPT
-    rows, drawn = dict(frames), list(frames)[-1:]
-    rows[drawn[0]] = np.asarray(rows[drawn[0]]) / np.quantile(rows[drawn[0]], 0.99)
-    for state in ("trained", "untrained"):
-        map_BHW = maps[f"{state}/{layer}, {preset}"].astype(np.float32)
-        drawn.append(f"attention,\n{state}")
-        rows[drawn[-1]] = map_BHW / max(float(np.quantile(map_BHW, 0.99)), 1e-12)
+    *pictures, difference = frames
+    shown = {difference: frames[difference]} | figures.before_and_after(maps, layer, preset)
     titles = ["anomalous", "anomalous", "normal", "normal"]
-    label = "map / its row's 99th percentile"
-    return figures.show(figures.image_rows(rows, maps=drawn, titles=titles, label=label, credit=credit, grey="gray"))
+    return figures.examples({name: frames[name] for name in pictures}, shown, titles=titles, credit=credit, grey="gray")

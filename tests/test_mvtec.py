@@ -19,7 +19,6 @@ from expvae_book import (
     baselines,
     defects,
     explanation,
-    localisation,
     measures,
     names,
     probes,
@@ -27,12 +26,18 @@ from expvae_book import (
     recipes,
     runs,
     training,
+    weights,
 )
 from expvae_book.augmentation import turned_at_load
+from expvae_book.chapters import Job
+from expvae_book.data import card as cards
 from expvae_book.data import mvtec
 from expvae_book.data.card import DataCard
 from expvae_book.data.imagenet import ImageNet
+from expvae_book.jobs import mvtec as mvtec_job
+from expvae_book.jobs import steps
 from expvae_book.names import ATTENTION, BASELINES, COMMON, LAYERS, METHODS, SSIM
+from expvae_book.pages import mvtec as page
 
 SIDE = 64
 DEFECTS = ["broken", "broken", "good", "good", "stained", "stained"]
@@ -46,10 +51,11 @@ PARAMETERS = {
     "augmented": 12,
     "epochs": 1,
     "precision": "float32",
+    "device": "cpu",
     "seed": 0,
 }
 SHOWN = "layer2.1.conv1, liu2020_code"
-PICTURED = localisation.PICTURED
+PICTURED = mvtec_job.PICTURED
 SIMPLE = [name for name in BASELINES if name != COMMON] + [names.PRIOR]
 # Every layer by every preset; on few images where that takes long.
 EVERYTHING, FEWER = ([case for case in defects.CASES if (case[2] == 1) == whole] for whole in (True, False))
@@ -182,22 +188,16 @@ def computed(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EXPVAE_RUNS", str(tmp_path_factory.mktemp("runs")))
         patch.setenv("EXPVAE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(localisation, "network", lambda *_: (Small, "random, fine-tuned", ""))
-        follow = localisation.follow
-
-        def kept(data, parameters, device):
-            found = follow(data, parameters, device)
-            MODELS[parameters["seed"]] = found[0].model
-            return found
-
-        patch.setattr(localisation, "follow", kept)
+        patch.setattr(mvtec_job, "network", lambda *_: (Small, "random, fine-tuned", ""))
         patch.setitem(probes.VAES, "Small", lambda latents: Small())
         found = {}
         for seed, (name, data) in enumerate(CASES.items()):
             patch.setattr(mvtec, "load", lambda *_, data=data: data)
-            parameters = PARAMETERS | {"seed": seed}
-            localisation.compute(parameters, torch.device("cpu"))
-            found[name] = runs.load("mvtec15", parameters)
+            job = Job("mvtec15", PARAMETERS | {"seed": seed}, None)
+            seen = mvtec_job.load(job)
+            fit = mvtec_job.fit(job, seen)
+            mvtec_job.measure(job, fit, seen)
+            found[name], MODELS[seed] = runs.load("mvtec15", job.parameters), fit.trained.model
         return found
 
 
@@ -334,7 +334,7 @@ def test_the_record_says_how_it_was_trained(computed):
     pictured = {
         f"{state}/{layer}, {preset}"
         for state in ("trained", "untrained")
-        for layer in localisation.PICTURED
+        for layer in mvtec_job.PICTURED
         for preset in measures.PRESETS
     }
     pictured |= {f"{name}, peak" for name in pictured}
@@ -367,10 +367,9 @@ def test_the_record_says_how_it_was_trained(computed):
 def test_the_run_is_that_of_the_model_in_the_cache(computed, monkeypatch, tmp_path):
     """Trained again in an empty cache, and its maps measured by scikit-learn."""
     monkeypatch.setenv("EXPVAE_CACHE", str(tmp_path))
-    monkeypatch.setattr(localisation, "network", lambda *_: (Small, "random, fine-tuned", ""))
+    monkeypatch.setattr(mvtec_job, "network", lambda *_: (Small, "random, fine-tuned", ""))
     data, run = category(), computed["all"]
-    train, _ = localisation.trainer(data, PARAMETERS, torch.device("cpu"))
-    trained = train(PARAMETERS["epochs"])
+    trained = mvtec_job.trainer(data, PARAMETERS)(PARAMETERS["epochs"])
     assert trained.key == run.record["weights"]["key"]
     map_NYX = explain(trained.model, data.test_NCYX, "layer2.1.conv1", "liu2020_code", batch=8, seed=0)
     truth = torch.stack(data.test_mask).flatten()
@@ -381,7 +380,7 @@ def test_the_run_is_that_of_the_model_in_the_cache(computed, monkeypatch, tmp_pa
     defective = [defect != "good" for defect in DEFECTS]
     expected = roc_auc_score(defective, map_NYX.mean((1, 2)))
     assert run.metric("image AUROC", ATTENTION, "mean")["value"] == pytest.approx(expected)
-    _, held_out_NCYX = localisation.split(data)
+    _, held_out_NCYX = mvtec_job.split(data)
     common = explain(trained.model, held_out_NCYX, "layer2.1.conv1", "liu2020_code", batch=8, seed=0)
     expected = roc_auc_score(truth, common.mean(0).expand_as(map_NYX).flatten())
     assert run.metric("pixel AUROC", COMMON)["value"] == pytest.approx(expected, abs=1e-5)
@@ -395,27 +394,26 @@ def test_weights_that_start_otherwise_are_other_weights(monkeypatch, tmp_path):
     monkeypatch.setenv("EXPVAE_CACHE", str(tmp_path))
     found = []
     for start, digest in (("random, fine-tuned", ""), ("imagenet, frozen", "a1"), ("imagenet, frozen", "b2")):
-        monkeypatch.setattr(localisation, "network", lambda *_, made=(Small, start, digest): made)
-        train, facts = localisation.trainer(category(), PARAMETERS, torch.device("cpu"))
-        trained = train(1)
+        monkeypatch.setattr(mvtec_job, "network", lambda *_, made=(Small, start, digest): made)
+        trained, facts = mvtec_job.trainer(category(), PARAMETERS)(1), mvtec_job.facts(category(), PARAMETERS)
         assert facts["encoder"] == start
         assert facts.get("initial weights", "") == digest
         found.append(trained)
     assert len({trained.key for trained in found}) == 3
     assert not any(trained.reused for trained in found)
-    assert localisation.trainer(category(), PARAMETERS, torch.device("cpu"))[0](1).reused
+    assert mvtec_job.trainer(category(), PARAMETERS)(1).reused
 
 
-def test_images_turned_at_load_are_the_originals(monkeypatch):
-    monkeypatch.setattr(localisation, "network", lambda *_: (Small, "random, fine-tuned", ""))
-    monkeypatch.setattr(localisation.augmentation, "augment", lambda *_: pytest.fail("images were multiplied"))
-    parameters = PARAMETERS | {"recipe": "report2_code", "augmentation": "report2_code"}
-    train, facts = localisation.trainer(category(), parameters, torch.device("cpu"))
-    trained, data = train(2), localisation.split(category())
-    assert facts == {"encoder": "random, fine-tuned", "originals": 8, "images": 8}
+@pytest.mark.parametrize(("augmentation", "vary"), [("report2_code", turned_at_load), ("none", None)])
+def test_images_that_are_not_multiplied_are_the_originals(monkeypatch, augmentation, vary):
+    monkeypatch.setattr(mvtec_job, "network", lambda *_: (Small, "random, fine-tuned", ""))
+    monkeypatch.setattr(mvtec_job.augmentation, "augment", lambda *_: pytest.fail("images were multiplied"))
+    parameters = PARAMETERS | {"recipe": "report2_code", "augmentation": augmentation}
+    trained, data = mvtec_job.trainer(category(), parameters)(2), mvtec_job.split(category())
+    assert mvtec_job.facts(category(), parameters) == {"encoder": "random, fine-tuned", "originals": 8, "images": 8}
     expected = training.build(Small, 0)
     options = {"epochs": 2, "seed": 0, "progress": False}
-    training.train(expected, *data, recipes.MVTEC["report2_code"], vary=turned_at_load, **options)
+    training.train(expected, *data, recipes.MVTEC["report2_code"], vary=vary, **options)
     for ours, theirs in zip(trained.model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -432,21 +430,21 @@ OWN_NETWORKS = pytest.mark.parametrize(
 @pytest.mark.parametrize(("initial", "encoder"), [("imagenet", "fine-tuned"), ("auto", "frozen"), ("random", "frozen")])
 def test_networks_of_their_own_have_neither_choice(recipe, network, initial, encoder):
     with pytest.raises(ValueError, match=rf"^recipe='{recipe}' has a ResNet of its own, .* give initial='auto' or"):
-        localisation.network(recipe, initial, encoder)
+        mvtec_job.network(recipe, initial, encoder)
 
 
 def test_what_cannot_be_had_is_refused_before_images_are_read(monkeypatch):
-    monkeypatch.setattr(localisation.mvtec, "load", lambda *_: pytest.fail("images were read"))
+    monkeypatch.setattr(mvtec_job.mvtec, "load", lambda *_: pytest.fail("images were read"))
     chosen = {"recipe": "brongers2021", "initial": "imagenet", "encoder": "fine-tuned"}
     with pytest.raises(ValueError, match=r"^recipe='brongers2021' has a ResNet of its own"):
-        localisation.compute(chosen | {"category": "bottle", "data": "sample", "seed": 0}, torch.device("cpu"))
+        mvtec_job.load(Job("mvtec15", chosen | {"category": "bottle", "data": "sample"}, None))
 
 
 def test_imagenet_that_cannot_be_had_is_refused(monkeypatch):
-    monkeypatch.setattr(localisation.imagenet, "load", lambda: None)
+    monkeypatch.setattr(mvtec_job.imagenet, "load", lambda: None)
     both = r"weights/resnet18_imagenet\.safetensors in the data root, or torchvision's weights"
     with pytest.raises(ValueError, match=rf"^initial='imagenet' needs {both} .* initial='random' does"):
-        localisation.network("report1", "imagenet", "frozen")
+        mvtec_job.network("report1", "imagenet", "frozen")
 
 
 @pytest.mark.parametrize(
@@ -468,9 +466,9 @@ def test_what_the_encoder_starts_from(monkeypatch, initial, encoder, there, word
         return nn.Identity()
 
     chosen = ImageNet({"conv1.weight": torch.ones(1)}, "ab12")
-    monkeypatch.setattr(localisation.imagenet, "load", lambda: chosen if there else None)
-    monkeypatch.setattr(localisation, "MVTecVAE", stand_in)
-    make, start, digest = localisation.network("report2", initial, encoder)
+    monkeypatch.setattr(mvtec_job.imagenet, "load", lambda: chosen if there else None)
+    monkeypatch.setattr(mvtec_job, "MVTecVAE", stand_in)
+    make, start, digest = mvtec_job.network("report2", initial, encoder)
     assert start == words
     assert digest == ("ab12" if words.startswith("imagenet") else "")
     assert calls == []
@@ -481,10 +479,10 @@ def test_what_the_encoder_starts_from(monkeypatch, initial, encoder, there, word
 
 @OWN_NETWORKS
 def test_networks_of_their_own_are_built(recipe, network, monkeypatch):
-    monkeypatch.setitem(localisation.OWN_NETWORKS, recipe, lambda latents: nn.Linear(1, latents))
-    monkeypatch.setattr(localisation.imagenet, "load", lambda: pytest.fail("ImageNet's weights were looked for"))
+    monkeypatch.setitem(mvtec_job.OWN_NETWORKS, recipe, lambda latents: nn.Linear(1, latents))
+    monkeypatch.setattr(mvtec_job.imagenet, "load", lambda: pytest.fail("ImageNet's weights were looked for"))
     for initial in ("auto", "random"):
-        make, start, digest = localisation.network(recipe, initial, "fine-tuned")
+        make, start, digest = mvtec_job.network(recipe, initial, "fine-tuned")
         assert (start, digest) == ("random, fine-tuned", "")
         assert make().out_features == 32
 
@@ -494,7 +492,7 @@ def test_networks_of_their_own_are_built(recipe, network, monkeypatch):
 
 def test_a_fifth_of_the_training_images_is_held_out():
     data = category()
-    train_NCYX, held_out_NCYX = localisation.split(data)
+    train_NCYX, held_out_NCYX = mvtec_job.split(data)
     assert (len(train_NCYX), len(held_out_NCYX)) == (8, 2)
     parts = sorted(x_CYX.numpy().tobytes() for x_CYX in torch.cat([train_NCYX, held_out_NCYX]))
     assert parts == sorted(x_CYX.numpy().tobytes() for x_CYX in data.train_NCYX)
@@ -688,10 +686,10 @@ def test_an_image_that_is_anomalous_all_over_is_not_missed(data, maps):
 
 def test_what_the_latents_carry(small):
     data = category()
-    _, held_out_NCYX = localisation.split(data)
+    _, held_out_NCYX = mvtec_job.split(data)
     restored_NCYX = explanation.reconstruct(small, data.test_NCYX)
     mean_CYX = training.to_unit(data.train_NCYX).mean(0)
-    rows, kl_I = localisation.latent_rows(small, data, mean_CYX, restored_NCYX)
+    rows, kl_I = mvtec_job.latent_rows(small, data, mean_CYX, restored_NCYX)
     with torch.no_grad():
         mu_NI = small.encode(data.test_NCYX / 255)[0].numpy()
         mu_VI, logvar_VI = (values.double() for values in small.encode(held_out_NCYX / 255))
@@ -715,7 +713,7 @@ def test_frozen_weights_count_as_parameters_that_are_not_trained():
     del model.encoder.conv1.weight
     model.encoder.conv1.register_buffer("weight", weight)
     model.register_buffer("running_mean", torch.zeros(5))
-    rows, _ = localisation.latent_rows(model, only([]), torch.full((3, SIDE, SIDE), 0.5), torch.empty(0, 3, SIDE, SIDE))
+    rows, _ = mvtec_job.latent_rows(model, only([]), torch.full((3, SIDE, SIDE), 0.5), torch.empty(0, 3, SIDE, SIDE))
     assert value(rows, "parameters") == total
     assert value(rows, "parameters, trained") == total - 4 * 3 * 4 * 4
 
@@ -736,10 +734,10 @@ def twelve_defects():
 
 def test_the_panel_shows_four_defects_the_same_for_every_job():
     data, map_NYX = twelve_defects()
-    figure = localisation.panel(data, map_NYX, training.to_unit(data.test_NCYX), 0.7)
+    figure = mvtec_job.panel(data, map_NYX, training.to_unit(data.test_NCYX), 0.7)
     pictures = [np.asarray(axis.images[0].get_array()) for axis in figure.axes if axis.images]
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
-    assert titles == [f"kind {i}" for i in localisation.shown(data)]
+    assert titles == [f"kind {i}" for i in mvtec_job.shown(data)]
     assert len(set(titles)) == 4
     assert titles != [f"kind {i}" for i in (1, 2, 3, 4)]
     assert not {"good", "kind 0", "kind 11"} & set(titles)
@@ -756,11 +754,11 @@ def test_the_panel_shows_four_defects_the_same_for_every_job():
 
 def test_flagged_pixels_are_those_of_a_slow_loop():
     data, map_NYX = twelve_defects()
-    counts = localisation.flagged_counts(data, map_NYX)
+    counts = mvtec_job.flagged_counts(data, map_NYX)
     assert len(counts["thresholds"]) == 100
     assert counts["thresholds"][-1] == pytest.approx(np.quantile(map_NYX, 0.999))
     known = [i for i, mask_YX in enumerate(data.test_mask) if mask_YX is not None]
-    groups = [*([i] for i in localisation.shown(data)), known]
+    groups = [*([i] for i in mvtec_job.shown(data)), known]
     for place, group in enumerate(groups):
         score, truth = map_NYX[group], torch.stack([data.test_mask[i] for i in group])
         assert counts["flagged/anomalous"][place] == truth.sum()
@@ -776,11 +774,14 @@ def test_maps_of_the_defects_shown_are_kept_of_the_trained_and_of_the_untrained_
     monkeypatch.setattr(measures, "PRESETS", ("liu2020_code",))
     torch.manual_seed(12)
     data, start = category(), Small().eval()
-    normal = explanation.normal_posterior(small, localisation.split(data)[0])
-    arrays = localisation.pictured(small, normal, start, data)
+    monkeypatch.setattr(mvtec_job, "network", lambda *_: (Small, "", ""))
+    monkeypatch.setattr(training, "build", lambda make, seed: start)
+    trained = weights.Trained(small, training.History(), "key", "file", "cpu", "float32", True)
+    fit = steps.Fit(lambda: trained)
+    arrays = mvtec_job.explain(Job("mvtec15", PARAMETERS, None), fit, data)
     kept = {f"{state}/{n}, liu2020_code" for state in ("trained", "untrained") for n in PICTURED}
     assert arrays.keys() == kept | {f"{name}, peak" for name in kept}
-    x_BCYX = data.test_NCYX[localisation.shown(data)] / 255
+    x_BCYX = data.test_NCYX[mvtec_job.shown(data)] / 255
     for state, model in {"trained": small, "untrained": start}.items():
         for layer in PICTURED:
             expected = attention(model.encode, f"encoder.{layer}", x_BCYX, "liu2020_code").map_BIHW.mean(1)
@@ -791,9 +792,24 @@ def test_maps_of_the_defects_shown_are_kept_of_the_trained_and_of_the_untrained_
 # Which categories
 
 
-def test_categories_are_chosen_by_name_or_all_of_the_protocol():
-    assert localisation.chosen("all", ["pill", "cable"]) == ["pill", "cable"]
-    assert localisation.chosen(" bottle, pill ,bottle,", ["cable"]) == ["bottle", "pill"]
+def chosen(chapter, categories, **parameters):
+    given = {"recipe": "report1", "augmentation": "none", "augmented": 7, "epochs": 0, "data": "auto"} | parameters
+    return page.jobs(chapter, categories, given, again=False)
+
+
+def test_categories_are_chosen_by_name_or_all_of_the_protocol(monkeypatch, tmp_path):
+    monkeypatch.delenv("EXPVAE_MODE", raising=False)
+    monkeypatch.setenv("EXPVAE_RUNS", str(tmp_path))
+    assert list(chosen("mvtec10", "all")) == list(names.TEN)
+    assert list(chosen("mvtec15", " all ")) == list(mvtec.CATEGORIES)
+    jobs = chosen("mvtec15", " bottle, pill ,bottle,")
+    assert list(jobs) == ["bottle", "pill"]
+    epochs = recipes.MVTEC["report1"].epochs
+    assert jobs["pill"].parameters.items() >= {"category": "pill", "augmented": 0, "epochs": epochs}.items()
+    multiplied = chosen("mvtec15", "pill", augmentation="paper", epochs=3)["pill"].parameters
+    assert multiplied.items() >= {"augmented": 7, "epochs": 3}.items()
+    multiplied = chosen("mvtec15", "pill", augmentation="paper", augmented=0)["pill"].parameters
+    assert multiplied["augmented"] == recipes.PAPER_COUNT
 
 
 @pytest.mark.parametrize("categories", ["bottel", "bottle,metal nut", "", ","])
@@ -801,16 +817,29 @@ def test_unknown_categories_are_refused_in_one_sentence(categories):
     with pytest.raises(
         ValueError, match=r"^categories must be all, or some of bottle, cable, .*, zipper; got '"
     ) as error:
-        localisation.chosen(categories, mvtec.CATEGORIES)
+        chosen("mvtec15", categories)
     assert "\n" not in str(error.value)
 
 
-def test_samples_stand_in_only_where_no_category_is_at_hand(monkeypatch):
-    there = ["pill"]
-    monkeypatch.setattr(mvtec, "available", lambda: there)
-    wanted = ["bottle", "pill"]
-    assert localisation.at_hand(wanted, "auto") == localisation.at_hand(wanted, "real") == ["pill"]
-    assert localisation.at_hand(wanted, "sample") == wanted
+def test_samples_stand_in_only_where_no_category_is_at_hand(monkeypatch, tmp_path):
+    monkeypatch.delenv("EXPVAE_MODE", raising=False)
+    monkeypatch.setenv("EXPVAE_RUNS", str(tmp_path))
+    there, measured = ["pill"], []
+    monkeypatch.setattr(cards, "available", lambda: there)
+    for name in ("load", "fit"):
+        monkeypatch.setattr(mvtec_job, name, lambda *_: None)
+    monkeypatch.setattr(mvtec_job, "measure", lambda job, *_: measured.append(job.parameters["category"]))
+
+    def computed(data):
+        measured.clear()
+        mvtec_job.measure_all(chosen("mvtec15", "bottle,pill", data=data))
+        return list(measured)
+
+    assert computed("auto") == computed("real") == ["pill"]
+    assert computed("sample") == ["bottle", "pill"]
+    assert page.walked(chosen("mvtec15", "bottle,pill")).parameters["category"] == "pill"
     there.clear()
-    assert localisation.at_hand(wanted, "auto") == wanted
-    assert localisation.at_hand(wanted, "real") == []
+    assert computed("auto") == ["bottle", "pill"]
+    assert computed("real") == []
+    with pytest.raises(FileNotFoundError, match=r"^no images of bottle, metal nut are at hand; fetch them with: "):
+        page.walked(chosen("mvtec15", "bottle,metal_nut", data="real"))

@@ -1,7 +1,6 @@
-"""Anomaly localisation on MVTec AD: train on a category's normal images, explain its test images, measure the maps.
+"""MVTec AD: train on a category's normal images, and measure how the maps of every layer find the defects.
 
-Both MVTec chapters run this, each with its own report's recipe. One category at a time: its images, its model, its
-maps and its numbers; the trained weights are kept, so that nothing is trained twice.
+A job trains one model of one category and stores what any page will ask of it; both chapters share the store.
 """
 
 import time
@@ -22,6 +21,7 @@ from expvae_book import (
     augmentation,
     baselines,
     defects,
+    devices,
     explanation,
     figures,
     measures,
@@ -31,45 +31,41 @@ from expvae_book import (
     training,
     weights,
 )
-from expvae_book.data import imagenet, mvtec
+from expvae_book.chapters import Job
+from expvae_book.data import card, imagenet, mvtec
 from expvae_book.jobs import steps
 from expvae_book.names import LAYERS, PRIOR
 
 OWN_NETWORKS = {"brongers2021": BrongersMVTecVAE, "report2_code": Report2MVTecVAE}  # always from random weights
+NETWORK = ("recipe", "initial", "encoder")  # parameters that say which
 HELD_OUT = 0.2  # of the training images, as in the first report
 SHOWN = 4  # defects in a panel
 PICTURED = LAYERS[1:2] + LAYERS[3:]  # whose maps of the defects shown are kept; larger ones would fill the record
 
 
-def chosen(categories: str, protocol: Sequence[str]) -> list[str]:
-    """The categories that a chapter is asked for.
-
-    Args:
-        categories: "all", or names with commas between them.
-        protocol: What "all" stands for.
+def load(job: Job) -> mvtec.Category:
+    """The images of a job's category.
 
     Raises:
-        ValueError: If a name is not one of the fifteen.
+        ValueError: As for `network`, before anything is read.
     """
-    if categories.strip() == "all":
-        return list(protocol)
-    names = list(dict.fromkeys(filter(None, (name.strip() for name in categories.split(",")))))
-    unknown = [name for name in names if name not in mvtec.CATEGORIES]
-    if unknown or not names:
-        raise ValueError(f"categories must be all, or some of {', '.join(mvtec.CATEGORIES)}; got {categories!r}")
-    return names
+    network(*(job.parameters[name] for name in NETWORK))
+    return mvtec.load(job.parameters["category"], job.parameters["data"])
 
 
-def at_hand(categories: Sequence[str], data: str) -> list[str]:
-    """Those of the categories that can be computed.
+def strip(category: mvtec.Category) -> Figure:
+    """Training images, and the defects that are shown everywhere, with their masks."""
+    chosen = shown(category)
+    rows = {"training": category.train_NCYX[: len(chosen)], "test": category.test_NCYX[chosen]}
+    pictures: dict[str, figures.Images] = {name: coloured(x_BCYX) for name, x_BCYX in rows.items()}
+    pictures["mask"] = [category.test_mask[i].float() for i in chosen]
+    titles = [category.test_defect[i].replace("_", " ") for i in chosen]
+    return figures.image_rows(pictures, maps=[], titles=titles, label="", credit=category.credit, grey="gray")
 
-    With data="auto" that is the real ones at hand, and, where nothing of MVTec AD is, all of them as generated samples:
-    the two are never mixed.
-    """
-    there = mvtec.available()
-    if data == "sample" or (data == "auto" and not there):
-        return list(categories)
-    return [category for category in categories if category in there]
+
+def coloured(x_BCYX: UInt8[Tensor, "b c y x"]) -> list[Float[Tensor, "y x c"]]:
+    """Images as figures take them."""
+    return list(training.to_unit(x_BCYX).permute(0, 2, 3, 1))
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -114,66 +110,65 @@ def network(recipe: str, initial: str, encoder: str) -> tuple[Callable[[], nn.Mo
     )
 
 
-def trainer(
-    category: mvtec.Category, parameters: Mapping[str, Any], device: torch.device
-) -> tuple[Callable[[int], weights.Trained], dict[str, Any]]:
+def trainer(category: mvtec.Category, parameters: Mapping[str, Any]) -> Callable[[int], weights.Trained]:
     """How to train the VAE of a category for so many epochs, or to read its weights where that was done before.
 
     Args:
         category: Its images.
-        parameters: recipe, initial, encoder, augmentation, augmented, precision and seed, as the chapters declare them;
-            an augmentation at load leaves the originals as many as they are, and does not read augmented.
-        device: Where to train.
-
-    Returns:
-        The training, and what of it the record keeps: what the encoder starts from, and how many images, before and
-        after augmentation, it is trained on.
+        parameters: recipe, initial, encoder, augmentation, augmented, precision, seed and device, as the chapters
+            declare them; augmented is read where images are multiplied before the training.
     """
-    make, start, digest = network(parameters["recipe"], parameters["initial"], parameters["encoder"])
+    make, start, digest = network(*(parameters[name] for name in NETWORK))
     train_NCYX, held_out_NCYX = split(category)
-    vary, augmented_NCYX = augmentation.AT_LOAD.get(parameters["augmentation"]), train_NCYX
-    if not vary:
-        augmented_NCYX = augmentation.augment(
-            train_NCYX, category.name, parameters["augmentation"], parameters["augmented"], parameters["seed"]
-        )
+    how, seed = parameters["augmentation"], parameters["seed"]
+    if how not in recipes.KEPT:
+        train_NCYX = augmentation.augment(train_NCYX, category.name, how, parameters["augmented"], seed)
 
     def train(epochs: int) -> weights.Trained:
         return weights.trained(
             make,
-            augmented_NCYX,
+            train_NCYX,
             held_out_NCYX,
             recipes.MVTEC[parameters["recipe"]],
             epochs=epochs,
-            seed=parameters["seed"],
-            device=device,
+            seed=seed,
+            device=devices.choose_device(parameters["device"]),
             variant=", ".join(filter(None, (start, digest))),
             precision=parameters["precision"],
-            vary=vary,
+            vary=augmentation.AT_LOAD.get(how),
         )
 
-    facts = {"encoder": start, "originals": len(train_NCYX), "images": len(augmented_NCYX)}
-    return train, facts | ({"initial weights": digest} if digest else {})
+    return train
 
 
-def follow(
-    category: mvtec.Category, parameters: Mapping[str, Any], device: torch.device
-) -> tuple[weights.Trained, measures.Course, dict[str, Any]]:
-    """Train, and measure maps on some test images at its stages; see `trainer` for the arguments and the last value."""
-    train, facts = trainer(category, parameters, device)
-    some_N = defects.some_of(len(category.test_NCYX), defects.THIRD)
-    seen = defects.Seen.of(category, some_N)
-    course, batch = measures.Course(), recipes.MVTEC[parameters["recipe"]].batch_size
+def facts(category: mvtec.Category, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record says of a training: where its encoder starts, and its images before and after augmentation."""
+    _, start, digest = network(*(parameters[name] for name in NETWORK))
+    originals = len(split(category)[0])
+    images = originals if parameters["augmentation"] in recipes.KEPT else parameters["augmented"]
+    known = {"encoder": start, "originals": originals, "images": images}
+    return known | ({"initial weights": digest} if digest else {})
+
+
+def fit(job: Job, category: mvtec.Category) -> steps.Fit:
+    """The training of a job, whose maps are followed on a third of the test images: see `expvae_book.defects`."""
+    train, wanted, course = trainer(category, job.parameters), job.parameters, measures.Course()
+    if job.run is not None:
+        return steps.Fit(lambda: train(wanted["epochs"]))
+    images = facts(category, wanted)["images"]
+    seen = defects.Seen.of(category, defects.some_of(len(category.test_NCYX), defects.THIRD))
+    batch = recipes.MVTEC[wanted["recipe"]].batch_size
     places = baselines.places(split(category)[0], int(seen.known_N.sum()))
-    for done, trained in measures.stages(train, parameters["epochs"]):
+    for done, trained in measures.stages(train, wanted["epochs"]):
         if not seen.masked:
             continue
         # Batch normalisation has seen no image before the first step.
         model = trained.model if done else randomised.settle(trained.model, split(category)[0])
-        late = not done or done >= defects.LATE * parameters["epochs"]
+        late = not done or done >= defects.LATE * wanted["epochs"]
         maps = explained(model, category, seen, defects.FOLLOWED + (defects.FOLLOWED_LATE if late else ()), batch)
-        course.add(done * -(-facts["images"] // batch), chain(places.items(), maps), seen.truth)
-    speed = trained.history.images / max(trained.history.seconds, 1e-9)
-    return trained, course, facts | {"precision": trained.precision, "images_per_second": speed}
+        course.add(done * -(-images // batch), chain(places.items(), maps), seen.truth)
+    job.losses = steps.losses(trained)
+    return steps.Fit(lambda: trained, [course])
 
 
 def explained(
@@ -235,7 +230,7 @@ def panel(
     scale = float(np.quantile(map_NYX.numpy(), 0.99)) or 1.0
     return figures.image_rows(
         {
-            "image": list(training.to_unit(category.test_NCYX[chosen]).permute(0, 2, 3, 1)),
+            "image": coloured(category.test_NCYX[chosen]),
             "mask": [category.test_mask[i].float() for i in chosen],
             "reconstruction": [restored_NCYX[i].permute(1, 2, 0) for i in chosen],
             "attention": [map_NYX[i] / scale for i in chosen],
@@ -244,7 +239,7 @@ def panel(
         maps=["attention"],
         titles=[category.test_defect[i].replace("_", " ") for i in chosen],
         label="attention / its 99th percentile",
-        credit=f"{category.card.credit} {category.card.mark}".strip(),
+        credit=category.credit,
         grey="gray",
     )
 
@@ -255,17 +250,34 @@ def shown(category: mvtec.Category) -> list[int]:
     return [masked[i] for i in defects.some_of(len(masked), least=SHOWN)]
 
 
-def pictured(
-    model: nn.Module, normal: tuple[Tensor, Tensor], start: nn.Module, category: mvtec.Category
-) -> dict[str, np.ndarray]:
-    """The maps of the defects shown, of the trained network, with its normal posterior, and of its initial state."""
-    normals, arrays = {"trained": normal, "untrained": explanation.normal_posterior(start, split(category)[0])}, {}
+def explain(job: Job, fit: steps.Fit, category: mvtec.Category) -> dict[str, np.ndarray]:
+    """The maps of the defects shown, of the trained network and of the one that it started from.
+
+    Of some layers by each preset the mean over the latents at the layer's resolution; as `measures.halved` gives them,
+    by names such as "untrained/layer2.1.conv1, liu2020_code".
+    """
+    if job.run is not None:
+        return {name: map_ for name, map_ in job.run.arrays.items() if name.startswith(("trained/", "untrained/"))}
+    if not shown(category):
+        return {}
+    make = network(*(job.parameters[name] for name in NETWORK))[0]
+    model, arrays = fit.trained.model, {}
+    start = training.build(make, job.parameters["seed"]).eval().to(next(model.parameters()).device)
     for state, one in {"trained": model, "untrained": start}.items():
-        maps = measures.examples(
-            one, PICTURED, measures.PRESETS, category.test_NCYX[shown(category)], normals[state], measures.SEED
-        )
+        normal = explanation.normal_posterior(one, split(category)[0])
+        x_BCYX = category.test_NCYX[shown(category)]
+        maps = measures.examples(one, PICTURED, measures.PRESETS, x_BCYX, normal, measures.SEED)
         arrays |= {f"{state}/{name}": map_BHW for name, map_BHW in maps.items()}
     return arrays
+
+
+def pictures(category: mvtec.Category) -> dict[str, figures.Images]:
+    """Those defects, and their masks."""
+    chosen = shown(category)
+    return {
+        "image": coloured(category.test_NCYX[chosen]),
+        "mask": [category.test_mask[i].float() for i in chosen],
+    }
 
 
 def flagged_counts(category: mvtec.Category, map_NYX: Float[Tensor, "n y x"]) -> dict[str, np.ndarray]:
@@ -281,46 +293,21 @@ def flagged_counts(category: mvtec.Category, map_NYX: Float[Tensor, "n y x"]) ->
     }
 
 
-def compute(parameters: Mapping[str, Any], device: torch.device) -> runs.Run:
-    """Train and measure one category, and store the run; the job of both MVTec chapters.
-
-    Args:
-        parameters: What determines it: category, epochs and data beside what `trainer` needs.
-        device: Where to compute.
-    """
-    make = network(parameters["recipe"], parameters["initial"], parameters["encoder"])[0]  # refuses before it reads
-    category = mvtec.load(parameters["category"], parameters["data"])
-    recipe, seed = recipes.MVTEC[parameters["recipe"]], parameters["seed"]
-    trained, course, facts = follow(category, parameters, device)
-    started, model = time.monotonic(), trained.model
-    train_NCYX, held_out_NCYX = split(category)
-    mean_CYX, everything_NCYX = training.to_unit(train_NCYX).mean(0), torch.cat([category.test_NCYX, held_out_NCYX])
-    restored_NCYX = explanation.reconstruct(model, everything_NCYX)
-    rows, kl_I = latent_rows(model, category, mean_CYX, restored_NCYX[: len(category.test_NCYX)])
-    arrays, drawn, maps = {"kl_per_latent": kl_I}, {}, []
-    simple = defects.baseline_maps(everything_NCYX, restored_NCYX, mean_CYX)
-    simple[PRIOR] = baselines.position_prior(train_NCYX).expand(len(everything_NCYX), -1, -1)
-    if len(category.test_NCYX) > 1:  # no interval comes from one image
-        normal = explanation.normal_posterior(model, train_NCYX)
-        measured, further, kept = defects.evaluate(model, category, held_out_NCYX, simple, normal, recipe.batch_size)
-        maps = [name for name in measured.measured if ", " in name and not name.startswith("mean of ")]
-        rows += measured.rows + further + course.rows()
-        rows += defects.change_rows(model, category, normal, recipe.batch_size)
-        of_cascade, compared = cascade(model, category, parameters)
-        rows += of_cascade
-        few = [measures.map_name(*pair) for case in defects.CASES if not case[2] for pair in product(case[1], case[0])]
-        named = [*maps, *(name for name in simple if name in measured.measured)]
-        arrays |= measured.replicates(name for name in named if name not in few)  # no interval is paired with those
-        arrays |= course.arrays() | compared
-        if seed == 0 and shown(category):
-            (map_NYX, flagged) = kept[measures.map_name(*defects.SHOWN_MAP)]
-            drawn["defects"] = panel(category, map_NYX, restored_NCYX, flagged)
-            start = training.build(make, seed).eval().to(device)
-            arrays |= pictured(model, normal, start, category) | flagged_counts(category, map_NYX)
+def measure(job: Job, fit: steps.Fit, category: mvtec.Category) -> runs.Run:
+    """The run of a job: read, or measured now and stored."""
+    if job.run is not None:
+        return job.run
+    started, parameters, trained = time.monotonic(), job.parameters, fit.trained
+    recipe, known = recipes.MVTEC[parameters["recipe"]], facts(category, parameters)
+    rows, arrays, drawn, maps = evaluate(trained.model, category, parameters)
+    if drawn:
+        arrays |= explain(job, fit, category)
+    for course in fit.courses:
+        rows, arrays = rows + course.rows(), arrays | course.arrays()
     # As many images as the reports' code took, which turns each as it is read; how long a variant the paper's ten
     # thousand images belong to nobody knows.
-    asked, used = (recipe.epochs, facts["originals"]), (len(trained.history.kl), facts["images"])
-    return steps.save(
+    asked, used = (recipe.epochs, known["originals"]), (len(trained.history.kl), known["images"])
+    job.run = steps.save(
         "mvtec",
         parameters,
         trained,
@@ -334,6 +321,44 @@ def compute(parameters: Mapping[str, Any], device: torch.device) -> runs.Run:
         maps=maps,
         unit="image",
         started=started,
-        resolved={"initial": facts["encoder"].partition(",")[0]},
-        extra={"training": facts},
+        resolved={"initial": known["encoder"].partition(",")[0]},
+        extra={"training": known | {"precision": trained.precision} | steps.training_facts(trained, known["images"])},
     )
+    return job.run
+
+
+def evaluate(
+    model: nn.Module, category: mvtec.Category, parameters: Mapping[str, Any]
+) -> tuple[list[dict], dict[str, np.ndarray], dict[str, Figure], list[str]]:
+    """All that a job stores of a trained model beside its course: rows, arrays, of seed 0 pictures; names of maps."""
+    train_NCYX, held_out_NCYX = split(category)
+    mean_CYX, everything_NCYX = training.to_unit(train_NCYX).mean(0), torch.cat([category.test_NCYX, held_out_NCYX])
+    restored_NCYX = explanation.reconstruct(model, everything_NCYX)
+    rows, kl_I = latent_rows(model, category, mean_CYX, restored_NCYX[: len(category.test_NCYX)])
+    arrays, drawn = {"kl_per_latent": kl_I}, {}
+    if len(category.test_NCYX) < 2:  # no interval comes from one image
+        return rows, arrays, drawn, []
+    simple = defects.baseline_maps(everything_NCYX, restored_NCYX, mean_CYX)
+    simple[PRIOR] = baselines.position_prior(train_NCYX).expand(len(everything_NCYX), -1, -1)
+    normal, batch = explanation.normal_posterior(model, train_NCYX), recipes.MVTEC[parameters["recipe"]].batch_size
+    measured, further, kept = defects.evaluate(model, category, held_out_NCYX, simple, normal, batch)
+    of_cascade, compared = cascade(model, category, parameters)
+    rows += measured.rows + further + defects.change_rows(model, category, normal, batch) + of_cascade
+    maps = [name for name in measured.measured if ", " in name and not name.startswith("mean of ")]
+    few = [measures.map_name(*pair) for case in defects.CASES if not case[2] for pair in product(case[1], case[0])]
+    named = [*maps, *(name for name in simple if name in measured.measured)]
+    arrays |= measured.replicates(name for name in named if name not in few)  # no interval is paired with those
+    arrays |= compared
+    if parameters["seed"] == 0 and shown(category):
+        map_NYX, flagged = kept[measures.map_name(*defects.SHOWN_MAP)]
+        drawn["defects"] = panel(category, map_NYX, restored_NCYX, flagged)
+        arrays |= flagged_counts(category, map_NYX)
+    return rows, arrays, drawn, maps
+
+
+def measure_all(jobs: Mapping[str, Job]) -> None:
+    """Every job of several categories, one after the other, as far as its images are there."""
+    for name, job in jobs.items():
+        if job.run is None and card.at_hand(name, job.parameters["data"]):
+            category = load(job)
+            measure(job, fit(job, category), category)

@@ -1,0 +1,416 @@
+"""What the two chapters on MVTec AD draw and say of their runs; `expvae_book.tables` has the tables."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from IPython.display import Image, Markdown, display
+
+from expvae_book import chapters, figures, publications, recipes, report, runs, tables
+from expvae_book.chapters import Job
+from expvae_book.data import card
+from expvae_book.data.catalogue import MOTIFS
+from expvae_book.names import (
+    ATTENTION,
+    AUROC,
+    BEST_IOU,
+    COMMON,
+    DIFFERENCE,
+    ERROR,
+    IMAGE_AUROC,
+    METHODS,
+    MISSED,
+    RULES,
+    SSIM,
+    TEN,
+    plain,
+)
+from expvae_book.publications import SOURCES
+from expvae_book.runs import Run
+
+REPORTS = {"mvtec10": "R1", "mvtec15": "R2"}  # whose protocol a chapter follows
+PROTOCOLS = {"mvtec10": TEN, "mvtec15": tuple(MOTIFS)}
+
+Jobs = Mapping[str, Job]
+Found = Mapping[str, Run | None]
+
+
+def jobs(chapter: str, categories: str, parameters: Mapping[str, chapters.Value], again: bool) -> Jobs:
+    """The job of each category that a chapter is asked for.
+
+    Args:
+        chapter: The chapter.
+        categories: "all", or names with commas between them.
+        parameters: The other parameters that tell runs apart, as they are declared.
+        again: Whether they are computed although they are stored.
+
+    Raises:
+        ValueError: If a name is not one of the fifteen.
+    """
+    names = list(dict.fromkeys(filter(None, (name.strip() for name in categories.split(",")))))
+    names = list(PROTOCOLS[chapter]) if names == ["all"] else names
+    if not names or not set(names) <= set(MOTIFS):
+        raise ValueError(f"categories must be all, or some of {', '.join(MOTIFS)}; got {categories!r}")
+    resolved = dict(parameters)
+    resolved["epochs"] = parameters["epochs"] or recipes.MVTEC[parameters["recipe"]].epochs
+    keeps = parameters["augmentation"] in recipes.KEPT
+    resolved["augmented"] = 0 if keeps else parameters["augmented"] or recipes.PAPER_COUNT
+    wanted = [{"category": name, **resolved} for name in names]
+    return dict(zip(names, chapters.jobs(chapter, wanted, told_by=["category"], again=again), strict=True))
+
+
+def walked(jobs: Jobs) -> Job:
+    """The job that is walked through: that of the first category that is stored, or whose images are at hand.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    for name, job in jobs.items():
+        if job.run is not None or (not runs.reading() and card.at_hand(name, job.parameters["data"])):
+            return job
+    fetch = f"python -m expvae_book.data fetch mvtec --categories {','.join(jobs)}"
+    raise FileNotFoundError(f"no images of {', '.join(map(plain, jobs))} are at hand; fetch them with: {fetch}")
+
+
+def at(jobs: Jobs, layer: str, preset: str) -> Found:
+    """The runs of some jobs as pages show them: without masks no map was measured."""
+    return {name: job.run and (job.run.at(layer, preset) if job.run.maps else job.run) for name, job in jobs.items()}
+
+
+def in_short(chapter: str, found: Found, layer: str, preset: str) -> None:
+    """Show the findings in a few sentences, the verdicts, and the figure that says most."""
+    ours = tables.numbers(found, AUROC)
+    if ours.empty:
+        display(report.NOT_YET)
+        return
+    given = tables.published(REPORTS[chapter], AUROC).reindex(ours.index)
+    printed = "; ".join(f"{SOURCES[source]}: {given[source].mean():.3f}" for source in ("paper", REPORTS[chapter]))
+    control = pd.Series(
+        {
+            plain(name): tables.untrained_values(AUROC, layer, preset, dataset="mvtec", category=name).mean()
+            for name, run in found.items()
+            if run is not None
+        }
+    ).dropna()
+    both = ours.index.intersection(control.index)
+    before = (
+        f" Networks that were never trained have {control[both].mean():.3f} over {len(both)} of these, "
+        f"and the trained ones {ours[both].mean():.3f}."
+        if len(both)
+        else ""
+    )
+    orders = [runs.order(run.metric(AUROC, ATTENTION), 0.5) for run in tables.having(found, AUROC).values()]
+    sample = any(run.card.kind == "sample" for run in found.values() if run)
+    scope = "These are generated workpieces, and no number here compares with a published one. " if sample else ""
+    text = (
+        f"**In short.** By the rule *{RULES[preset]}* at {layer} the maps of {len(ours)} categories have a mean "
+        f"pixel AUROC of **{ours.mean():.3f}** (from {ours.min():.3f} to {ours.max():.3f}; one half is chance); in "
+        f"{orders.count('above')} of them the map is above chance, in {orders.count('below')} below. Published for the "
+        f"same categories, on average: {printed}. {scope}{before} The reconstruction error has "
+        f"{tables.numbers(found, AUROC, ERROR).mean():.3f}. {extent(found)}"
+    )
+    display(Markdown(text), figures.show(_by_category(chapter, found, layer, preset)), report.badges(chapter))
+
+
+def _by_category(chapter: str, found: Found, layer: str, preset: str) -> figures.Figure:
+    """Published pixel AUROCs by category, ours, and those of untrained networks."""
+    given, points = tables.published(REPORTS[chapter], AUROC), []
+    for category, run in tables.having(found, AUROC).items():
+        for source in ("paper", REPORTS[chapter]):
+            if category in given.index:
+                points.append({"method": category, "group": SOURCES[source], "value": given.loc[category, source]})
+        points.append({"method": category, "group": "ours, trained"} | report.ends(run.metric(AUROC, ATTENTION)))
+        subject = {"dataset": "mvtec", "category": run.parameters["category"]}
+        control = tables.untrained_point(AUROC, layer, preset, **subject)
+        points.append({"method": category, "group": "ours, never trained"} | control)
+        simple = {"method": category, "group": "ours, reconstruction error"}
+        points.append(simple | report.ends(run.metric(AUROC, ERROR)))
+    columns = ["method", "group", "value", "low", "high"]
+    table = pd.DataFrame(points, columns=columns).dropna(subset="value")
+    return figures.intervals(table, label="pixel AUROC", chance=0.5)
+
+
+def extent(found: Found) -> str:
+    """What data the runs saw, and how much of their budgets they used."""
+    done = [run for run in found.values() if run is not None]
+    marks = dict.fromkeys(run.card.mark or "complete" for run in done)
+    shares = [run.record["budget"]["used"] / run.record["budget"]["asked"] for run in done]
+    share = f"{min(shares):.2%}" if min(shares) == max(shares) else f"{min(shares):.2%} to {max(shares):.2%}"
+    seed = done[0].parameters["seed"]
+    return (
+        f"Data: {len(done)} of {len(found)} categories of MVTec AD, {' and '.join(marks)}; budget: {share} of the "
+        f"images that the recipe asks for, one training each (seed {seed})."
+    )
+
+
+def published(chapter: str) -> None:
+    """Show the range of the published numbers."""
+    table = tables.printed(REPORTS[chapter], PROTOCOLS[chapter])
+    report.show(table, "MVTec AD: the published numbers over the categories of this chapter.")
+
+
+def ratio() -> Markdown:
+    """How the second report's IoUs compare with the paper's."""
+    given = tables.published("R2", "IoU")
+    ratios = given["R2"] / given["paper"]
+    return Markdown(
+        f"The second report's IoU is {ratios.min():.1f} to {ratios.max():.0f} times the paper's, {ratios.median():.1f} "
+        f"times in the median, and above it in {(ratios > 1).sum()} of {len(ratios)} categories."
+    )
+
+
+def examples(
+    pictures: Mapping[str, figures.Images], maps: Mapping[str, np.ndarray], layer: str, preset: str, credit: str
+) -> Image | Markdown:
+    """The defects shown, under the maps of the trained and of the untrained network.
+
+    Args:
+        pictures: By name what is drawn as it is.
+        maps: Maps by name, as the step `explain` of the job gives them.
+        layer: The layer shown.
+        preset: The preset shown.
+        credit: Whose images these are.
+    """
+    if f"trained/{layer}, {preset}" not in maps:
+        return figures.NOT_KEPT
+    shown = figures.before_and_after(maps, layer, preset)
+    titles = [""] * len(next(iter(shown.values())))
+    return figures.examples(pictures, shown, titles=titles, credit=credit, grey="gray")
+
+
+def walk(run: Run, layer: str, preset: str) -> None:
+    """Show every map of one category by every measure of pixels and of images, beside untrained networks."""
+    shown = [AUROC, "average precision", "AUPRO", BEST_IOU]
+    run = run.at(layer, preset) if run.maps else run
+    names = [name for name in METHODS if run.text(AUROC, name, lacking="")]
+    lines = [
+        {"method": name}
+        | {title: run.text(title, name) for title in shown}
+        | {"image AUROC (maximum)": run.text(IMAGE_AUROC, name, "maximum", lacking="–")}
+        for name in names
+    ]
+    subject = {"dataset": "mvtec", "category": run.parameters["category"]}
+    untrained = {title: tables.untrained_text(title, layer, preset, **subject) for title in shown}
+    if untrained[AUROC] != tables.NOT_MEASURED:
+        lines.append({"method": "never trained"} | untrained)
+    share = run.text("anomalous pixels", form=".2%", lacking="none")
+    name = plain(run.parameters["category"]).capitalize()
+    report.show(pd.DataFrame(lines), f"{name}: {share} of the pixels are anomalous; 95 % intervals over images.")
+
+
+def notices(found: Found) -> None:
+    """Say what the data are, and which categories lack."""
+    done = [run for run in found.values() if run is not None]
+    kinds = {run.card.kind for run in done}
+    if "sample" in kinds:
+        said = "**Generated workpieces, not MVTec AD: no number on this page compares with a published one.**"
+        chapters.notice(said, "warning")
+    if kinds & {"partial", "re-encoded"}:
+        notes = dict.fromkeys(line for run in done for line in run.card.note.splitlines())
+        said = "These data are not the official release, and the results are not its protocol. "
+        chapters.notice(said + " ".join(notes))
+    missing = [name for name, run in found.items() if run is None]
+    if missing:
+        fetch = f"python -m expvae_book.data fetch mvtec --categories {','.join(missing)}"
+        chapters.notice(
+            f"No run of {', '.join(map(plain, missing))} is stored. `{fetch}` fetches the images that are not at hand, "
+            "and the commands in the next table fill their lines."
+        )
+
+
+def results(chapter: str, jobs: Jobs, layer: str, preset: str) -> None:
+    """Show pixel AUROC and IoU of every category, beside the published ones."""
+
+    def command(category: str) -> str:
+        given = dict(jobs[category].parameters)
+        given["categories"] = given.pop("category")
+        return chapters.command(chapter, given | {"data": "auto"})
+
+    report.show(
+        tables.results(REPORTS[chapter], at(jobs, layer, preset), command),
+        f"Attention at {layer} by the preset {preset}: pixel AUROC and IoU beside the published ones; 95 % intervals "
+        "over images. Ours is the IoU of the anomalous class, all pixels pooled, at the best threshold of the test "
+        "set, an oracle.",
+    )
+
+
+def methods(found: Found) -> None:
+    """Show the attention beside every baseline, by category."""
+    report.show(
+        tables.methods(found, AUROC), "Pixel AUROC of the attention and of every baseline; 95 % intervals over images."
+    )
+    report.show(
+        tables.methods(found, "AUPRO"),
+        "AUPRO, overlap per defect up to a false positive rate of 0.3, of the same maps.",
+    )
+    lines = [
+        {"Category": category}
+        | {
+            f"{name}, {how}": run.text(IMAGE_AUROC, name, how, form=".2f", lacking="no normal test images")
+            for name in (ATTENTION, ERROR, SSIM)
+            for how in ("mean", "maximum")
+        }
+        for category, run in tables.having(found, AUROC).items()
+    ]
+    report.show(pd.DataFrame(lines), "AUROC of whole images, by the mean and by the maximum of the map.")
+
+
+def orders(found: Found) -> None:
+    """Show in how many categories the attention is above each baseline."""
+    report.show(
+        tables.orders(found),
+        "In how many categories the pixel AUROC of attention is above, not told apart from or below a baseline, by "
+        "paired 95 % intervals.",
+    )
+
+
+def panels(found: Found) -> None:
+    """Show the defects of every category."""
+    for category, run in found.items():
+        if run is not None:
+            display(Markdown(f"**{plain(category).capitalize()}**"), figures.kept(run, "defects"))
+
+
+def conventions(chapter: str, found: Found) -> None:
+    """Show the IoU of the same maps by every convention, and which is nearest to the published ones."""
+    table = tables.conventions(found, REPORTS[chapter])
+    report.show(
+        table,
+        "The IoU of our attention maps by convention and threshold, over the categories that have a run, and its mean "
+        "distance from the published numbers of the same categories. Thresholds marked as oracles were chosen on the "
+        "test images.",
+    )
+    said = []
+    for source in ("paper", REPORTS[chapter]) if len(table) else ():
+        distance = pd.to_numeric(table[f"Distance from {SOURCES[source]}"], errors="coerce")
+        if distance.notna().any():
+            nearest = table.loc[distance.idxmin()]
+            said.append(
+                f"nearest to {SOURCES[source]} comes the IoU of the {nearest['IoU of']}, {nearest['Averaged']}, at the "
+                f"threshold from {nearest['Threshold from']} (mean {nearest['Ours, mean']}, distance "
+                f"{distance.min():.3f})"
+            )
+    if said:
+        number = len(tables.having(found, AUROC))
+        close = "Rows close to each other are not told apart by so few categories."
+        display(Markdown(f"Over {number} categories, {'; '.join(said)}. {close}"))
+
+
+def trivial(found: Found) -> None:
+    """Show what maps get that have not looked, beside the second report's IoU."""
+    table = tables.trivial(found, "R2")
+    report.show(
+        table,
+        "The IoU of maps that flag everything or nothing, beside ours (best thresholds, oracles; 95 % intervals over "
+        "images) and the second report's.",
+    )
+    theirs = tables.published("R2", "IoU")["R2"]
+    said = (
+        f"The second report's {len(theirs)} IoUs lie between {theirs.min():.2f} and {theirs.max():.2f}, around one "
+        "half, whatever the category and its AUROC."
+    )
+    if len(table):
+        floor = table.set_index("Category")["Both classes, nothing flagged, defective images"].astype(float)
+        near = (theirs.reindex(floor.index) - floor).dropna()
+        said += (
+            f" In the {len(near)} categories at hand they differ from what flagging nothing scores over the defective "
+            f"images alone by {near.abs().mean():.3f} on average (from {near.min():+.3f} to {near.max():+.3f})."
+        )
+    display(Markdown(said))
+
+
+def failures(found: Found) -> None:
+    """Show how many maps miss the defect, and what they follow instead."""
+    report.show(
+        tables.failures(found),
+        "The share of defective images whose own pixel AUROC is below one half, with 95 % intervals; the share of the "
+        "variance of the attention maps that is the same in all test images; what the maps resemble most (mean rank "
+        "correlation within images); and the kinds of defects with the lowest and highest mean AUROC within images.",
+    )
+
+
+def follow(found: Found) -> Markdown:
+    """In how many categories the maps say something of the image at hand."""
+    there = tables.having(found, AUROC)
+    common = (DIFFERENCE, f"{ATTENTION} − {COMMON}")
+    both = [
+        runs.order(run.metric(AUROC, ATTENTION), 0.5) == runs.order(run.metric(*common), 0.0) == "above"
+        for run in there.values()
+    ]
+    return Markdown(
+        f"In {sum(both)} of {len(there)} categories the attention map is above chance *and* above the mean attention "
+        "map of normal images, which is the same for every test image: only there do the maps say something of the "
+        "image at hand that helps to find its defect. What they follow instead is in the table, as the share that all "
+        "maps have in common and as rank correlations."
+    )
+
+
+def missed(found: Found) -> Markdown:
+    """How many maps miss the defect, beside what the first report counted."""
+    row = publications.select(publications.read(), source="R1", metric=MISSED).iloc[0]
+    images, count = tables.missed(found)
+    ours = (
+        f"Over all {images} defective images of these categories, {count / images:.0%} of the maps miss the defect by "
+        "that definition. "
+        if images
+        else ""
+    )
+    return Markdown(f"{ours}The report says: {row['published']} ({row['note']}).")
+
+
+def learned(found: Found) -> None:
+    """Show what the models have learned, with a warning where that is little."""
+    dear = tables.dear(found)
+    if dear:
+        chapters.notice(
+            f"Held-out images cost more by the model than by the mean training image in {', '.join(dear)}. These "
+            "models have not learned much of their images yet: read their maps, reconstruction error and SSIM as those "
+            "of a training that has not gone far.",
+            "warning",
+        )
+    report.show(
+        tables.learned(found),
+        "What the models have learned: cost of a held-out image, and how much images and reconstructions vary (root "
+        "mean square over pixels).",
+    )
+
+
+def layers(jobs: Jobs) -> None:
+    """Show the pixel AUROC by layer and preset."""
+    report.show(
+        tables.layers({name: job.run for name, job in jobs.items()}),
+        "Pixel AUROC by layer and preset: mean over the categories, least and greatest. The paper's rule before the "
+        "second stage is measured on some images only. To take the best of these after the fact would be to tune on "
+        "the test set.",
+    )
+
+
+def every_run(layer: str, preset: str) -> None:
+    """Show every stored run on MVTec AD."""
+    report.show(tables.every_run(layer, preset), "Every stored run on MVTec AD, of both chapters.")
+
+
+def mirroring() -> None:
+    """Show which categories are mirrored."""
+    table = tables.mirroring(PROTOCOLS["mvtec15"])
+    report.show(table, "Which categories are mirrored when training images are multiplied.")
+
+
+def literature() -> None:
+    """Show what the field reaches."""
+    report.show(
+        tables.literature(),
+        "Means over the fifteen categories, as the sources named print them, many of them at second hand; that of Liu "
+        "et al. is computed from their table. Protocols differ in image size and in the use of other training data.",
+    )
+
+
+def recipe_table() -> None:
+    """Show the recipes."""
+    shown: Sequence[str] = ("epochs", "batch_size", "learning_rate", "latent_dim", "reduction", "source")
+    lines = [{"Recipe": name} | vars(recipe) for name, recipe in recipes.MVTEC.items()]
+    report.show(
+        pd.DataFrame(lines)[["Recipe", *shown]].astype(str),
+        "The recipes for MVTec AD; a budget counts the original images of a category, each once an epoch, as the "
+        "reports' code reads them.",
+    )

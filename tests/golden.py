@@ -91,7 +91,7 @@ def chapter(
             patch.setitem(inspect.unwrap(measure).__kwdefaults__, "resamples", 100)
         for cell in jupytext.read(BOOK / f"{name}.md", fmt="md:myst").cells:
             tags = cell.metadata.get("tags", [])
-            reported = "report" in tags and not re.search(r"(chapters\.job|page\.jobs)\(", cell.source)
+            reported = "report" in tags and not re.search(r"(chapters\.job|page\.jobs|page\.walked)\(", cell.source)
             if cell.cell_type == "code" and "remove-input" not in tags and not reported:
                 exec(cell.source, names)
                 names |= given if "parameters" in tags else {}
@@ -152,7 +152,7 @@ def reuse() -> Numbers:
     """One epoch of the VAE that the chapter writes; that of MONAI is not this book's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "monai", types.SimpleNamespace(__version__=""))  # takes seconds to import
-        return chapter("reuse", SAMPLE | {"epochs": 1}, ONE_EPOCH, {"MAKE": "{OWN: MAKE[OWN]}"}, "")
+        return chapter("reuse", SAMPLE | {"epochs": 1}, ONE_EPOCH, {"networks": "{OWN: networks[OWN]}"}, "")
 
 
 def walkway() -> Numbers:

@@ -48,7 +48,7 @@ def slow(encode, module, x_BCYX):
 def test_the_lines_of_the_chapter_make_the_papers_map(chapter):
     torch.manual_seed(0)
     vae, x_BCYX = chapter["VAE"](latents=5).eval(), images(28)
-    map_BYX, highest_BK, map_BKYX = chapter["explain_own"](vae, x_BCYX)
+    map_BYX, highest_BK, map_BKYX = chapter["explain"](vae.encode, "features.2", x_BCYX)
 
     A_BCHW, gradient_IBCHW = slow(vae.encode, vae.features[2], x_BCYX)
     alpha_IBC11 = gradient_IBCHW.mean((3, 4), keepdim=True)

@@ -88,6 +88,14 @@ PAIRS = ("all pairs of active latents", "the two highest responses")
 GRADIENT = "gradient, norm"
 REACHED = "parameters with a gradient"
 
+# --- VAEs that are not the book's -------------------------------------------------------------------------------------
+
+OWN, PACKAGED = "own VAE", "MONAI's VAE"
+PICTURES = {OWN: "own", PACKAGED: "packaged"}
+MASS = "inliers' map mass / outliers'"
+KEPT_SHARE = "share of the gradient kept"
+OFF_CAPTUM = "difference from captum"
+
 
 def plain(category: str) -> str:
     """A category of MVTec AD as it is printed: metal_nut is "metal nut"."""

@@ -1,0 +1,142 @@
+"""What the chapter on VAEs of one's own draws, tabulates and says of its run."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pandas as pd
+from IPython.display import Markdown, display
+
+from expvae_book import figures, report
+from expvae_book.chapters import Job
+from expvae_book.names import ACTIVE, KEPT_SHARE, KL, MASS, OFF_CAPTUM, OWN, PACKAGED, PARAMETERS, RECONSTRUCTION
+from expvae_book.runs import Run
+
+BOTH = (OWN, PACKAGED)
+SHOWN = {OWN: "features.2", PACKAGED: "encode.encode_2"}
+
+ABOUT = {
+    "alpha_BIC": "weight of each channel for each latent",
+    "values_BCHW": "what the layer puts out",
+    "linear_BIHW": "Σ α A, signed, at the layer's resolution",
+    "map_BIHW": "its positive part",
+    "response_BI": "the mean of that over the places",
+    "map_BIYX": "enlarged to the image",
+    "map_BYX": "and averaged over the latents",
+}
+
+
+def in_short(job: Job) -> None:
+    """Show the findings in a few sentences, and the maps of the VAE that the chapter writes."""
+    if job.run is None:
+        display(report.NOT_YET)
+        return
+    run = job.run
+    text = (
+        f"**In short.** It does: at every layer of both networks the maps are captum's to within "
+        f"{run.rows(OFF_CAPTUM)['value'].max():.0e} of the greatest value. But at a convolution that instance "
+        f"normalisation follows, no more than {_inner(run):.0e} of the gradient is left in the map's weights, which is "
+        f"rounding; the block behind the normalisation keeps {run.text(KEPT_SHARE, PACKAGED, SHOWN[PACKAGED], '.2g')}. "
+        f"{report.extent(run)} Below, the VAE that this chapter writes, at the layer `{SHOWN[OWN]}`."
+    )
+    display(Markdown(text), figures.kept(run, "own"))
+
+
+def learned(run: Run) -> None:
+    """Show what both models have learned, below which run they are of."""
+    display(report.caption(run))
+    columns = {
+        "parameters": (PARAMETERS, ",.0f"),
+        "reconstruction (nats per image)": (RECONSTRUCTION, ".1f"),
+        "KL (nats per image)": (KL, ".1f"),
+        f"active latents of {run.record['recipe']['latent_dim']}": (ACTIVE, ".0f"),
+    }
+    numbers = {title: [run.text(metric, name, form=form) for name in BOTH] for title, (metric, form) in columns.items()}
+    seconds = [f"{run.record['seconds'][f'training, {name}']:.0f}" for name in BOTH]
+    versions, n = run.record["packages"], run.metric(ACTIVE, OWN)["n"]
+    report.show(
+        pd.DataFrame({"model": BOTH} | numbers | {"training (s)": seconds}),
+        f"Both VAEs after {run.record['budget']['used']} epochs on {run.record['images']:,} images of the digit "
+        f"{run.parameters['digit']}; losses and latents on {n:,} held-out ones. MONAI {versions['monai']}, captum "
+        f"{versions['captum']}.",
+    )
+
+
+def masses(run: Run) -> Markdown:
+    """How bright the maps are on the digit that is known, beside the others."""
+    lines = [
+        f"- *{name}*: the median test image of the known digit has {run.text(MASS, name, form='.2f')} times the map "
+        "mass (mean of the map) of the median image of another digit."
+        for name in BOTH
+    ]
+    return Markdown("\n".join(lines))
+
+
+def layers(run: Run) -> None:
+    """Show both checks at every layer."""
+    lines = [
+        {
+            "model": name,
+            "layer": layer,
+            "C×H×W": "×".join(map(str, size)),
+            "share kept, ρ": run.text(KEPT_SHARE, name, layer, ".2g"),
+            "1/√(HW)": f"{_by_chance(run, name, layer):.2g}",
+            "difference from captum": run.text(OFF_CAPTUM, name, layer, ".0e"),
+        }
+        for name in BOTH
+        for layer, size in run.record["sizes"][name].items()
+    ]
+    n = run.metric(KEPT_SHARE, OWN, "features.0")["n"]
+    report.show(
+        pd.DataFrame(lines),
+        "The share of the gradient that α keeps, beside that of independent values, and the greatest difference of ΣαA "
+        f"from captum's, relative to captum's greatest value; {n} images, all {run.record['recipe']['latent_dim']} "
+        "latents.",
+    )
+
+
+def rounding(run: Run) -> Markdown:
+    """What is left at MONAI's convolutions."""
+    return Markdown(
+        f"The maps are captum's to within {run.rows(OFF_CAPTUM)['value'].max():.0e} at every layer. But at MONAI's "
+        f"convolutions no more than {_inner(run):.0e} of the gradient is left in α, which is float32 rounding."
+    )
+
+
+def shown(run: Run) -> Markdown:
+    """What the layers keep whose maps are shown."""
+    lines = []
+    for name, layer in SHOWN.items():
+        ratio = run.metric(KEPT_SHARE, name, layer)["value"] / _by_chance(run, name, layer)
+        lines.append(f"- *{name}*, `{layer}`: {ratio:.1f} times what independent values would keep.")
+    return Markdown("At the layers whose maps are shown above, the mean over space keeps\n\n" + "\n".join(lines))
+
+
+def holds(found: Any) -> None:
+    """Show what an Attention holds."""
+    shapes = [" × ".join(map(str, getattr(found, name).shape)) for name in ABOUT]
+    table = pd.DataFrame({"attribute": list(ABOUT), "shape": shapes, "what it is": list(ABOUT.values())})
+    report.show(table, "What an Attention holds.")
+
+
+def answers(mistakes: Mapping[str, Callable[[], Any]]) -> None:
+    """Make mistakes, and show what the library says of each."""
+    said = []
+    for mistake in mistakes.values():
+        try:
+            mistake()
+        except (TypeError, ValueError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    report.show(pd.DataFrame({"mistake": list(mistakes), "answer": said}), "What the library says.")
+
+
+def _by_chance(run: Run, name: str, layer: str) -> float:
+    _, h, w = run.record["sizes"][name][layer]
+    return (h * w) ** -0.5
+
+
+def _inner(run: Run) -> float:
+    return max(
+        run.metric(KEPT_SHARE, PACKAGED, layer)["value"]
+        for layer in run.record["sizes"][PACKAGED]
+        if layer.endswith(".conv")
+    )

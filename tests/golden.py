@@ -133,9 +133,8 @@ def method() -> Numbers:
 
 def machines_of_digits() -> Numbers:
     """One epoch of each machine and of the VAE on the digit 1."""
-    return chapter(
-        "rbm", SAMPLE | {"epochs": 1}, ONE_EPOCH, {"ORDERS": "2"}, "(?!.*(input intensity|centre|random|gradient at))"
-    )
+    patches = ONE_EPOCH | {"expvae_book.jobs.rbm.ORDERS": 2}
+    return chapter("rbm", SAMPLE | {"epochs": 1}, patches, {}, "(?!.*(input intensity|centre|random|gradient at))")
 
 
 def ablations() -> Numbers:

@@ -4,7 +4,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
-import jupytext
 import numpy as np
 import pytest
 import torch
@@ -16,9 +15,13 @@ from torch.nn import functional as F
 from expvae import Method, attention
 from expvae.models import RBM, ConvRBM, Stack
 from expvae.models import _rbm as rbm
-from expvae_book import checkpoints, contrastive, protocols, training, weights
+from expvae_book import chapters, checkpoints, contrastive, names, protocols, runs, training, weights
 from expvae_book.chapters import BOOK
-from expvae_book.recipes import RBMRecipe
+from expvae_book.jobs import rbm as jobs
+from expvae_book.jobs.digits import load
+from expvae_book.recipes import RBM as RECIPES
+from expvae_book.recipes import RBMRecipe, visible_units
+from expvae_book.truth import ink_truth
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -974,46 +977,51 @@ def test_where_the_cache_cannot_be_written_a_stack_is_trained_without(monkeypatc
 # --- the chapter ------------------------------------------------------------------------------------------------------
 
 
-def chapter(**given):
-    """What the chapter's cells define before its run, by these parameters."""
-    names = {}
-    for cell in jupytext.read(BOOK / "rbm.md", fmt="md:myst").cells:
-        tags = cell.metadata.get("tags", [])
-        if cell.cell_type == "code" and "remove-input" not in tags:
-            if "chapters.run(" in cell.source:
-                break
-            exec(cell.source, names)
-            names |= {"device": "cpu"} | given if "parameters" in tags else {}
-    return names
+def job(**given):
+    wanted = {"layer": 1, "units": "binary", "device": "cpu", "seed": 0, "epochs": 1} | given
+    return chapters.Job("rbm", wanted, runs.Run("rbm", wanted, {"losses": {}}, BOOK))
 
 
 def test_the_recipe_of_the_second_reports_code():
-    names = chapter(recipe="report2_code", units="binary", layer=8)
-    sizes = [(layer.visible_shape[0], layer.hidden_shape[0]) for layer in names["fully_connected"]().layers]
+    layers = jobs.networks("report2_code", "binary")["stacked RBM"]().layers
+    sizes = [(layer.visible_shape[0], layer.hidden_shape[0]) for layer in layers]
     above = [784, 625, 484, 324, 256, 169, 64, 36]
     assert sizes == list(zip([784, *above[:-1]], above, strict=True))
-    assert names["parameters"]["recipe"] == "report2_code"
-    assert names["parameters"]["epochs"] == 40
-    assert "recipe" not in chapter()["parameters"]  # as in the runs from before there was a choice
+
+
+def test_a_layer_that_the_stack_has_not_is_refused():
+    digits = load("sample", 1, "liu2020")
+    assert jobs.fit(job(recipe="report2_code", layer=8), digits).keys() == jobs.fit(job(layer=3), digits).keys()
     with pytest.raises(ValueError, match=r"^layer=4 must be 1 to 3, the machines of recipe='ours'$"):
-        chapter(layer=4)
+        jobs.fit(job(layer=4), digits)
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_curves_are_drawn_per_visible_unit(recipe):
+    stacks = {name: make() for name, make in jobs.networks(recipe, "spin").items() if name in names.STACKS}
+    expected = {
+        f"{name}, machine {number}": math.prod(machine.visible_shape)
+        for name, stack in stacks.items()
+        for number, machine in enumerate(stack.layers, 1)
+    }
+    assert visible_units(recipe) == expected
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
 def test_the_score_of_the_second_reports_code_is_constant(temperature):
-    names, x_BCYX = chapter(), torch.rand(6, 1, 28, 28, generator=seeded(4))
+    x_BCYX = torch.rand(6, 1, 28, 28, generator=seeded(4))
     stack = Stack([randomised(RBM(784, 12), 0.05).float(), randomised(RBM(12, 9)).float()])
     x_BCYX.requires_grad_()
 
     # In the words of the code: a sample of torch's relaxed one-hot distribution, of units as logits.
     torch.manual_seed(5)
     theirs_BD = torch.distributions.RelaxedOneHotCategorical(temperature, logits=stack.encode(x_BCYX)).rsample()
-    ours_BD = names["one_hot_sample"](stack.encode(x_BCYX), temperature, seeded(5))
+    ours_BD = jobs.one_hot_sample(stack.encode(x_BCYX), temperature, seeded(5))
     for sample_BD in (theirs_BD, ours_BD):
         assert sample_BD.sum(1).tolist() == pytest.approx([1] * 6, rel=1e-6)
         assert torch.autograd.grad(sample_BD.sum(), x_BCYX)[0].abs().max() <= 1e-6
 
-    rows = {row["method"]: row for row in names["gradient_rows"](stack, x_BCYX.detach())}
+    rows = {row["method"]: row for row in jobs.gradient_rows(stack, x_BCYX.detach(), 0)}
     of_sum = torch.autograd.grad(stack.encode(x_BCYX).sum(), x_BCYX)[0].abs().max().item()
     assert of_sum > 1e-3
     assert rows["sum of the latents"]["value"] == pytest.approx(of_sum)
@@ -1023,7 +1031,7 @@ def test_the_score_of_the_second_reports_code_is_constant(temperature):
 def test_the_one_hot_sample_is_that_of_torch_distributions():
     """Each unit's mean over many samples, which the score adds up to one."""
     h_BD = torch.tensor([[0.1, 0.9, 0.4]]).expand(20_000, 3)
-    ours = chapter()["one_hot_sample"](h_BD, 0.5, seeded(6)).mean(0)
+    ours = jobs.one_hot_sample(h_BD, 0.5, seeded(6)).mean(0)
     torch.manual_seed(7)
     expected = torch.distributions.RelaxedOneHotCategorical(0.5, logits=h_BD).sample().mean(0)
     assert ours.max() - ours.min() > 0.1
@@ -1032,18 +1040,15 @@ def test_the_one_hot_sample_is_that_of_torch_distributions():
 
 @pytest.mark.parametrize("units", UNITS)
 def test_the_chapter_measures_each_layer_of_a_stack(units):
-    names = chapter()
     machines = [RBM(784, 12, units), RBM(12, 9, units), RBM(9, 4, units)]
-    stack = Stack([randomised(machine, 0.05).float() for machine in machines])
-    x_NCYX = torch.rand(20, 1, 28, 28, generator=seeded(1))
-    is_outlier_N = torch.arange(20) % 2 == 0
-    truth_NYX = torch.rand(10, 28, 28, generator=seeded(2)) > 0.9
-    held_out_NCYX = torch.randint(0, 256, (6, 1, 28, 28), generator=seeded(3), dtype=torch.uint8)
-    rows = names["layer_rows"](stack, x_NCYX, is_outlier_N, truth_NYX, held_out_NCYX)
+    stack, digits = Stack([randomised(machine, 0.05).float() for machine in machines]), load("sample", 1, "liu2020")
+    x_NCYX, levels, is_outlier_N = digits.test_NYX[:, None] / 255, digits.held_out_NCYX / 255, digits.label_N != 1
+    truth_NYX = ink_truth(x_NCYX[is_outlier_N, 0], digits.inlier_NCYX[:, 0] / 255, 1)
+    rows = jobs.layer_rows(stack, replace(digits, batch=len(x_NCYX)), 0)
     got = {(row["metric"], row["method"]): row["value"] for row in rows}
 
     expected = {}
-    v, held_out, levels = stack.visible(x_NCYX), stack.visible(held_out_NCYX / 255), held_out_NCYX / 255
+    v, held_out = stack.visible(x_NCYX), stack.visible(levels)
     with torch.no_grad():
         for number, machine in enumerate(machines, 1):
             energy_N = machine.free_energy(v)

@@ -43,7 +43,23 @@ OUTLIERS = "all outliers"
 STROKES = ("strokes added", "strokes erased")
 WITHIN_INK = "pixel AUROC within ink"
 LESS_INTUITIVE = "less intuitive maps"  # per-image AUROC below one half
+
+# --- Boltzmann machines on the digits ---------------------------------------------------------------------------------
+
+STACKS = ("stacked RBM", "convolutional RBM")
+# The VAE's map, the second report's, that at the input, and the paper's where units have places.
+MACHINE_MAPS = (
+    "attention, VAE",
+    "attention, stacked RBM",
+    "gradient × input, stacked RBM",
+    "attention, convolutional RBM",
+)
+ENERGIES = ("free energy, fully connected RBM", "free energy, convolutional RBM")
 RENUMBERED = "pixel AUROC, units renumbered"
+STEEPEST, SUM, ONE_HOT = "largest gradient at a pixel", "sum of the latents", "one-hot score"
+VARYING = (
+    0.05  # standard deviation over held-out images, in steps from off to on, above which a latent tells them apart
+)
 
 # --- a walkway -------------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from expvae_book.names import STACKS
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -266,3 +268,15 @@ RBM = {
         learning_rate=0.1,
     ),
 }
+
+# Units of the machines of a stack, from the image up.
+FULLY_CONNECTED = {"ours": (784, 500, 200, 64), "report2_code": (784, 784, 625, 484, 324, 256, 169, 64, 36)}
+CONVOLUTIONAL = (784, 32 * 8 * 8, 64)  # 32 filters of 7 pixels, 3 apart, below a machine that is fully connected
+
+
+def visible_units(recipe: str) -> dict[str, int]:
+    """The visible units of each machine of both stacks, by the name of its curves, for a name in RBM."""
+    stacks = zip(STACKS, (FULLY_CONNECTED[recipe], CONVOLUTIONAL), strict=True)
+    return {
+        f"{stack}, machine {number}": units for stack, below in stacks for number, units in enumerate(below[:-1], 1)
+    }

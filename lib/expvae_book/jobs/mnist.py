@@ -216,8 +216,8 @@ def change_rows(model: nn.Module, digits: Digits) -> list[dict]:
 # Pictures and the run -------------------------------------------------------------------------------------------------
 
 
-def strip(digits: Digits) -> Figure:
-    """Training images, a test image of each digit with its foreign ink, and test inliers with planted strokes."""
+def strip(digits: Digits, planted: bool = True) -> Figure:
+    """Training images, a test image of each digit with its foreign ink, and inliers with planted strokes, if any."""
     x_NYX, inlier_MYX = training.to_unit(digits.one_of_each), training.to_unit(digits.inlier_NCYX[:, 0])
     inliers = f"test {digits.digit}s,\n"
     rows = {
@@ -226,15 +226,15 @@ def strip(digits: Digits) -> Figure:
         "their foreign ink": truth.ink_truth(x_NYX, inlier_MYX, 1).float(),
         **{
             inliers + kind: training.to_unit(changed_NYX[: len(x_NYX)])
-            for kind, (changed_NYX, _) in digits.planted.items()
+            for kind, (changed_NYX, _) in (digits.planted.items() if planted else ())
         },
     }
     return figures.image_rows(rows, maps=[], titles=[""] * len(x_NYX), label="", credit=digits.credit)
 
 
-def draw(label_N: Int64[Tensor, " n"], digits: Sequence[int]) -> Int64[Tensor, " k"]:
+def draw(label_N: Int64[Tensor, " n"], digits: Sequence[int], seed: int = measures.SEED) -> Int64[Tensor, " k"]:
     """The numbers of eight images, or of one of each digit, drawn at random."""
-    chance, each = torch.Generator().manual_seed(measures.SEED), -(-8 // len(digits))
+    chance, each = torch.Generator().manual_seed(seed), -(-8 // len(digits))
     drawn = []
     for number in digits:
         some = torch.nonzero(label_N == number)[:, 0]

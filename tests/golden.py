@@ -128,7 +128,7 @@ def mnist() -> Numbers:
 
 def method() -> Numbers:
     """One epoch on the digit 1."""
-    return chapter("method", SAMPLE, ONE_EPOCH, {"BATCH_SIZES": "(8, 32)"}, "")
+    return chapter("method", SAMPLE, ONE_EPOCH | {"expvae_book.jobs.method.BATCH_SIZES": (8, 32)}, {}, "")
 
 
 def machines_of_digits() -> Numbers:

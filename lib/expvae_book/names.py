@@ -38,6 +38,8 @@ SIMPLE = ("input intensity", ERROR, "mean image difference", CENTRE, "random", P
 
 # --- the digits ------------------------------------------------------------------------------------------------------
 
+CANCELLED = "share of the latents' signed maps that cancels"
+BY_BATCH = "÷ RMS of the batch"  # as the authors' code divides the gradient
 KINDS = {"attention, paper": "liu2020_paper", "attention, authors' code": "liu2020_code"}
 OUTLIERS = "all outliers"
 STROKES = ("strokes added", "strokes erased")

@@ -1038,6 +1038,13 @@ def test_the_one_hot_sample_is_that_of_torch_distributions():
     torch.testing.assert_close(ours, expected, rtol=0, atol=0.012)
 
 
+def test_units_on_a_grid_of_the_size_of_the_images_are_no_map():
+    digits = load("sample", 1, "liu2020")
+    maps = {name: torch.rand(digits.test_NYX.shape, generator=seeded()) for name in ("map", "grid", "restored")}
+    maps |= {name: torch.rand(len(digits.test_NYX), generator=seeded()) for name in jobs.IMAGE_SCORES}
+    assert {row["method"] for row in jobs.pixel_rows(maps, digits, 0)} == {"map", "truth"}
+
+
 @pytest.mark.parametrize("units", UNITS)
 def test_the_chapter_measures_each_layer_of_a_stack(units):
     machines = [RBM(784, 12, units), RBM(12, 9, units), RBM(9, 4, units)]

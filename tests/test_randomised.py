@@ -82,6 +82,38 @@ def test_rank_correlations_are_scipys():
     assert np.isnan(found[4])
 
 
+def test_what_explains_a_map_is_told_on_images_that_the_fit_has_not_seen():
+    chance = torch.Generator().manual_seed(4)
+    edges, brightness, unrelated, noise = (torch.randn(400, 8, 8, generator=chance) for _ in range(4))
+    place_YX = torch.randn(8, 8, generator=chance)
+    map_NYX = 3 * edges + 2 * brightness + place_YX + noise
+    rows = randomised.explained_rows(map_NYX, {"edges": edges, "brightness": brightness, "other": unrelated}, "m", "s")
+    of = {row["subset"]: row["value"] for row in rows}
+    assert {(row["metric"], row["method"], row["n"]) for row in rows} == {(names.EXPLAINED, "m", 200)}
+    # Of independent parts R² is their share of the variance.
+    place = float(place_YX.var(correction=0))
+    whole = 9 + 4 + place + 1
+    expected = {"edges": 9, "brightness": 4, "other": 0, names.POSITION: place, names.TOGETHER: whole - 1}
+    assert of == pytest.approx(
+        {f"s; {title}": part / whole for title, part in expected.items()} | {f"s; {names.EXCHANGED}": place / whole},
+        abs=0.02,
+    )
+    assert randomised.explained_rows(torch.ones(8, 4, 4), {}, "m", "s") == []
+
+
+def test_the_fit_is_that_of_least_squares():
+    chance = torch.Generator().manual_seed(5)
+    picture, map_NYX = (torch.rand(6, 4, 4, generator=chance) for _ in range(2))
+    rows = randomised.explained_rows(map_NYX, {"edges": picture}, "m", "s")
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(measures.SEED))
+    (x, y), (seen_x, seen_y) = (
+        [of[part].double().flatten().numpy() for of in (picture, map_NYX)] for part in (order[:3], order[3:])
+    )
+    slope, constant = np.polyfit(x, y, 1)
+    left = ((seen_y - slope * seen_x - constant) ** 2).sum() / ((seen_y - seen_y.mean()) ** 2).sum()
+    assert rows[0]["value"] == pytest.approx(1 - left, abs=1e-9)
+
+
 def test_a_cascade_ends_at_the_random_network_and_keeps_the_trained_maps():
     model, pair = training.build(lambda: MNISTVAE(4), 0).eval(), randomised.others(lambda: MNISTVAE(4), 0)
     other = pair[0]
@@ -191,6 +223,9 @@ def test_untrained_networks_are_those_that_trainings_start_from(few):
         drawn = run.arrays[f"random, seed {seed}/resamples/conv2, liu2020_code"]
         assert drawn.shape == (3, 100)
         assert np.percentile(drawn[0].astype(float), 2.5) == pytest.approx(row["low"], abs=2**-11)
+    told = run.rows(names.EXPLAINED)["subset"].str.rsplit("; ", n=1).str[-1]
+    pictures = ["edges", "brightness", "mean image difference"]
+    assert told.tolist() == 2 * [*pictures, names.POSITION, names.TOGETHER, names.EXCHANGED]
     again = controls.measure(Job("sanity", PARAMETERS, None))
     assert again.record["metrics"] == run.record["metrics"]
 
@@ -228,7 +263,7 @@ def test_some_images_of_a_subject_keep_their_truths():
     truth_M = torch.arange(3)[:, None, None].expand(3, 2, 2) == torch.arange(4).reshape(2, 2)
     subject = controls.Subject(
         images(2, 1, 2), images(4, 1, 2), known_N, measures.Truth(truth_M, torch.tensor([0, 2, 3])), known_N, {},
-        lambda place: [], 2, mnist.load("sample").card,
+        lambda place: [], 2, mnist.load("sample").card, [],
     )  # fmt: skip
     few = subject.some(torch.tensor([1, 3]))
     assert few.truth.unit_N.tolist() == [3] and torch.equal(few.truth.truth_NYX, truth_M[2:])

@@ -36,6 +36,13 @@ RULES = {  # presets as pages name them
 }
 SIMPLE = ("input intensity", ERROR, "mean image difference", CENTRE, "random", PRIOR)  # maps that need no attention
 
+# --- networks that were never trained --------------------------------------------------------------------------------
+
+# By store the layer that its chapter shows, and the map that looks at no test image and has to be beaten.
+SHOWN = {"mnist": ("conv2", CENTRE), "ucsd": ("conv2", PRIOR), "mvtec": ("layer2.1.conv1", PRIOR)}
+EXPLAINED = "R² on images that the fit has not seen"
+POSITION, TOGETHER, EXCHANGED = "position", "all together", "all together, maps exchanged among images"
+
 # --- the digits ------------------------------------------------------------------------------------------------------
 
 CANCELLED = "share of the latents' signed maps that cancels"

@@ -21,7 +21,7 @@ VERSIONS = {
     "mnist": 4,
     "ucsd": 3,
     "mvtec": 3,
-    "sanity": 1,
+    "sanity": 2,  # 2: what explains the maps of untrained networks
     "disentanglement": 1,
     "rbm": 2,
     "ablations": 1,

@@ -10,17 +10,18 @@ its layers would otherwise see values of a scale that the network was not made f
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from scipy.stats import rankdata
+from sklearn.linear_model import LinearRegression
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from expvae_book import measures, runs, training
-from expvae_book.names import AUROC, FLOOR, KEPT_RANKS
+from expvae_book.names import AUROC, EXCHANGED, EXPLAINED, FLOOR, KEPT_RANKS, POSITION, TOGETHER
 
 COMPARED = 8  # images whose maps are kept, to be compared between seeds
 SIDE = 32  # pixels along either side of a kept map, or a little more
@@ -106,6 +107,43 @@ def thinned(map_NYX: Float[Tensor, "n y x"]) -> Float[Tensor, "n h w"]:
     """Every so many pixels of maps, so that SIDE of them or a few more are left along either side."""
     step = max(1, map_NYX.shape[-1] // SIDE)
     return map_NYX[:, ::step, ::step]
+
+
+def explained_rows(
+    map_NYX: Float[Tensor, "n y x"], pictures: Mapping[str, Float[Tensor, "n y x"]], name: str, subset: str
+) -> list[dict]:
+    """How much of a map simpler pictures of the same images explain, on images that the fit has not seen.
+
+    R² = 1 − Σ (m − m̂)² / Σ (m − m̄)² over the pixels of one half of the images, drawn at random, where m̂ is the
+    least-squares fit on those of the other half: by each picture, by the *position* alone (the mean map of the other
+    half), by all together, and by all together of maps that are exchanged among the images, of which nothing but the
+    position can be told.
+
+    Args:
+        map_NYX: The maps; of fewer than four, or of a constant one, there are no rows.
+        pictures: By name.
+        name: The maps' name.
+        subset: What else tells the rows apart; what explains stands behind it.
+    """
+    if len(map_NYX) < 4 or not map_NYX.std():
+        return []
+    generator = torch.Generator().manual_seed(measures.SEED)
+    order_N, exchanged_N = (torch.randperm(len(map_NYX), generator=generator).numpy() for _ in range(2))
+    halves = np.array_split(order_N, 2)
+    thin = {of: thinned(picture_NYX).double().numpy() for of, picture_NYX in {**pictures, "": map_NYX}.items()}
+    value_NYX = thin.pop("")
+    cases = [((of,), of, value_NYX) for of in (*thin, POSITION)]
+    cases += [((*thin, POSITION), TOGETHER, value_NYX), ((*thin, POSITION), EXCHANGED, value_NYX[exchanged_N])]
+    rows = []
+    for used, title, target_NYX in cases:
+        known = thin | {POSITION: np.broadcast_to(target_NYX[halves[0]].mean(0), target_NYX.shape)}
+        parts = [
+            (np.stack([known[of][half] for of in used], -1).reshape(-1, len(used)), target_NYX[half].ravel())
+            for half in halves
+        ]
+        score = LinearRegression().fit(*parts[0]).score(*parts[1])
+        rows.append(runs.row(EXPLAINED, float(score), name, f"{subset}; {title}", n=len(halves[1])))
+    return rows
 
 
 def cascade(

@@ -31,7 +31,7 @@ from expvae_book.data import imagenet
 from expvae_book.data.card import DataCard
 from expvae_book.data.mvtec import load as load_category
 from expvae_book.jobs import digits, mnist, mvtec, ucsd
-from expvae_book.names import FIELDS
+from expvae_book.names import FIELDS, SHOWN
 
 RECIPES = {"mnist": recipes.MNIST, "ucsd": recipes.UCSD, "mvtec": recipes.MVTEC}
 USUAL = {"mnist": "liu2020", "ucsd": "report1", "mvtec": "report1"}  # those of the data sets' chapters
@@ -54,8 +54,9 @@ class Subject:
         networks: By what they start from, how to build them.
         cases: From the place of a network among those of its kind to what is explained.
         batch: Images at a time.
-        options: Further ones of `measures.layers_and_presets`.
         card: What the data are.
+        explained: Names of the maps that simpler pictures may explain.
+        options: Further ones of `measures.layers_and_presets`.
     """
 
     train_NCYX: UInt8[Tensor, "t c y x"]
@@ -67,7 +68,15 @@ class Subject:
     cases: Callable[[int], Cases]
     batch: int
     card: DataCard
+    explained: Sequence[str]
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def pictures(self) -> dict[str, Float[Tensor, "n y x"]]:
+        """What might explain a map of the test images: edges, brightness, difference from the mean training image."""
+        x_NCYX, mean_CYX = training.to_unit(self.test_NCYX), training.to_unit(self.train_NCYX).mean(0)
+        grey_NYX = x_NCYX.mean(1)
+        difference_NYX = baselines.mean_image_difference(x_NCYX, mean_CYX)
+        return {"edges": baselines.edges(grey_NYX), "brightness": grey_NYX, "mean image difference": difference_NYX}
 
     def some(self, some_N: Int64[Tensor, " k"]) -> "Subject":
         """The same with some of the test images."""
@@ -86,6 +95,11 @@ class Subject:
 def subject(parameters: Mapping[str, Any]) -> Subject:
     """The data that the parameters name: dataset, digit or category, recipe and data."""
     return {"mnist": _digits, "ucsd": _footage, "mvtec": _category}[parameters["dataset"]](parameters)
+
+
+def explained(dataset: str) -> list[str]:
+    """The maps of a data set that its chapter shows, by the two rules for all latents."""
+    return [measures.map_name(SHOWN[dataset][0], preset) for preset in ("liu2020_paper", "liu2020_code")]
 
 
 def name_of(parameters: Mapping[str, Any]) -> str:
@@ -115,6 +129,7 @@ def _digits(parameters: Mapping[str, Any]) -> Subject:
         lambda place: [(measures.PRESETS, mnist.LAYERS, 1.0)],
         seen.batch,
         seen.images.card,
+        explained("mnist"),
     )
 
 
@@ -132,6 +147,7 @@ def _footage(parameters: Mapping[str, Any]) -> Subject:
         lambda place: [(measures.PRESETS, ucsd.LAYERS, 1.0)],
         seen.batch,
         seen.clips.card,
+        explained("ucsd"),
     )
 
 
@@ -151,6 +167,7 @@ def _category(parameters: Mapping[str, Any]) -> Subject:
         lambda place: few if place else [case for case in defects.CASES if case[2] > 0],
         RECIPES["mvtec"][recipe].batch_size,
         category.card,
+        explained("mvtec"),
         {"shuffled": True},
     )
 
@@ -166,8 +183,11 @@ def measured_maps(model: nn.Module, seen: Subject, cases: Cases, subset: str) ->
         few = seen.some(some_N)
         if not few.truth.truth_NYX.any():
             continue
+        pictures = few.pictures()
         for name, map_NYX in measures.layers_and_presets(model, pairs, few.test_NCYX, **options):
             measured.pixels(name, map_NYX[few.measured_N], replace(few.truth, subset=subset), fields)
+            if name in seen.explained:
+                measured.rows += randomised.explained_rows(map_NYX, pictures, name, subset)
     return measured
 
 

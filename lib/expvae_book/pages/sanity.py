@@ -5,11 +5,20 @@ from IPython.display import Image, Markdown, display
 
 from expvae_book import figures, judging, report, runs, tables
 from expvae_book.data.catalogue import source
-from expvae_book.names import AUROC, CENTRE, DIFFERENCE, KEPT_RANKS, LAST, OUTLIERS, PRIOR, UNTRAINED, WITHIN_INK
+from expvae_book.names import (
+    AUROC,
+    BEST_STAGE,
+    DIFFERENCE,
+    EXPLAINED,
+    KEPT_RANKS,
+    LAST,
+    OUTLIERS,
+    SHOWN,
+    UNTRAINED,
+    WITHIN_INK,
+)
 from expvae_book.runs import Run
 
-# By store the layer that its chapter shows, and the map that looks at no test image and has to be beaten.
-SHOWN = {"mnist": ("conv2", CENTRE), "ucsd": ("conv2", PRIOR), "mvtec": ("layer2.1.conv1", PRIOR)}
 RULES = {"paper's rule": "liu2020_paper", "rule of the authors' code": "liu2020_code"}
 WORDS = {
     "above": "more than",
@@ -85,6 +94,7 @@ def differences() -> None:
             }
             for other in (UNTRAINED, nothing):
                 line[f"Minus {other}"] = run.text(DIFFERENCE, f"{name} − {other}", LAST, "+.3f", lacking="")
+            line["Best checkpoint on the test masks (oracle)"] = run.text(AUROC, name, BEST_STAGE, lacking="")
             lines.append(line)
     if lines:
         table = pd.DataFrame(lines).fillna("")
@@ -103,6 +113,26 @@ def wrong_class() -> None:
                 lines.append(line | {"Within ink": run.text(WITHIN_INK, kind, OUTLIERS, lacking="")})
     if lines:
         report.show(pd.DataFrame(lines), "Pixel AUROC with 95 % intervals over images.")
+
+
+def explained() -> None:
+    """Show what explains the maps of untrained networks, by data set and rule: means over the networks."""
+    lines = []
+    for run in runs.find("sanity", control="untrained"):
+        rows = run.rows(EXPLAINED)
+        rows = rows[rows["subset"].str.startswith("random") & (run.card.kind != "sample")]
+        by = rows["subset"].str.rsplit("; ", n=1).str[-1]
+        for name, of in rows.groupby(["method", by], sort=False)["value"].mean().unstack(sort=False).iterrows():
+            told = f"{source(run.card.name).title} {run.parameters.get('digit', run.parameters.get('category', ''))}"
+            lines.append({"Images": told.strip(), "Map": name} | of.map("{:.2f}".format).to_dict())
+    if not lines:
+        display(Markdown("*No run of ours says it yet.*"))
+        return
+    report.show(
+        pd.DataFrame(lines),
+        "R² of the maps of untrained networks by least squares, on the half of the images that the fit has not seen; "
+        "mean over the networks. Below 0 the fit is worse than a constant.",
+    )
 
 
 def controls() -> None:

@@ -185,7 +185,7 @@ def walk(run: Run, layer: str, preset: str) -> None:
     names = [name for name in METHODS if run.text(AUROC, name, lacking="")]
     lines = [
         {"method": name}
-        | {title: run.text(title, name) for title in shown}
+        | {title: run.text(title, name, lacking="–") for title in shown}
         | {"image AUROC (maximum)": run.text(IMAGE_AUROC, name, "maximum", lacking="–")}
         for name in names
     ]

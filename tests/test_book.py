@@ -27,7 +27,7 @@ BOOK = REPOSITORY / "book"
 PAGES = [entry["file"] for entry in yaml.safe_load((BOOK / "_toc.yml").read_text())["chapters"]]
 PAGES += [yaml.safe_load((BOOK / "_toc.yml").read_text())["root"]]
 
-RUN_CELLS = ("chapters.run(", "chapters.run_all(", "chapters.job(", "page.jobs(")
+RUN_CELLS = ("chapters.run(", "chapters.run_all(", "chapters.job(", "chapters.jobs(", "page.jobs(")
 # How the notice begins that an outdated run lacks something which its page shows, see expvae_book.chapters.run.
 LACKING = "The stored run lacks what this page shows from here on."
 MISSING = "No stored run of this chapter with"
@@ -324,7 +324,7 @@ def test_warnings_name_the_line(book, tmp_path):
 
 # How the chapters that were rewritten read -------------------------------------------------------------------------
 
-CHAPTERS = ("mnist", "ucsd", "mvtec10", "mvtec15", "reuse", "rbm", "method")
+CHAPTERS = ("mnist", "ucsd", "mvtec10", "mvtec15", "reuse", "rbm", "method", "disentanglement")
 LINES, CELL_LINES, VISIBLE, WORDS = 350, 25, 0.7, 2500
 HIDDEN = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
 FOLDED = "details, .toggle-hidden, .tag_hide-output .cell_output, .tag_hide-input .cell_input, .tag_hide-cell"

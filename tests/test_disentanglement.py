@@ -9,9 +9,11 @@ import torch
 
 from expvae import attention
 from expvae.models import DSPRITES_LAYERS, DSpritesVAE, discriminator
-from expvae_book import disentanglement, factorvae, figures, recipes, runs, sprite_tables
+from expvae_book import chapters, disentanglement, factorvae, figures, recipes, runs
+from expvae_book.chapters import Job
 from expvae_book.data import dsprites
 from expvae_book.factorvae import VARIANTS, Candidate, Curves, Trained
+from expvae_book.jobs import disentanglement as steps
 from expvae_book.names import (
     COLLAPSED,
     EQUALISED,
@@ -25,6 +27,9 @@ from expvae_book.names import (
     SPATIAL,
     title,
 )
+from expvae_book.pages import disentanglement as page
+from expvae_book.pages import seeds
+from expvae_book.sprite_grid import grid as grid_of
 from expvae_book.training import build
 
 SHARED = {"steps": 2, "recipe": "report2", "stride": 8, "precision": "float32", "data": "sample"}
@@ -32,7 +37,7 @@ CHOICES = {"attention": "liu2020", "layer": "variant", "alpha": "variant", "pair
 
 
 def grid(gammas="10", lambdas="0,1", betas="", seeds=1, **choices):
-    return disentanglement.grid(gammas, lambdas, betas, seeds, SHARED, CHOICES | choices)
+    return grid_of(gammas, lambdas, betas, seeds, SHARED, CHOICES | choices)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +59,7 @@ def test_the_grid_has_every_combination_and_each_seed():
 def test_models_without_the_loss_do_not_depend_on_its_variant():
     plain, other = grid("10", "0"), grid("10", "0", attention="brongers2021", layer="conv1")
     assert plain == other
-    assert disentanglement.candidate(plain[0]) == Candidate(gamma=10.0)
+    assert steps.candidate(plain[0]) == Candidate(gamma=10.0)
 
 
 @pytest.mark.parametrize("text", ["ten", "-1", "1,,nan", "inf"])
@@ -71,15 +76,15 @@ def test_an_empty_grid_is_refused():
 def test_parameters_choose_the_variant_and_what_differs_from_it():
     (one,) = grid("10", "2", layer="conv2", alpha="constant")
     expected = replace(VARIANTS["liu2020"], layer="conv2", alpha="constant")
-    assert disentanglement.candidate(one) == Candidate(gamma=10.0, attention_weight=2.0, penalty=expected)
+    assert steps.candidate(one) == Candidate(gamma=10.0, attention_weight=2.0, penalty=expected)
     (one,) = grid("10", "2", pairs="all")
     expected = replace(VARIANTS["liu2020"], pairs="all", maps=10)
-    assert disentanglement.candidate(one).penalty == expected
+    assert steps.candidate(one).penalty == expected
     (one,) = grid("10", "2", attention="brongers2021")
-    assert disentanglement.candidate(one).penalty == VARIANTS["brongers2021"]
-    assert not disentanglement.candidate(one).detached
+    assert steps.candidate(one).penalty == VARIANTS["brongers2021"]
+    assert not steps.candidate(one).detached
     with pytest.raises(ValueError, match="attention must be one of liu2020, report2, brongers2021; got 'mine'"):
-        disentanglement.candidate({**one, "attention": "mine"})
+        steps.candidate({**one, "attention": "mine"})
 
 
 def test_spatial_layers_are_those_of_the_model_but_the_last():
@@ -119,18 +124,61 @@ def models(sprites, tmp_path_factory):
         patch.setattr(disentanglement, "SCHEDULED_IMAGES", 8)
         held_out_N = disentanglement.split()[1]
         patch.setattr(disentanglement, "split", lambda: (torch.arange(1000), held_out_N[:64]))
-        yield list(disentanglement.compute("disentanglement", grid(), torch.device("cpu")))
+        jobs = chapters.jobs("disentanglement", grid())
+        yield steps.measure(jobs, steps.fit(jobs, sprites), sprites)
 
 
-def test_a_training_that_was_told_to_end_early_keeps_the_steps_that_it_had(monkeypatch):
+def test_what_is_stored_is_neither_trained_nor_measured_again(models, sprites, monkeypatch):
+    for owner, name in ((factorvae, "train"), (disentanglement, "evaluate"), (disentanglement, "highest")):
+        monkeypatch.delattr(owner, name)
+    jobs = chapters.jobs("disentanglement", grid())
+    fitted = steps.fit(jobs, sprites)
+    assert fitted == [None, None]
+    assert [run.folder for run in steps.measure(jobs, fitted, sprites)] == [run.folder for run in models]
+    for layer, shown in {"conv2": "conv2", "conv5": "conv4", "variant": "conv4"}.items():
+        maps = steps.explain(jobs, fitted, sprites, layer)
+        assert list(maps) == [title(run.parameters) for run in models]
+        for run, map_NKHW in zip(models, maps.values(), strict=True):
+            np.testing.assert_array_equal(map_NKHW, run.arrays[f"maps {shown}"])
+
+
+def test_only_the_model_that_is_missing_is_trained(models, sprites, monkeypatch):
+    jobs, asked = chapters.jobs("disentanglement", grid("10", "0,1,2")), []
+    vae, critic = build(lambda: DSpritesVAE(10), 0).eval(), build(lambda: discriminator(10), 0)
+
+    def train(candidates, *_arguments, **_options):
+        asked.extend(candidates)
+        return [Trained(one, vae, critic, Curves(), "key", "file", "cpu") for one in candidates]
+
+    monkeypatch.setattr(factorvae, "train", train)
+    fitted = steps.fit(jobs, sprites)
+    assert [one and one.candidate.attention_weight for one in fitted] == [None, None, 2]
+    assert [one.attention_weight for one in asked] == [2]
+    maps = steps.explain(jobs, fitted, sprites, "conv3")
+    x_BCYX = sprites.images(torch.from_numpy(models[0].arrays["shown"])).float()
+    found = attention(vae.encode, "encoder.conv3", x_BCYX)
+    for image, (first, second) in enumerate(found.highest_BK(2)):
+        np.testing.assert_array_equal(maps["AD-FactorVAE, γ 10, λ 2"][image], found.map_BIHW[image, [first, second]])
+
+
+def test_a_row_of_the_strip_changes_one_factor(sprites):
+    rows = steps.strip(sprites).axes
+    images = np.array([axis.images[0].get_array().filled(np.nan) for axis in rows]).reshape(6, 6, 64, 64)
+    assert [int((~np.isnan(row).any((1, 2))).sum()) for row in images] == [1, 3, 6, 6, 6, 6]
+    area, column = images[2:].sum((2, 3)), (images[2:] * np.arange(64)).sum((2, 3)) / images[2:].sum((2, 3))
+    assert (np.diff(area[0]) > 0).all()  # scale
+    assert (np.diff(column[2]) > 1).all()  # x
+    assert np.ptp(column[3]) < 1e-9 and np.ptp(area[3]) == 0  # y
+
+
+def test_a_training_that_was_told_to_end_early_keeps_the_steps_that_it_had(models, sprites, monkeypatch):
     ended = Trained(Candidate(), DSpritesVAE(10), discriminator(10), Curves(), "key", "file", "cpu", 1, 2)
     kept = {}
-    monkeypatch.setattr(factorvae, "train", lambda *arguments, **options: [ended])
     monkeypatch.setattr(disentanglement, "evaluate", lambda *arguments: ([], {}))
-    monkeypatch.setattr(disentanglement.probes, "take", lambda *arguments: None)
-    monkeypatch.setattr(disentanglement.probes, "verify", lambda run, draw: run)
-    monkeypatch.setattr(runs, "save", lambda *arguments, **options: kept.update(options))
-    list(disentanglement.compute("disentanglement", grid("", "", "4", 2)[1:], torch.device("cpu")))
+    monkeypatch.setattr(steps.probes, "take", lambda *arguments: None)
+    monkeypatch.setattr(steps.probes, "verify", lambda run, draw: run)
+    monkeypatch.setattr(runs, "save", lambda *arguments, **options: kept.update(options) or models[0])
+    steps.measure([Job("disentanglement", grid("", "", "4", 2)[1], None)], [ended], sprites)
     assert kept["budget"] == {"unit": "steps", "asked": 150_000, "used": 1}
 
 
@@ -242,20 +290,19 @@ def test_the_first_seed_keeps_its_weights_and_the_maps_along_its_traversals(mode
 
 
 def test_the_tables_say_what_the_runs_say(models):
-    results = sprite_tables.results(models)
+    results = page.results(models)
     assert results["Model"].tolist() == ["FactorVAE, γ 10, seed 0", "AD-FactorVAE, γ 10, λ 1, seed 0"]
     assert results[f"{METRIC} ({REFERENCE})"][0] == models[0].text(METRIC, REFERENCE, next(iter(COLLAPSED)))
-    (change,) = sprite_tables.differences(models).to_dict("records")
+    (change,) = page.differences(models).to_dict("records")
     wanted = ("reconstruction per image", "", "")
     expected = models[1].metric(*wanted)["value"] - models[0].metric(*wanted)["value"]
     assert change["Reconstruction (nats)"] == f"{expected:+.3f}"
     assert (change["γ"], change["λ"], change["Seeds"]) == (10, 1, 1)
-    assert len(sprite_tables.overlaps(models)) == 4
-    assert len(sprite_tables.ceilings(models[0])) == 2
-    assert len(sprite_tables.protocols(models)) == 2
-    pulls = sprite_tables.gradients(models[0]).set_index("Variant")
+    assert len(page.overlaps(models)) == 4
+    assert len(page.ceilings(models[0])) == 2
+    assert len(page.protocols(models)) == 2
+    pulls = page.gradients(models).set_index("Variant")
     assert list(pulls.index) == list(disentanglement.COMPARED)
-    assert len(sprite_tables.every_run(models)) == 2
 
 
 def test_overlaps_with_and_without_the_loss_are_compared_by_their_intervals(models):
@@ -273,16 +320,16 @@ def test_overlaps_with_and_without_the_loss_are_compared_by_their_intervals(mode
     for interval, expected in (((0.1, 0.3), (2, 0, 2)), ((0.6, 0.7), (0, 2, 2)), ((0.3, 0.6), (0, 0, 2))):
         found = [plain, with_overlap(models[1], *interval)]
         for pairs in PAIRS:
-            assert sprite_tables.compared(found, ["conv1", "conv4"], OVERLAP, pairs) == expected
-    assert sprite_tables.compared([plain], ["conv4"], OVERLAP, PAIRS[1]) == (0, 0, 0)
+            assert page.compared(found, ["conv1", "conv4"], OVERLAP, pairs) == expected
+    assert page.compared([plain], ["conv4"], OVERLAP, PAIRS[1]) == (0, 0, 0)
 
 
 def test_models_without_a_pair_of_active_latents_are_not_compared(models):
     alone = [row for row in models[0].record["metrics"] if row["subset"] != PAIRS[0]]
     plain = runs.Run(models[0].chapter, models[0].parameters, models[0].record | {"metrics": alone}, models[0].folder)
     found = [plain, models[1]]
-    assert sprite_tables.compared(found, ["conv4"], OVERLAP, PAIRS[0])[2] == 0
-    assert sprite_tables.compared(found, ["conv4"], OVERLAP, PAIRS[1])[2] == 1
+    assert page.compared(found, ["conv4"], OVERLAP, PAIRS[0])[2] == 0
+    assert page.compared(found, ["conv4"], OVERLAP, PAIRS[1])[2] == 1
 
 
 def test_differences_over_two_seeds_have_an_interval(models):
@@ -293,19 +340,19 @@ def test_differences_over_two_seeds_have_an_interval(models):
         return runs.Run(run.chapter, run.parameters | {"seed": seed}, run.record | {"metrics": metrics}, run.folder)
 
     twice = [*models, with_seed(models[0], 1, 0.0), with_seed(models[1], 1, 0.2)]
-    (change,) = sprite_tables.differences(twice).to_dict("records")
+    (change,) = page.differences(twice).to_dict("records")
     assert change["Seeds"] == 2
     assert change[METRIC].count("[") == 1
 
 
 def test_the_points_of_the_trade_off_have_published_ones_beside_ours(models):
-    table = sprite_tables.points(models)
+    table = page.points(models)
     counts = table.groupby(["source", "kind"]).size()
     assert counts["ours", "FactorVAE"] == counts["ours", "AD-FactorVAE"] == 1
     assert counts["Liu et al. 2020", "β-VAE"] == 6
     assert counts["Brongers et al.", "FactorVAE"] == 3
     assert not table[["score", "cost"]].isna().any(axis=None)
-    assert sprite_tables.seed_spread() == pytest.approx(0.1025)
+    assert seeds.seed_spread() == pytest.approx(0.1025)
     figure = figures.tradeoff(table, x="cost", y="score")
     (axis,) = figure.axes
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("cost", "score")
@@ -314,7 +361,7 @@ def test_the_points_of_the_trade_off_have_published_ones_beside_ours(models):
 
 
 def test_curves_have_a_panel_for_each_quantity_and_a_line_for_each_model(models):
-    panels = sprite_tables.curves(models)
+    panels = page.curves(models)
     assert list(panels["L_AD"]) == ["AD-FactorVAE, γ 10, λ 1, seed 0"]
     figure = figures.curves(panels, x="steps")
     shown = [axis for axis in figure.axes if axis.get_visible()]

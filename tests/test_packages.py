@@ -83,13 +83,14 @@ def test_a_second_copy_of_a_package_is_refused(name):
 def test_records_are_read_and_drawn_as_tables_without_torch():
     code = """
 import sys
-from expvae_book import chapters, claims, figures, matching, publications, report, runs, sprite_tables, tables
+from expvae_book import chapters, claims, figures, matching, publications, report, runs, tables
+from expvae_book.pages import disentanglement
 stored = runs.find()
 assert stored
 claims.verdicts(stored)
 report.to_html(report.wide(matching.beside(publications.read(), stored)), "all")
 tables.every_run("layer2.1.conv1", "liu2020_code")
-sprite_tables.every_run(runs.find("disentanglement"))
+disentanglement.results(runs.find("disentanglement"))
 figures.training_curves(runs.find("mnist")[0].record["losses"])
 print({"torch", "torchvision", "sklearn"} & set(sys.modules))
 """

@@ -5,7 +5,8 @@ import pytest
 from scipy import stats
 from sklearn.linear_model import LinearRegression
 
-from expvae_book import figures, judging, power, sprite_tables
+from expvae_book import figures, judging, power
+from expvae_book.pages import seeds
 
 DESIGNS = [(2, False), (3, True), (5, False), (10, True), (12, False)]
 
@@ -97,23 +98,23 @@ def test_one_seed_finds_nothing():
 
 
 def test_the_tables_are_computed_from_the_published_numbers():
-    differences = sprite_tables.paper_differences()
+    differences = seeds.paper_differences()
     assert differences == pytest.approx({10: 0.15, 20: 0.12, 30: 0.115, 40: 0.085})
-    replicates, spreads = sprite_tables.replicates(), sprite_tables.spreads()
+    replicates, spreads = seeds.replicates(), seeds.spreads()
     assert [len(runs) for runs in replicates.values()] == [40, 40, 10, 18]
     assert [spread.freedom for spread in spreads.values()] == [30, 20, 5, 12]
-    assert sprite_tables.spread_lines()["Runs"].tolist() == [40, 40, 10, 18]
+    assert seeds.spread_lines()["Runs"].tolist() == [40, 40, 10, 18]
     spread = next(iter(spreads.values()))
-    first = sprite_tables.seeds_to_find(spread).iloc[0]
+    first = seeds.seeds_to_find(spread).iloc[0]
     assert first["Seeds, two-sample interval"].split(" ")[0] == str(power.seeds_needed(differences[10], spread.sd))
-    assert [row[1:] for row in sprite_tables.designs()] == [(1, False), (4, True), (2, False), (10, True), (3, False)]
-    column = sprite_tables.findable({"it": spread})["at the spread of it"]
+    assert [row[1:] for row in seeds.designs()] == [(1, False), (4, True), (2, False), (10, True), (3, False)]
+    column = seeds.findable({"it": spread})["at the spread of it"]
     assert column[0].startswith("none")
     assert float(column[4].split(" ")[0]) == round(power.smallest_difference(spread.sd, 3), 3)
 
 
 def test_power_curves_are_drawn_where_they_are():
-    lines = sprite_tables.power_curves(most=4)
+    lines = seeds.power_curves(most=4)
     assert [float(name.split(",")[0]) for name in lines] == [0.15, 0.085]
     for line in lines.values():
         assert line["seeds"].tolist() == [2, 3, 4]

@@ -1,7 +1,5 @@
-"""Disentanglement on dSprites: train a grid of models side by side, measure each one, store its run."""
+"""What is measured of a model of dSprites: how well its latents tell the factors, and how far its maps overlap."""
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -9,24 +7,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
-from tqdm import tqdm
 
 from expvae import attention, elbo_terms, kl_divergence, metrics, overlap, sample_latents, total_correlation
 from expvae.metrics import active_units
 from expvae.models import DSpritesVAE, SideBySide
-from expvae_book import devices, factorvae, names, probes, recipes, runs
+from expvae_book import factorvae, names, runs
 from expvae_book.data import dsprites
-from expvae_book.factorvae import VARIANTS, Candidate, Trained
+from expvae_book.factorvae import VARIANTS, Trained
 from expvae_book.measures import halved
-from expvae_book.sprite_grid import grid as grid
 from expvae_book.training import hold_out
 
 BATCH = 512
 EXPLAINED = 512  # held-out images whose maps are compared
 SHOWN = 6  # held-out images that are shown
-TRAVERSAL = np.linspace(-3, 3, 7)  # in standard deviations of the prior
 PERFECT_DRAWS = 10  # of the votes for the ceiling of a perfect code
 SPARE = (0, 5, 27)  # latents that carry nothing beside those of a perfect code
 
@@ -115,83 +110,6 @@ def scheduled(vae: DSpritesVAE, sprites: dsprites.Sprites) -> dict[str, float]:
     }
 
 
-def candidate(parameters: Mapping[str, Any]) -> Candidate:
-    """The model that the parameters describe: its loss is a published variant with what is to differ from it.
-
-    Raises:
-        ValueError: If a choice is unknown.
-    """
-    model = Candidate(beta=float(parameters["beta"]), gamma=float(parameters["gamma"]), seed=parameters["seed"])
-    variant = parameters["attention"]
-    if not parameters["lambda"]:
-        return model
-    if variant not in VARIANTS:
-        raise ValueError(f"attention must be one of {', '.join(VARIANTS)}; got {variant!r}")
-    differing = {name: parameters[name] for name in ("layer", "alpha", "pairs") if parameters[name] != "variant"}
-    if differing.get("pairs") == "all":  # of all latents; of a variant's two highest there is but one pair
-        differing["maps"] = recipes.DSPRITES[parameters["recipe"]].latent_dim
-    return replace(
-        model,
-        attention_weight=float(parameters["lambda"]),
-        penalty=replace(VARIANTS[variant], **differing),
-        detached=variant != "brongers2021",
-    )
-
-
-def compute(chapter: str, wanted: Sequence[Mapping[str, Any]], device: torch.device) -> Iterator[runs.Run]:
-    """Train the models that are asked for, side by side, then measure each one and store its run.
-
-    Args:
-        chapter: The chapter's name.
-        wanted: Parameters of the models, from `grid`; those of training and data are the same in all of them.
-        device: Where to compute.
-    """
-    one = wanted[0]
-    sprites = dsprites.load(one["data"]).to(device)
-    recipe = recipes.DSPRITES[one["recipe"]]
-    precision = devices.choose_precision(one["precision"], device)
-    models = factorvae.train(
-        [candidate(parameters) for parameters in wanted],
-        sprites.images,
-        split()[0].to(device),
-        recipe,
-        steps=one["steps"],
-        device=device,
-        precision=precision,
-        data_digest=sprites.card.digest,
-        measure=lambda vae: scheduled(vae, sprites),
-        measurements=min(MEASUREMENTS, one["steps"] // SPARING),
-    )
-    for parameters, trained in zip(wanted, tqdm(models, "measuring", unit="model"), strict=True):
-        started = time.monotonic()
-        rows, arrays = evaluate(trained, sprites, parameters["stride"])
-        if parameters["seed"] == 0:
-            arrays |= pictured(trained.vae, arrays["traversals"])
-        draw = probes.grey(sprites)
-        run = runs.save(
-            chapter,
-            parameters,
-            metrics=rows,
-            # A model without a loss has no curve of it.
-            losses={name: curve for name, curve in vars(trained.curves).items() if isinstance(curve, list) and curve},
-            arrays=arrays,
-            figures={},
-            card=sprites.card,
-            recipe=recipe,
-            budget={"unit": "steps", "asked": recipe.steps, "used": trained.steps},
-            seconds={"training, all side by side": trained.curves.seconds, "measuring": time.monotonic() - started},
-            device=devices.describe_device(device),
-            resolved={"precision": precision},
-            probe=probes.take(trained.vae, trained.file, draw, "encoder.conv4", parameters["seed"], len(sprites)),
-            extra={
-                "training": {"precision": precision, "side by side": trained.curves.beside, "device": trained.device},
-                "scheduled": trained.curves.measured,
-                "weights": {"key": trained.key},
-            },
-        )
-        yield probes.verify(run, draw)
-
-
 def evaluate(
     trained: Trained, sprites: dsprites.Sprites, stride: int
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
@@ -223,10 +141,13 @@ def evaluate(
         "kl": kl_NI.mean(0).numpy().astype(np.float32),
         "traversals": traversals(vae, x_BCYX[:1]),
     }
-    for layer in names.SPATIAL:
-        found = attention(vae.encode, f"encoder.{layer}", x_BCYX[:SHOWN])
-        arrays[f"maps {layer}"] = take(found.map_BIHW, found.highest_BK(2)).cpu().numpy().astype(np.float32)
-    return rows, arrays
+    return rows, arrays | {f"maps {layer}": highest(vae, layer, x_BCYX[:SHOWN]) for layer in names.SPATIAL}
+
+
+def highest(vae: DSpritesVAE, layer: str, x_BCYX: Float[Tensor, "b 1 64 64"]) -> Float32[np.ndarray, "b 2 h w"]:
+    """By the paper's rule the maps of the two latents with the highest response, which is the mean of the map."""
+    found = attention(vae.encode, f"encoder.{layer}", x_BCYX)
+    return take(found.map_BIHW, found.highest_BK(2)).cpu().numpy().astype(np.float32)
 
 
 def _mean(values_N: Float[Tensor, " n"]) -> dict[str, float | int]:
@@ -375,9 +296,9 @@ def pictured(vae: DSpritesVAE, images_ITYX: np.ndarray) -> dict[str, np.ndarray]
 
 @torch.no_grad()
 def traversals(vae: DSpritesVAE, x_BCYX: Float[Tensor, "1 1 64 64"]) -> np.ndarray:
-    """What the decoder makes of an image's latents when one of them runs through TRAVERSAL: [D, 7, 64, 64], uint8."""
+    """What the decoder makes of an image's latents when one of them runs along a traversal: [D, 7, 64, 64], uint8."""
     mu_BI, _ = vae.encode(x_BCYX)
-    z_ITI = mu_BI.expand(mu_BI.shape[1], len(TRAVERSAL), -1).clone()
-    z_ITI.diagonal(dim1=0, dim2=2).copy_(torch.from_numpy(TRAVERSAL)[:, None])
+    z_ITI = mu_BI.expand(mu_BI.shape[1], len(names.TRAVERSAL), -1).clone()
+    z_ITI.diagonal(dim1=0, dim2=2).copy_(torch.tensor(names.TRAVERSAL)[:, None])
     images = vae.decode(z_ITI.flatten(0, 1)).sigmoid()
     return (255 * images).round().byte().squeeze(1).unflatten(0, z_ITI.shape[:2]).cpu().numpy()

@@ -110,6 +110,7 @@ COLLAPSED = {
 OVERLAP = "overlap of maps"
 EQUALISED = "overlap of maps of equal sum"
 PAIRS = ("all pairs of active latents", "the two highest responses")
+TRAVERSAL = (-3, -2, -1, 0, 1, 2, 3)  # of one latent, in standard deviations of the prior
 GRADIENT = "gradient, norm"
 REACHED = "parameters with a gradient"
 

@@ -21,7 +21,6 @@ quoted = '$(subst ','\'',$(value $(1)))'
 # One epoch, and where MVTec AD is absent one drawn category for each chapter, for the same reason.
 MVTEC15 ?= $(if $(filter mvtec,$(AT_HAND)),,-p categories bottle) -p epochs 1
 MVTEC10 ?= $(if $(filter mvtec,$(AT_HAND)),,-p categories carpet) -p epochs 1
-ABLATIONS ?= $(if $(filter mvtec,$(AT_HAND)),,-p frames 24 -p workpieces 6)
 # Samples are too small to keep two cores busy: two chapters at a time then, each on one. Real data take all cores.
 JOBS ?= $(if $(filter mnist ucsd mvtec,$(AT_HAND)),1,2)
 
@@ -65,8 +64,8 @@ disentanglement: $(INSTALLED)
 	$(BIN)/papermill book/disentanglement.md $(EXECUTED)/$@.ipynb $(DISENTANGLEMENT)
 rbm-1 rbm-3: rbm-%: mnist-%
 	$(BIN)/papermill book/rbm.md $(EXECUTED)/$@.ipynb -p digit $*
-ablations: mnist-1 mnist-3 ucsd mvtec15
-	$(BIN)/papermill book/ablations.md $(EXECUTED)/$@.ipynb $(ABLATIONS)
+ablations: mnist-1 mnist-3
+	$(BIN)/papermill book/ablations.md $(EXECUTED)/$@.ipynb
 
 test: $(INSTALLED)
 	$(BIN)/ruff check

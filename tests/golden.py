@@ -141,10 +141,9 @@ def machines_of_digits() -> Numbers:
 def ablations() -> Numbers:
     """Every change of the maps of one model, trained for an epoch on the digit 1."""
     patches = {
-        "expvae_book.ablation.MODELS": {"mnist": ("1",)},
-        "expvae_book.ablation.SAMPLE_TRAINING": {"mnist": {"epochs": 1}},
+        "expvae_book.names.ABLATED": ("1",),
     }
-    given = SAMPLE | {"datasets": "mnist", "digits": 40, "resamples": 100}
+    given = SAMPLE | {"digits": 40, "resamples": 100}
     return chapter("ablations", given, ONE_EPOCH | patches, {}, "(?!best.*change)")
 
 

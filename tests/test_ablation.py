@@ -1,6 +1,5 @@
 """The ablations: maps against one call of the attention each, intervals against scikit-learn on resampled images."""
 
-import ast
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,14 +10,14 @@ from sklearn.metrics import jaccard_score, roc_auc_score
 from torch import nn
 
 from expvae import PRESETS, attention, models
-from expvae.models import MNISTVAE, UCSDVAE
-from expvae_book import ablation, chapters, choices, explanation, judges, recipes, runs, training, weights
+from expvae.models import MNISTVAE
+from expvae_book import chapters, choices, explanation, judges, runs, training, weights
+from expvae_book.chapters import Job
 from expvae_book.choices import AUROC, IOU, REFERENCES
-from expvae_book.data import mnist, mvtec, ucsd
-from expvae_book.data.card import DataCard
+from expvae_book.jobs import ablations
+from expvae_book.pages import ablations as page
 
 BOOK = Path(__file__).resolve().parents[1] / "book"
-CPU = torch.device("cpu")
 NOISE = 3
 
 
@@ -97,7 +96,7 @@ def test_without_an_activation_nothing_weighs_what_comes_after_it():
 
 def test_what_the_verdict_reads_is_measured():
     assert set(judges.ABLATION_STEPS.values()) <= choices.changes(judges.CODE, activation=False).keys()
-    assert set(judges.ABLATION_DATA_SETS) == set(ablation.MODELS)
+    assert set(judges.ABLATION_DATA_SETS) == set(page.NAMES)
 
 
 # Maps
@@ -191,28 +190,18 @@ def declared(chapter):
     return {name: parameter.default for name, parameter in chapters.declared(notebook, path).items()}
 
 
-def test_trainings_are_those_that_the_chapters_do_by_default():
-    for dataset, chapter in (("mnist", "mnist"), ("ucsd", "ucsd")):
-        defaults = declared(chapter)
-        for name, value in ablation.TRAINING[dataset].items():
-            # 0 epochs of the MNIST chapter stand for those of its recipe.
-            default = defaults[name] or recipes.MNIST[defaults["recipe"]].epochs
-            assert value == default, (chapter, name)
-    assert ablation.LAYERS["ucsd"] == f"encoder.{declared('ucsd')['layer']}"
-    assert ablation.LAYERS["mvtec"] == f"encoder.{declared('mvtec15')['layer']}"
+def test_models_are_those_that_the_chapter_trains_by_default():
+    assert declared("mnist")["recipe"] == ablations.RECIPE
 
 
 def test_the_chapters_margin_is_the_verdicts():
     assert declared("ablations")["margin"] == judges.ABLATION_MARGIN
 
 
-def test_the_chapter_names_every_change():
-    notebook = chapters._notebook((BOOK / "ablations.md").read_text(encoding="utf-8"), "book/ablations.md")
-    trees = [ast.parse(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
-    statements = [statement for tree in trees for statement in tree.body if isinstance(statement, ast.Assign)]
-    (labels,) = (each.value for each in statements if ast.unparse(each.targets[0]) == "LABELS")
+def test_the_page_names_every_change():
     names = {name for reference in REFERENCES for name in choices.changes(reference)}
-    assert set(ast.literal_eval(labels)) == names
+    assert set(page.LABELS) == names
+    assert tuple(page.RULES) == REFERENCES
 
 
 @pytest.fixture
@@ -223,180 +212,129 @@ def cache(tmp_path, monkeypatch):
     return tmp_path
 
 
-def made(seed=0, network=MNISTVAE):
+def made():
     """Untrained weights in place of trained ones."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     history = training.History(seconds=1.0, images=12)
-    return weights.Trained(network(32).eval(), history, f"key {seed}", "file", "cpu", "float32", True)
+    return weights.Trained(MNISTVAE(32).eval(), history, "key", "file", "cpu", "float32", True)
 
 
-def parameters(**changes):
-    return {
-        "dataset": "mnist",
-        "model": "1",
-        "images": 40,
-        "resamples": 100,
-        "seed": 0,
-        "data": "sample",
-        "trained": "briefly",
-    } | changes
+def job(**changes):
+    given = {"dataset": "mnist", "model": "1", "images": 40, "resamples": 100, "trained": "briefly", "seed": 0}
+    return Job("ablations", given | {"data": "sample", "device": "cpu"} | changes, None)
 
 
-def test_models_can_be_those_trained_as_long_as_their_recipes_say():
-    real = replace(mnist.load("sample").card, kind="partial")
-    for dataset, table in (("mnist", recipes.MNIST), ("ucsd", recipes.UCSD), ("mvtec", recipes.MVTEC)):
-        asked = parameters(dataset=dataset, trained="fully")
-        chosen = ablation._training(asked, real)
-        assert chosen["epochs"] == table[chosen["recipe"]].epochs
-        # What a chapter takes for `-p epochs 0 -p augmented 0`.
-        assert chosen.get("augmented") == (10_000 if dataset == "mvtec" else None)
-        drawn = replace(real, kind="sample")
-        assert ablation._training(asked, drawn) == ablation._training(parameters(dataset=dataset), drawn)
-
-
-def test_weights_of_real_data_are_never_trained_here(cache, monkeypatch):
-    digits = mnist.load("sample")
+def test_weights_of_real_data_are_never_trained_here(cache, monkeypatch, capsys):
+    (seen,) = ablations.load([job()])
     monkeypatch.setattr(training, "train", lambda *a, **k: pytest.fail("trained"))
-    real = replace(digits, card=replace(digits.card, kind="complete"))
-    monkeypatch.setattr(ablation.mnist, "load", lambda data: real)
-    with pytest.raises(weights.NotCachedError):
-        ablation.subject(parameters(data="real"), CPU)
+    real = replace(seen, images=replace(seen.images, card=replace(seen.images.card, kind="complete")))
+    assert ablations.fit([job()], [real]) == [None]
+    assert "`papermill book/mnist.md out.ipynb` makes them" in capsys.readouterr().out
+    assert ablations.measure([job()], [real], [None]) == [None]
+
+
+def test_one_image_is_refused():
+    with pytest.raises(ValueError, match=r"^digits must be 0, or 2 or more to resample$"):
+        ablations.load([job(images=1)])
 
 
 @pytest.mark.parametrize(("digit", "outliers"), [("1", {7, 4, 9, 2}), ("3", {5, 8})])
 def test_digits_are_those_of_the_chapter(cache, monkeypatch, digit, outliers):
-    asked = {}
-    monkeypatch.setattr(weights, "trained", lambda make, *images, **options: asked.update(options) or made())
-    digits = mnist.load("sample")
-    found = ablation.subject(parameters(model=digit, images=0), CPU)
-    assert (asked["epochs"], asked["seed"]) == (100, 0)
-    labels = digits.test_label_N[torch.isin(digits.test_label_N, torch.tensor([int(digit), *outliers]))]
-    assert len(found.x_NCYX) == found.there == len(labels)
-    assert torch.equal(found.measured_N, labels != int(digit))
-    assert len(found.truth_MYX) == len(found.unit_M) == int(found.measured_N.sum())
-    ink_MYX = training.to_unit(found.x_NCYX[found.measured_N])[:, 0] >= 0.5
-    assert not (found.truth_MYX & ~ink_MYX).any()
-    part = ablation.subject(parameters(model=digit), CPU)
-    assert (len(part.x_NCYX), part.there) == (40, len(labels))
+    asked = []
+    monkeypatch.setattr(choices, "rows", lambda *given, **options: asked.append((*given, options)) or [])
+    jobs = [job(model=digit, images=0), job(model=digit)]
+    seen = ablations.load(jobs)
+    tests = [run.record["test"] for run in ablations.measure(jobs, seen, [made(), made()])]
+    labels = seen[0].images.test_label_N
+    labels = labels[torch.isin(labels, torch.tensor([int(digit), *outliers]))]
+    (_, layer, x_NCYX, truth_MYX, unit_M, whole), (*_, part_NCYX, part_MYX, some_M, part) = asked
+    assert layer == "encoder.conv2"
+    assert torch.equal(whole["measured_N"], labels != int(digit))
+    assert len(x_NCYX) == len(labels)
+    assert len(truth_MYX) == len(unit_M) == int(whole["measured_N"].sum())
+    ink_MYX = training.to_unit(x_NCYX[whole["measured_N"]])[:, 0] >= 0.5
+    assert truth_MYX.any()
+    assert not (truth_MYX & ~ink_MYX).any()
+    assert len(part_NCYX) == 40
+    assert tests[1] == {
+        "images": 40,
+        "of": len(labels),
+        "measured": len(some_M),
+        "unit": "images",
+        "layer": "conv2",
+        "batch": whole["batch"],
+    }
     # A part of them, with the truth that each has among all.
-    where = {unit: i for i, unit in enumerate(found.unit_M.tolist())}
-    chosen = [where[unit] for unit in part.unit_M.tolist()]
+    where = {unit: i for i, unit in enumerate(unit_M.tolist())}
+    chosen = [where[unit] for unit in some_M.tolist()]
     assert chosen == sorted(chosen)
-    assert torch.equal(part.truth_MYX, found.truth_MYX[chosen])
-    assert torch.equal(part.x_NCYX[part.measured_N], found.x_NCYX[found.measured_N][chosen])
-
-
-def test_frames_are_spread_over_all_clips_and_resampled_by_clip(cache, monkeypatch):
-    asked = {}
-    monkeypatch.setattr(
-        weights, "trained", lambda make, *images, **options: asked.update(options) or made(network=UCSDVAE)
-    )
-    clips = ucsd.load("sample")
-    found = ablation.subject(parameters(dataset="ucsd", model="report1", images=30), CPU)
-    assert asked["epochs"] == 6  # of the sample
-    assert len(clips.test_NYX) == found.there == 144
-    assert torch.equal(found.x_NCYX[:, 0], clips.test_NYX[::5])
-    assert found.measured_N.tolist() == [mask is not None for mask in clips.test_mask[::5]]
-    assert torch.equal(found.unit_M, clips.test_clip_N[::5][found.measured_N])
-    assert found.unit_M.unique().tolist() == [1, 2, 3, 4]
-    kept = [mask for mask in clips.test_mask[::5] if mask is not None]
-    assert torch.equal(found.truth_MYX, torch.stack(kept))
-
-
-def category(masked=True):
-    x_NCYX = torch.randint(0, 256, (14, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    mask_YX = torch.zeros(16, 16, dtype=torch.bool)
-    mask_YX[2:7, 3:9] = masked
-    masks = [mask_YX, None, mask_YX, torch.zeros_like(mask_YX)]
-    card = DataCard("mvtec/bottle", "sample", {"test": 4}, {"test": 4}, "digest", "licence", "Credit")
-    return mvtec.Category("bottle", x_NCYX[:10], x_NCYX[10:], ["bad", "bad", "bad", "good"], masks, card)
-
-
-@pytest.fixture
-def workpieces(cache, monkeypatch):
-    torch.manual_seed(1)
-    small = Small(channels=3).eval()
-    small.encode(torch.zeros(1, 3, 16, 16))
-    trained = weights.Trained(small, training.History(seconds=1.0, images=32), "key", "file", "cpu", "float32", True)
-    monkeypatch.setattr(ablation.workpieces, "trainer", lambda category, chosen: lambda epochs: trained)
-    monkeypatch.setattr(ablation.mvtec, "load", lambda name, data: category())
-    monkeypatch.setitem(ablation.LAYERS, "mvtec", "encoder.conv2")
-
-
-def test_workpieces_without_a_mask_play_no_part(workpieces):
-    found = ablation.subject(parameters(dataset="mvtec", model="bottle", images=0), CPU)
-    assert sorted(found.unit_M.tolist()) == [0, 2, 3]
-    assert found.there == 3
-    everything = category()
-    for x_CYX, truth_YX, unit in zip(found.x_NCYX, found.truth_MYX, found.unit_M, strict=True):
-        assert torch.equal(x_CYX, everything.test_NCYX[unit])
-        assert torch.equal(truth_YX, everything.test_mask[unit])
-
-
-def test_without_any_anomalous_pixel_a_model_is_named(workpieces, monkeypatch):
-    monkeypatch.setattr(ablation.mvtec, "load", lambda name, data: category(masked=False))
-    with pytest.raises(FileNotFoundError, match=r"^none of the test images of MVTec AD bottle has a mask with"):
-        ablation.subject(parameters(dataset="mvtec", model="bottle"), CPU)
-
-
-@pytest.mark.parametrize(
-    ("data", "there", "expected"),
-    [
-        ("auto", [], ("bottle",)),
-        ("sample", ["pill"], ("bottle",)),
-        ("auto", ["pill", "screw"], ("pill", "screw")),
-        ("real", [], ()),
-    ],
-)
-def test_real_and_drawn_workpieces_are_never_mixed(monkeypatch, data, there, expected):
-    monkeypatch.setattr(ablation.mvtec, "available", lambda: there)
-    assert ablation.at_hand("mvtec", data) == expected
-    assert ablation.at_hand("mnist", data) == ("1", "3")
+    assert torch.equal(part_MYX, truth_MYX[chosen])
+    assert torch.equal(part_NCYX[part["measured_N"]], x_NCYX[whole["measured_N"]][chosen])
 
 
 # The run
 
 
-def test_a_run_holds_every_change_with_its_interval(workpieces):
-    run = ablation.compute("ablations", parameters(dataset="mvtec", model="bottle", images=0), CPU)
-    assert run.record["test"] == {
-        "images": 3,
-        "of": 3,
-        "measured": 3,
-        "unit": "images",
-        "layer": "conv2",
-        "batch": recipes.MVTEC["report1"].batch_size,
-    }
-    assert run.record["budget"] == {"unit": "images", "asked": 3_000_000, "used": 32}
-    studied = ablation.subject(run.parameters, CPU)
-    truth_P = studied.truth_MYX.flatten().numpy()
+def test_a_run_holds_every_change_with_its_interval(cache, monkeypatch):
+    monkeypatch.setitem(choices.CHOICES, "channels", ("relu_of_sum", "abs_of_sum"))
+    (seen,), trained = ablations.load([job()]), made()
+    (run,) = ablations.measure([one := job()], [seen], [trained])
+    assert run.record["budget"] == {"unit": "epochs", "asked": 100, "used": 100}
+    some = torch.randperm(len(seen.label_N), generator=torch.Generator().manual_seed(0))[:40].sort().values
+    measured_N = seen.outlier_N[some]
+    truth_P = seen.truths["truth"][some][measured_N].flatten().numpy()
     for reference in REFERENCES:
-        found = choices.changes(reference, activation=False)
+        found = choices.changes(reference)
         methods = {"": PRESETS[reference]} | found
         maps = explanation.explain(
-            studied.trained.model,
+            trained.model,
             "encoder.conv2",
-            studied.x_NCYX,
-            {method: method for method in methods.values()},
-            batch=8,
-            normal=studied.normal,
+            seen.test_NYX[some][:, None],
+            methods,
+            batch=seen.batch,
+            normal=explanation.normal_posterior(trained.model, seen.train_NCYX),
             seed=0,
         )
         auroc = {
-            name: roc_auc_score(truth_P, maps[method].flatten().numpy().astype(np.float64))
-            for name, method in methods.items()
+            name: roc_auc_score(truth_P, map_NYX[measured_N].flatten().numpy().astype(np.float64))
+            for name, map_NYX in maps.items()
         }
         assert run.metric(AUROC, reference)["value"] == pytest.approx(auroc[""], abs=1e-3)
-        for name in found:
+        for name in set(found) - {"score=each_sample", "preset=brongers2021", "preset=brongers2021_disentanglement"}:
             row = run.metric(f"{AUROC}, change", name, reference)
             assert row["value"] == pytest.approx(auroc[name] - auroc[""], abs=1e-3)
             assert row["low"] <= row["value"] <= row["high"]
-            assert row["n"] == 3
+            assert row["n"] == int(measured_N.sum())
             assert run.metric(f"{IOU}, change", name, reference)["low"] is not None
-    assert runs.load("ablations", run.parameters).record == run.record
+    assert runs.load("ablations", one.parameters).record == run.record
+    monkeypatch.setattr(weights, "trained", lambda *a, **k: pytest.fail("asked for"))
+    assert ablations.fit([one], [seen]) == [None]
+    assert ablations.measure([one], [seen], [None]) == [run]
     # From one reference to the other is the way back.
     there, back = (
         run.metric(f"{AUROC}, change", f"preset={other}", reference)["value"]
         for other, reference in (REFERENCES, REFERENCES[::-1])
     )
     assert there == -back != 0
+    table = page.changes([run], AUROC, 0.01)
+    assert set(table["method"]) == {name for reference in REFERENCES for name in choices.changes(reference)}
+    assert list(dict.fromkeys(table["method"])) == [name for name in page.LABELS if name in set(table["method"])]
+
+
+def test_the_run_with_the_largest_share_of_its_budget_stands_for_a_model(cache, monkeypatch):
+    (seen,) = ablations.load([job()])
+    (run,) = ablations.measure([one := job()], [seen], [made()])
+    real = run.record["data"] | {"kind": "partial"}
+    short, long = (
+        runs.Run(
+            "ucsd",
+            {"recipe": "report1", "seed": 0, "epochs": used},
+            run.record | {"data": real, "budget": {"unit": "epochs", "asked": 100, "used": used}},
+            run.folder,
+        )
+        for used in (5, 50)
+    )
+    for stored in ([short, long], [long, short]):
+        monkeypatch.setattr(runs, "find", lambda *_, stored=stored, **__: [run, *stored])
+        one.run = run
+        assert page.found([one]) == [run, long]

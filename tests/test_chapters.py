@@ -406,7 +406,7 @@ def test_a_device_that_is_not_there_computes_nothing(monkeypatch):
 
 def test_ablations_of_one_image_are_refused_before_anything_is_computed(folder, monkeypatch):
     monkeypatch.setenv("EXPVAE_RUNS", str(folder / "runs"))
-    given = {"frames": 1, "data": "real"}
+    given = {"digits": 1, "data": "sample"}
     with pytest.raises(papermill.PapermillExecutionError, match="must be 0, or 2 or more to resample"):
         papermill.execute_notebook(chapters.BOOK / "ablations.md", None, given, progress_bar=False)
 

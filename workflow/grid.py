@@ -32,13 +32,12 @@ from typing import Any
 
 import yaml
 
-from expvae_book import chapters, data, runs, sprite_grid
+from expvae_book import chapters, data, names, runs, sprite_grid
 from expvae_book.data import catalogue
 
 GRID = Path(__file__).with_name("grid.yaml")
 STORED, TOGETHER = "stored", "all side by side"
 MEASURING = 8  # minutes that a job takes at least
-ABLATED = ("1", "3")  # the digits whose models the ablations look at
 
 
 @dataclass(frozen=True)
@@ -190,8 +189,8 @@ def records(chapter: str, parameters: Mapping[str, Any]) -> list[dict[str, Any]]
         choices = {"attention": rest["attention"], "layer": "variant", "alpha": "variant", "pairs": "variant"}
         return sprite_grid.grid(rest["gammas"], rest["lambdas"], rest.get("betas", ""), rest["seeds"], shared, choices)
     if chapter == "ablations":
-        rest |= {"dataset": rest.pop("datasets"), "images": rest.pop("digits")}
-        return [rest | {"model": digit} for digit in ABLATED]
+        rest |= {"dataset": "mnist", "images": rest.pop("digits"), "trained": "briefly"}
+        return [rest | {"model": digit} for digit in names.ABLATED]
     if chapter == "mvtec15":
         rest["category"] = rest.pop("categories")
     return [rest]

@@ -52,6 +52,7 @@ OUTLIERS = "all outliers"
 STROKES = ("strokes added", "strokes erased")
 WITHIN_INK = "pixel AUROC within ink"
 LESS_INTUITIVE = "less intuitive maps"  # per-image AUROC below one half
+ABLATED = ("1", "3")  # the digits whose models the ablations look at
 
 # --- Boltzmann machines on the digits ---------------------------------------------------------------------------------
 

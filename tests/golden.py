@@ -97,7 +97,7 @@ def chapter(
                 exec(cell.source, names)
                 names |= given if "parameters" in tags else {}
                 names |= {key: eval(value, names) for key, value in changed.items() if key in names}
-                if re.search(r"chapters\.run(_each|_all)?\(|\.measure\(job", cell.source):
+                if re.search(r"chapters\.run\(|\.measure\(job", cell.source):
                     break
         made = runs.find(name)
         for place, run in enumerate(made):

@@ -27,7 +27,7 @@ BOOK = REPOSITORY / "book"
 PAGES = [entry["file"] for entry in yaml.safe_load((BOOK / "_toc.yml").read_text())["chapters"]]
 PAGES += [yaml.safe_load((BOOK / "_toc.yml").read_text())["root"]]
 
-RUN_CELLS = ("chapters.run(", "chapters.run_all(", "chapters.job(", "chapters.jobs(", "page.jobs(")
+RUN_CELLS = ("chapters.run(", "chapters.job(", "chapters.jobs(", "page.jobs(")
 # How the notice begins that an outdated run lacks something which its page shows, see expvae_book.chapters.run.
 LACKING = "The stored run lacks what this page shows from here on."
 MISSING = "No stored run of this chapter with"

@@ -401,7 +401,7 @@ def test_a_device_that_is_not_there_computes_nothing(monkeypatch):
     with pytest.raises(ValueError, match="is not there; this machine has: auto, "):
         chapters.run("small", wanted, must_not_compute)
     with pytest.raises(ValueError, match="is not there; this machine has: auto, "):
-        chapters.run_all("small", [wanted], must_not_compute_each)
+        chapters.jobs("small", [wanted])
 
 
 def test_ablations_of_one_image_are_refused_before_anything_is_computed(folder, monkeypatch):
@@ -723,10 +723,6 @@ def test_jobs_are_computed_again_from_other_data(several, monkeypatch):
     assert [job.run is not None for job in chapters.jobs("small", WANTED)] == [False, True, True]
 
 
-def must_not_compute_each(parameters):
-    raise AssertionError(f"computed {parameters} while reading")
-
-
 def test_jobs_name_all_outdated_runs_in_one_warning(several, monkeypatch, capsys):
     monkeypatch.setenv("EXPVAE_MODE", "read")
     make_outdated(several[2])
@@ -748,36 +744,3 @@ def test_jobs_stop_the_page_only_if_all_runs_are_missing(several, tmp_path, digi
     )
     assert printed(shown) == ("" if stops else "2\n")
     assert ("No stored run of this chapter for any digit of 0; 1." in notices(shown)) is stops
-
-
-def test_run_all_computes_the_missing_ones_in_one_call_and_keeps_their_places(several, monkeypatch):
-    monkeypatch.delenv("EXPVAE_MODE", raising=False)
-    make_outdated(several[3])
-    calls = []
-
-    def compute(missing):
-        calls.append(missing)
-        yield None
-        record = json.loads(several[3].read_text())
-        several[3].write_text(json.dumps(record | {"protocols": {}}))
-        yield runs.load("small", missing[1])
-
-    wanted = [{"digit": digit, "seed": 5} for digit in (1, 2, 3)]
-    found = chapters.run_all("small", wanted, compute)
-    assert calls == [[wanted[0], wanted[2]]]
-    assert [run and run.parameters for run in found] == [None, wanted[1], wanted[2]]
-    chapters.run_all("small", wanted[1:], must_not_compute_each)
-
-
-def test_run_all_names_runs_by_what_they_differ_in(several, monkeypatch, capsys):
-    monkeypatch.setenv("EXPVAE_MODE", "read")
-    make_outdated(several[2])
-    wanted = [{"digit": digit, "seed": 5} for digit in (2, 3)]
-    assert len(chapters.run_all("small", wanted, must_not_compute_each)) == 2
-    assert "earlier protocols: 2 (PIXEL 0, now" in capsys.readouterr().out
-
-
-def test_run_all_refuses_a_computation_that_gives_another_number_of_runs(several, monkeypatch):
-    monkeypatch.delenv("EXPVAE_MODE", raising=False)
-    with pytest.raises(ValueError, match="zip"):
-        chapters.run_all("small", [{"digit": 7}, {"digit": 8}], lambda missing: [None])

@@ -165,7 +165,7 @@ def test_jobs_store_the_runs_that_their_chapter_asks_for(group, monkeypatch):
         asked.extend([wanted] if isinstance(wanted, dict) else wanted)
         raise AskedError(name)
 
-    for function in ("run", "run_all", "jobs"):
+    for function in ("run", "jobs"):
         monkeypatch.setattr(chapters, function, ask)
     monkeypatch.setattr(runs, "load", ask)
     namespace = {}

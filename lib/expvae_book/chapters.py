@@ -10,7 +10,7 @@ taught then.
 import re
 import shlex
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -181,53 +181,22 @@ def jobs(
     """
     from expvae_book import runs
 
-    if runs.reading():
-        found = run_all(chapter, wanted, lambda _missing: (), told_by)
-        return [Job(chapter, one, run) for one, run in zip(wanted, found, strict=True)]
-    _require_devices(*wanted)
-    stored = [None if again else runs.load(chapter, one) for one in wanted]
-    return [Job(chapter, one, run if _current(run) else None) for one, run in zip(wanted, stored, strict=True)]
-
-
-def run_all(
-    chapter: str,
-    wanted: Sequence[Mapping[str, Value]],
-    compute: "Callable[[list[dict[str, Value]]], Iterable[Run | None]]",
-    told_by: Sequence[str] = (),
-) -> "list[Run | None]":
-    """The runs with each of several sets of parameters.
-
-    Under papermill or Jupyter a run that is stored already is taken as it is, unless it is outdated or was made from
-    other data than those at hand, so that a chapter that was killed goes on where it was; the others are computed.
-    While Jupyter Book renders they are only looked up. A run that is missing is None and stops the page only if all
-    are; outdated ones are named in a warning.
-
-    Args:
-        chapter: The chapter's name.
-        wanted: The parameters of each run.
-        compute: From the parameters of the missing runs to these runs, in this order, each stored when it is given out;
-            None for one that cannot be made.
-        told_by: The parameters by which notices name a run; by default those in which the runs differ.
-    """
-    from expvae_book import runs
-
-    found = [runs.load(chapter, one) for one in wanted]
-    told_by = told_by or [name for name, value in wanted[0].items() if any(one[name] != value for one in wanted)]
-    names = [", ".join(str(one[name]) for name in told_by) for one in wanted]
+    stored = [runs.load(chapter, one) for one in wanted]
     if not runs.reading():
         _require_devices(*wanted)
-        missing = [i for i, run in enumerate(found) if not _current(run)]
-        made = compute([dict(wanted[place]) for place in missing]) if missing else []
-        for place, run in zip(missing, made, strict=True):
-            found[place] = run or found[place]  # an outdated run rather than none
-    elif not any(found):
+        kept = [run if _current(run) and not again else None for run in stored]
+        return [Job(chapter, one, run) for one, run in zip(wanted, kept, strict=True)]
+    differing = [name for name, value in wanted[0].items() if any(one[name] != value for one in wanted)]
+    told_by = told_by or differing or list(wanted[0])
+    names = [", ".join(str(one[name]) for name in told_by) for one in wanted]
+    if not any(stored):
         stop_page(f"No stored run of this chapter for any {', '.join(told_by)} of {'; '.join(dict.fromkeys(names))}.")
-    pairs = zip(names, found, strict=True)
+    pairs = zip(names, stored, strict=True)
     old = dict.fromkeys(f"{name} ({', '.join(run.outdated)})" for name, run in pairs if run and run.outdated)
     if old:
         said = f"These runs are outdated, because they were made by earlier protocols: {'; '.join(old)}."
         _notice_outdated(said, "Run the chapter again.")
-    return found
+    return [Job(chapter, one, run) for one, run in zip(wanted, stored, strict=True)]
 
 
 def whole(run: "Run") -> bool:

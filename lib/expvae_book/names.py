@@ -76,6 +76,18 @@ VARYING = (
 CONVOLUTIONS = ("conv1", "conv2", "conv3")
 TEST_CLIPS = "test clips"  # those that results come from
 MASKED_CLIPS = "masked clips"  # with those that the threshold comes from
+SWITCHED_LAYER = "conv2"  # whose map is made with one slip after the other
+CORRECTED_CASE = ("corrected", "")
+BILINEAR = "bilinear, truncated"
+RELEASED = "the release's only"
+OTHERS_NORMAL = "the release's only, others normal"
+# What each case is compared with: one switch apart. The others are compared with the corrected form.
+AGAINST = {
+    CORRECTED_CASE: None,
+    ("masks", OTHERS_NORMAL): ("masks", RELEASED),
+    **{("hook, as asked", name): None for name in CONVOLUTIONS},
+    **{("hook, first stored", name): ("hook, as asked", name) for name in CONVOLUTIONS},
+}
 
 # --- localisation on MVTec AD ----------------------------------------------------------------------------------------
 

@@ -15,23 +15,13 @@ from torch.nn import functional as F
 from expvae.metrics import PixelMetrics, auroc_difference
 from expvae_book import explanation, measures, runs, training
 from expvae_book.data import ucsd
+from expvae_book.names import AGAINST, BILINEAR, CORRECTED_CASE, OTHERS_NORMAL, RELEASED
 from expvae_book.names import CONVOLUTIONS as LAYERS
+from expvae_book.names import SWITCHED_LAYER as LAYER
 
-LAYER = "conv2"
 EVERY = 10  # frames, of all test clips, so that a batch of 32 reaches over more than one clip
 SWITCHED = explanation.method_of("liu2020_code")
 CORRECTED = replace(SWITCHED, normaliser="image")
-CORRECTED_CASE = ("corrected", "")
-BILINEAR = "bilinear, truncated"
-RELEASED = "the release's only"
-OTHERS_NORMAL = "the release's only, others normal"
-# What each case is compared with: one switch apart. The others are compared with the corrected form.
-AGAINST = {
-    CORRECTED_CASE: None,
-    ("masks", OTHERS_NORMAL): ("masks", RELEASED),
-    **{("hook, as asked", name): None for name in LAYERS},
-    **{("hook, first stored", name): ("hook, as asked", name) for name in LAYERS},
-}
 
 
 def gradcam(

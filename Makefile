@@ -37,9 +37,9 @@ export PYTHONDONTWRITEBYTECODE :=
 export JUPYTER_PREFER_ENV_PATH := 1
 
 # Chapters that compute. Those that come last read weights which others have trained.
-COMPUTED := disentanglement mvtec15 mvtec10 ucsd mnist-1 mnist-3 method data reuse sanity rbm-1 rbm-3 ablations
+COMPUTED := disentanglement mvtec15 mvtec10 ucsd mnist-1 mnist-3 method data reuse sanity forensics rbm-1 rbm-3 ablations
 # Chapters that read what all others have stored.
-READING := forensics performance comparison index
+READING := performance comparison index
 
 .PHONY: reproduce test book plan published gpu-check $(COMPUTED) $(READING)
 
@@ -50,7 +50,7 @@ reproduce: $(INSTALLED)
 	@$(MAKE) --no-print-directory -j$(JOBS) $(READING)
 	@$(MAKE) --no-print-directory book
 
-data method reuse sanity $(READING): $(INSTALLED)
+data method reuse sanity forensics $(READING): $(INSTALLED)
 	$(BIN)/papermill book/$@.md $(EXECUTED)/$@.ipynb
 mnist-1 mnist-3: mnist-%: $(INSTALLED)
 	$(BIN)/papermill book/mnist.md $(EXECUTED)/$@.ipynb -p digit $*

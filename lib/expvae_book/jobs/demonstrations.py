@@ -29,6 +29,7 @@ from expvae.metrics import (
     thresholds,
 )
 from expvae.models import RBM, DSpritesVAE, MVTecVAE, Stack
+from expvae_book import publications
 from expvae_book.data import catalogue, dsprites
 from expvae_book.jobs.rbm import ONE_HOT_TEMPERATURE, one_hot_sample
 from expvae_book.jobs.slips import gradcam
@@ -284,6 +285,15 @@ def operations(model: nn.Module, shape: tuple[int, ...]) -> int:
         mu_BI, _ = model.to("meta").encode(x_BCYX)
         F.mse_loss(model.decode(mu_BI), x_BCYX).backward()
     return counter.get_total_flops() // 2
+
+
+def printed_hours() -> dict[str, float]:
+    """By report the hours that it printed: the first for MVTec AD, the second for all data sets with anomalies."""
+    times, printed = publications.select(publications.read(), metric="GPU time"), {}
+    for source, what in (("R1", "MVTec AD"), ("R2", "anomaly localisation")):
+        values = publications.select(times, source=source, dataset=what)["value"]
+        printed[publications.SOURCES[source]] = values.max() / 3600
+    return printed
 
 
 def speeds(hours: dict[str, float], epochs: int = 300) -> pd.DataFrame:

@@ -1,0 +1,158 @@
+"""What the chapter on slips of published code tabulates, draws and says: why do the reproductions disagree?"""
+
+import pandas as pd
+from IPython.display import Image, Markdown, display
+
+from expvae_book import figures, names, power, report, runs
+from expvae_book import sprite_tables as tables
+from expvae_book.names import AUROC, LAST
+from expvae_book.pages.sanity import RULES, SHOWN, followed, named
+from expvae_book.places import REPOSITORY
+from expvae_book.runs import Run
+
+SLIPS = REPOSITORY / "book" / "literature" / "slips.csv"
+STORES = ("ucsd", "mvtec")  # where the epoch of Report 2's code is chosen on the test masks
+
+
+def slips() -> pd.DataFrame:
+    """What was read in published code: slip, who, key of the source, commit, file, what was read, and its effect."""
+    return pd.read_csv(SLIPS, keep_default_na=False)
+
+
+def in_short() -> None:
+    """Show what was found in a few sentences, and the slips with their places."""
+    found = slips()
+    lines = [
+        f"**In short.** {(found['commit'] != '').sum()} slips were read in published code, and "
+        f"{(found['commit'] == '').sum()} are inferred from printed numbers. Each can move a number by itself:"
+    ]
+    if (run := switched()) is not None:
+        asked, stored = ([_switch(run, hook, layer) for layer in names.CONVOLUTIONS] for hook in HOOKS)
+        lines.append(
+            f"- *Three layers, one number.* One model of ours has the pixel AUROCs {_listed(asked)} at its three "
+            f"layers, and with a slip {_listed(stored)}. {report.extent(run)}"
+        )
+    if len(gains := chosen()):
+        best = gains.loc[gains["gain"].idxmax()]
+        lines.append(
+            f"- *An epoch chosen on the test masks.* It makes {best['best']:.3f} of {best['last']:.3f} where it makes "
+            f"most ({best['Training']}, {best['Map']}, {best['stages']} stages)."
+        )
+    spread, least = next(iter(tables.spreads().values())), min(tables.paper_differences().values())
+    lines.append(
+        f"- *Noise.* Published runs that by their code differ by chance alone have a standard deviation of "
+        f"{spread.sd:.3f} in the FactorVAE metric; the paper's least difference, {least:.3f}, would take "
+        f"{power.seeds_needed(least, spread.sd)} seeds an arm."
+    )
+    display(Markdown(lines[0] + "\n\n" + "\n".join(lines[1:])))
+    place = (found["file"] + " at " + found["commit"]).where(found["commit"] != "", "inference")
+    table = pd.DataFrame({"Slip": found["slip"], "Who": found["who"], "Read in": place, "What was read": found["read"]})
+    caption = "What was read, where, and what it would do to a number. Sources: the repositories in the references."
+    report.show(table.assign(Effect=found["effect"]), caption, below=["What was read", "Effect"])
+
+
+HOOKS = ("hook, as asked", "hook, first stored")
+
+
+def switched() -> Run | None:
+    """The newest run on UCSD Ped1 whose maps were made with each switch of the published code."""
+    found = runs.find("ucsd", recipe="report1", seed=0)
+    real = [run for run in found if run.card.kind != "sample"] or found
+    return real[-1] if real else None
+
+
+def _switch(run: Run, switch: str, setting: str) -> float:
+    return run.metric("switch", switch, setting)["value"]
+
+
+def _listed(numbers: list[float]) -> str:
+    return ", ".join(f"{number:.4f}" for number in numbers)
+
+
+def switches() -> None:
+    """Show what each switch alone does to the pixel AUROC on UCSD Ped1."""
+    if (run := switched()) is None:
+        display(Markdown("*No run of ours says it yet.*"))
+        return
+    changes = run.rows("switch, change").set_index(["method", "subset"])
+    lines = []
+    for row in run.rows("switch").itertuples():
+        case, change, reference = (row.method, row.subset), "", ""
+        if case in changes.index:
+            found = changes.loc[case]
+            change = f"{found['value']:+.4f}"
+            if not pd.isna(found["low"]):
+                change += f" [{found['low']:+.4f}, {found['high']:+.4f}]"
+            reference = " ".join(names.AGAINST.get(case, names.CORRECTED_CASE)).strip()
+        lines.append(
+            {
+                "Switch": row.method,
+                "Set to": row.subset,
+                "pixel AUROC": f"{row.value:.4f} [{row.low:.3f}, {row.high:.3f}]",
+                "Clips": f"{row.n:.0f}",
+                "Change": change,
+                "Against": reference,
+            }
+        )
+    report.show(
+        pd.DataFrame(lines),
+        f"What each switch alone does to the pixel AUROC of the map {names.SWITCHED_LAYER}, liu2020_code: every tenth "
+        "frame of all test clips, 95 % intervals over clips, which say little where the clips are few. A change is "
+        "paired, and has an interval, where the truth is the same. The hooks follow the authors' rule. "
+        f"{run.caption}",
+    )
+
+
+def chosen() -> pd.DataFrame:
+    """By training and map the pixel AUROC of the last stages and of the best one, and how many stages there were.
+
+    The untrained network is no stage here, which no checkpoint is taken of.
+    """
+    lines = []
+    for run in followed():
+        for rule, preset in RULES.items():
+            name = f"{SHOWN[run.chapter][0]}, {preset}"
+            course = run.arrays.get(f"course/{name}")
+            if run.chapter in STORES and course is not None and run.text(AUROC, name, LAST, lacking=""):
+                trained = course[course[:, 0] > 0, 1]
+                last, best = run.metric(AUROC, name, LAST)["value"], float(trained.max())
+                line = {"Training": named(run), "Map": f"{SHOWN[run.chapter][0]}, {rule}", "stages": len(trained)}
+                lines.append(line | {"last": last, "best": best, "gain": best - last})
+    return pd.DataFrame(lines)
+
+
+def choices() -> None:
+    """Show what the best stage by the test masks makes of a pixel AUROC."""
+    gains = chosen()
+    if gains.empty:
+        display(Markdown("*No run of ours says it yet.*"))
+        return
+    numbers = {"last": LAST.capitalize(), "best": "Best, by the test masks", "gain": "Gain"}
+    table = gains.assign(**{name: gains[name].map("{:.3f}".format) for name in numbers})
+    report.show(
+        table.rename(columns=numbers | {"stages": "Stages"}),
+        "Pixel AUROC of the same training, judged by its last stages and by the best of all after the first step. An "
+        "epoch is chosen among hundreds; here it is chosen among the stages that were measured.",
+    )
+
+
+def noise() -> None:
+    """Show how far published replicates spread, and how many seeds would find the paper's differences."""
+    report.show(
+        tables.spread_lines(),
+        "How far the metric of published replicates spreads around the mean of its group: pooled standard deviations "
+        "with chi-squared intervals, as if runs were independent and normal. Report 2's metric has five factors, that "
+        "of Brongers et al. six. Data: Jesus, Veenker, Waller, Ren (2021), MIT License.",
+    )
+    report.show(
+        tables.seeds_to_find(next(iter(tables.spreads().values()))),
+        f"Seeds per arm with which the {100 * power.LEVEL:.0f} % interval of the paper's difference would leave out "
+        f"zero in {100 * power.TARGET:.0f} % of experiments, at the spread of the first line and, in brackets, at the "
+        "ends of its interval.",
+    )
+
+
+def power_figure() -> Image:
+    """The power of a comparison over the seeds per arm, for the paper's greatest and least difference."""
+    marks = {name.partition(",")[0]: seeds for name, seeds, paired in tables.designs() if seeds > 1 and not paired}
+    return figures.show(figures.power_curves(tables.power_curves(), target=power.TARGET, marks=marks))

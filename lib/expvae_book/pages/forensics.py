@@ -1,11 +1,11 @@
 """What the chapter on slips of published code tabulates, draws and says: why do the reproductions disagree?"""
 
 import pandas as pd
-from IPython.display import Image, Markdown, display
+from IPython.display import Markdown, display
 
-from expvae_book import figures, names, power, report, runs
-from expvae_book import sprite_tables as tables
+from expvae_book import names, power, report, runs
 from expvae_book.names import AUROC, LAST
+from expvae_book.pages import seeds
 from expvae_book.pages.sanity import RULES, SHOWN, followed, named
 from expvae_book.places import REPOSITORY
 from expvae_book.runs import Run
@@ -38,7 +38,7 @@ def in_short() -> None:
             f"- *An epoch chosen on the test masks.* It makes {best['best']:.3f} of {best['last']:.3f} where it makes "
             f"most ({best['Training']}, {best['Map']}, {best['stages']} stages)."
         )
-    spread, least = next(iter(tables.spreads().values())), min(tables.paper_differences().values())
+    spread, least = next(iter(seeds.spreads().values())), min(seeds.paper_differences().values())
     lines.append(
         f"- *Noise.* Published runs that by their code differ by chance alone have a standard deviation of "
         f"{spread.sd:.3f} in the FactorVAE metric; the paper's least difference, {least:.3f}, would take "
@@ -134,25 +134,3 @@ def choices() -> None:
         "Pixel AUROC of the same training, judged by its last stages and by the best of all after the first step. An "
         "epoch is chosen among hundreds; here it is chosen among the stages that were measured.",
     )
-
-
-def noise() -> None:
-    """Show how far published replicates spread, and how many seeds would find the paper's differences."""
-    report.show(
-        tables.spread_lines(),
-        "How far the metric of published replicates spreads around the mean of its group: pooled standard deviations "
-        "with chi-squared intervals, as if runs were independent and normal. Report 2's metric has five factors, that "
-        "of Brongers et al. six. Data: Jesus, Veenker, Waller, Ren (2021), MIT License.",
-    )
-    report.show(
-        tables.seeds_to_find(next(iter(tables.spreads().values()))),
-        f"Seeds per arm with which the {100 * power.LEVEL:.0f} % interval of the paper's difference would leave out "
-        f"zero in {100 * power.TARGET:.0f} % of experiments, at the spread of the first line and, in brackets, at the "
-        "ends of its interval.",
-    )
-
-
-def power_figure() -> Image:
-    """The power of a comparison over the seeds per arm, for the paper's greatest and least difference."""
-    marks = {name.partition(",")[0]: seeds for name, seeds, paired in tables.designs() if seeds > 1 and not paired}
-    return figures.show(figures.power_curves(tables.power_curves(), target=power.TARGET, marks=marks))

@@ -394,6 +394,21 @@ def ablation_runs(relu, normalised, width=0.002):
     return runs
 
 
+def test_rows_of_jobs_count_as_ablations_do():
+    mnist, ucsd, mvtec = ablation_runs(0.001, 0.001)
+    jobs = [
+        make_run(chapter, {"recipe": "report1", "seed": 0} | given, run.record["metrics"])
+        for run, chapter, given in ((ucsd, "ucsd", {}), (mvtec, "mvtec", {"category": "pill"}))
+    ]
+    assert verdict("discrepancies", [mnist, *jobs])[0] == "supported"
+    other = make_run("ucsd", {"recipe": "report2_code", "seed": 0}, ablation_runs(0.1, 0.1)[1].record["metrics"])
+    assert verdict("discrepancies", [mnist, *jobs, other])[0] == "supported"
+    assert verdict("discrepancies", [mnist, other])[0] == "undecided"
+    old = make_run("ablations", {"dataset": "ucsd", "model": "report1"}, ablation_runs(0.1, 0.1)[1].record["metrics"])
+    old = replace(old, record=old.record | {"protocols": {"ablations": 0}, "test": {"measured": 99}})
+    assert judges.ablated([old, jobs[0]]) == judges.ablated([jobs[0], old]) == {("ucsd", "report1"): jobs[0]}
+
+
 @pytest.mark.parametrize(
     ("relu", "normalised", "width", "direction"),
     [

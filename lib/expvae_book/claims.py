@@ -47,7 +47,8 @@ def decide(claim: Claim, runs: Iterable[Run], reported: pd.DataFrame) -> Verdict
     """The verdict on a claim; undecided, of no strength, where no run on real data or no judge exists."""
     store = STORES.get(claim.chapter, claim.chapter)
     # Sprites are drawn exactly from their factors: rendered ones count, and their cards say so.
-    real = [run for run in runs if run.chapter == store and (run.card.kind != "sample" or run.card.mark == "rendered")]
+    stores = ("ablations", "ucsd", "mvtec") if store == "ablations" else (store,)  # whose jobs store such rows
+    real = [run for run in runs if run.chapter in stores and (run.card.kind != "sample" or run.card.mark == "rendered")]
     if claim.chapter == "mvtec10":
         real = [run for run in real if run.parameters["category"] in TEN]
     if claim.judge is None or not real:

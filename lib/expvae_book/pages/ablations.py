@@ -52,14 +52,10 @@ def _subject(run: Run) -> tuple[str, str]:
 
 
 def found(jobs: Sequence[Job]) -> list[Run]:
-    """The runs of the jobs, and of every model of the other data sets the run with the largest share of its budget."""
-    best: dict[tuple[str, str], Run] = {}
-    for run in sorted(runs.find(), key=share):
-        other = run.chapter in ("ucsd", "mvtec") or run.parameters.get("dataset") in ("ucsd", "mvtec")
-        if other and run.card.kind != "sample" and (run.metrics["metric"] == f"{AUROC}, change").any():
-            best[_subject(run)] = run
+    """The runs of the jobs, and the one that counts of every model of the other data sets."""
+    others = judges.ablated(run for run in runs.find() if run.card.kind != "sample")
     ours = [job.run for job in jobs if job.run is not None]
-    return ours + sorted(best.values(), key=lambda run: list(NAMES.values()).index(_subject(run)[0]))
+    return ours + [one for name in judges.ABLATION_DATA_SETS[1:] for (of, _), one in others.items() if of == name]
 
 
 def changes(found: Sequence[Run], measure: str, margin: float) -> pd.DataFrame:

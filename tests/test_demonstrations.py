@@ -186,7 +186,7 @@ def test_anomalies_counted_as_normal_have_a_closed_form(shown):
 def test_masks_that_are_cut_lose_their_borders(shown):
     table, _ = shown("shrunk_masks")
     y, x = torch.meshgrid(torch.arange(158), torch.arange(238), indexing="ij")
-    for radius in (5, 10, 20, 40):
+    for radius in (5, 10, 20):
         disc_YX = ((y - 79) ** 2 + (x - 119) ** 2 <= radius**2).float()
         smooth_YX = F.interpolate(disc_YX[None, None], (100, 100), mode="bilinear", antialias=True)
         nearest_YX = F.interpolate(disc_YX[None, None], (100, 100), mode="nearest-exact")

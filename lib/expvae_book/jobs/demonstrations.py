@@ -246,7 +246,7 @@ def unmasked(shares: Sequence[float] = (0.01, 0.05, 0.2)) -> pd.DataFrame:
     return pd.DataFrame(lines).T
 
 
-def shrunk_masks(radii: Sequence[int] = (5, 10, 20, 40)) -> pd.DataFrame:
+def shrunk_masks(radii: Sequence[int] = (5, 10, 20)) -> pd.DataFrame:
     """How much of a disc's area is left where its mask is shrunk to the network's size, by two rules."""
     y, x = np.ogrid[: FRAME[0], : FRAME[1]]
     scale, lines = NETWORK_SIDE**2 / np.prod(FRAME), {}

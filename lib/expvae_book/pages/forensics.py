@@ -11,7 +11,8 @@ from expvae_book.places import REPOSITORY
 from expvae_book.runs import Run
 
 SLIPS = REPOSITORY / "book" / "literature" / "slips.csv"
-STORES = ("ucsd", "mvtec")  # where the epoch of Report 2's code is chosen on the test masks
+COLUMNS = {LAST.capitalize(): "last", "Best, by the test masks": "best", "Gain": "gain"}
+DATA = {"ucsd": "UCSD Ped1", "mvtec": "MVTec AD"}  # where the epoch of Report 2's code is chosen on the test masks
 
 
 def slips() -> pd.DataFrame:
@@ -35,8 +36,8 @@ def in_short() -> None:
     if len(gains := chosen()):
         best = gains.loc[gains["gain"].idxmax()]
         lines.append(
-            f"- *An epoch chosen on the test masks.* It makes {best['best']:.3f} of {best['last']:.3f} where it makes "
-            f"most ({best['Training']}, {best['Map']}, {best['stages']} stages)."
+            f"- *An epoch chosen on the test masks.* It raises a pixel AUROC from {best['last']:.3f} to "
+            f"{best['best']:.3f} where it does most ({best['Training']}, {best['Map']}, {best['stages']} stages)."
         )
     spread, least = next(iter(seeds.spreads().values())), min(seeds.paper_differences().values())
     lines.append(
@@ -45,10 +46,20 @@ def in_short() -> None:
         f"{power.seeds_needed(least, spread.sd)} seeds an arm."
     )
     display(Markdown(lines[0] + "\n\n" + "\n".join(lines[1:])))
-    place = (found["file"] + " at " + found["commit"]).where(found["commit"] != "", "inference")
-    table = pd.DataFrame({"Slip": found["slip"], "Who": found["who"], "Read in": place, "What was read": found["read"]})
-    caption = "What was read, where, and what it would do to a number. Sources: the repositories in the references."
-    report.show(table.assign(Effect=found["effect"]), caption, below=["What was read", "Effect"])
+    table = pd.DataFrame({"Slip": found["slip"], "Who": found["who"], "Read in": places(found)})
+    report.show(table.assign(**{"What it would do": found["effect"]}), "Slips, where they were read, and their effect.")
+
+
+def places(found: pd.DataFrame) -> pd.Series:
+    """File and commit of each slip, or that it is inferred."""
+    return (found["file"] + " at " + found["commit"]).where(found["commit"] != "", "inference")
+
+
+def readings() -> None:
+    """Show what was read of each slip."""
+    found = slips()
+    table = pd.DataFrame({"Slip": found["slip"], "Who": found["who"], "What was read": found["read"]})
+    report.show(table, "What was read in the files of the table above, or what an inference rests on.")
 
 
 HOOKS = ("hook, as asked", "hook, first stored")
@@ -96,9 +107,9 @@ def switches() -> None:
         )
     report.show(
         pd.DataFrame(lines),
-        f"What each switch alone does to the pixel AUROC of the map {names.SWITCHED_LAYER}, liu2020_code: every tenth "
-        "frame of all test clips, 95 % intervals over clips, which say little where the clips are few. A change is "
-        "paired, and has an interval, where the truth is the same. The hooks follow the authors' rule. "
+        f"The pixel AUROC of the map {names.SWITCHED_LAYER}, liu2020_code, with each switch alone: every tenth frame "
+        "of all test clips, 95 % intervals over clips. A change is paired, and has an interval, where the truth is the "
+        "same. The hooks follow the authors' rule. "
         f"{run.caption}",
     )
 
@@ -113,24 +124,32 @@ def chosen() -> pd.DataFrame:
         for rule, preset in RULES.items():
             name = f"{SHOWN[run.chapter][0]}, {preset}"
             course = run.arrays.get(f"course/{name}")
-            if run.chapter in STORES and course is not None and run.text(AUROC, name, LAST, lacking=""):
+            if run.chapter in DATA and course is not None and run.text(AUROC, name, LAST, lacking=""):
                 trained = course[course[:, 0] > 0, 1]
                 last, best = run.metric(AUROC, name, LAST)["value"], float(trained.max())
-                line = {"Training": named(run), "Map": f"{SHOWN[run.chapter][0]}, {rule}", "stages": len(trained)}
-                lines.append(line | {"last": last, "best": best, "gain": best - last})
+                line = {"Data": DATA[run.chapter], "Training": named(run), "Map": f"{SHOWN[run.chapter][0]}, {rule}"}
+                lines.append(line | {"stages": len(trained), "last": last, "best": best, "gain": best - last})
     return pd.DataFrame(lines)
 
 
 def choices() -> None:
-    """Show what the best stage by the test masks makes of a pixel AUROC."""
+    """Show what the best stage by the test masks makes of a pixel AUROC, mean over the trainings of a data set."""
     gains = chosen()
     if gains.empty:
         display(Markdown("*No run of ours says it yet.*"))
         return
-    numbers = {"last": LAST.capitalize(), "best": "Best, by the test masks", "gain": "Gain"}
-    table = gains.assign(**{name: gains[name].map("{:.3f}".format) for name in numbers})
+    lines = [
+        {
+            "Data": data,
+            "Map": name,
+            "Trainings": len(of),
+            "Stages": " to ".join(dict.fromkeys(map(str, (of["stages"].min(), of["stages"].max())))),
+            **{title: f"{of[column].mean():.3f}" for title, column in COLUMNS.items()},
+            "Greatest gain": f"{of['gain'].max():.3f}",
+        }
+        for (data, name), of in gains.groupby(["Data", "Map"], sort=False)
+    ]
     report.show(
-        table.rename(columns=numbers | {"stages": "Stages"}),
-        "Pixel AUROC of the same training, judged by its last stages and by the best of all after the first step. An "
-        "epoch is chosen among hundreds; here it is chosen among the stages that were measured.",
+        pd.DataFrame(lines),
+        "Pixel AUROC of trainings by their last stages, and by the best of all measured after the first step: means.",
     )

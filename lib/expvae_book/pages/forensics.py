@@ -47,7 +47,7 @@ def in_short() -> None:
     )
     display(Markdown(lines[0] + "\n\n" + "\n".join(lines[1:])))
     table = pd.DataFrame({"Slip": found["slip"], "Who": found["who"], "Read in": places(found)})
-    report.show(table.assign(**{"What it would do": found["effect"]}), "Slips, where they were read, and their effect.")
+    report.show(table.assign(Effect=found["effect"]), "Slips, where they were read, and effect.", below=["Effect"])
 
 
 def places(found: pd.DataFrame) -> pd.Series:

@@ -11,7 +11,6 @@ from expvae_book.places import REPOSITORY
 from expvae_book.runs import Run
 
 SLIPS = REPOSITORY / "book" / "literature" / "slips.csv"
-COLUMNS = {LAST.capitalize(): "last", "Best, by the test masks": "best", "Gain": "gain"}
 DATA = {"ucsd": "UCSD Ped1", "mvtec": "MVTec AD"}  # where the epoch of Report 2's code is chosen on the test masks
 
 
@@ -47,7 +46,9 @@ def in_short() -> None:
     )
     display(Markdown(lines[0] + "\n\n" + "\n".join(lines[1:])))
     table = pd.DataFrame({"Slip": found["slip"], "Who": found["who"], "Read in": places(found)})
-    report.show(table.assign(Effect=found["effect"]), "Slips, where they were read, and effect.", below=["Effect"])
+    report.show(
+        table.assign(Effect=found["effect"]), "Slips, where they were read, and what each would do.", below=["Effect"]
+    )
 
 
 def places(found: pd.DataFrame) -> pd.Series:
@@ -140,16 +141,17 @@ def choices() -> None:
         return
     lines = [
         {
-            "Data": data,
-            "Map": name,
+            "Map": f"{data}, {name}",
             "Trainings": len(of),
             "Stages": " to ".join(dict.fromkeys(map(str, (of["stages"].min(), of["stages"].max())))),
-            **{title: f"{of[column].mean():.3f}" for title, column in COLUMNS.items()},
+            LAST.capitalize(): f"{of['last'].mean():.3f}",
+            "Best, by the test masks": f"{of['best'].mean():.3f}",
             "Greatest gain": f"{of['gain'].max():.3f}",
         }
         for (data, name), of in gains.groupby(["Data", "Map"], sort=False)
     ]
     report.show(
         pd.DataFrame(lines),
-        "Pixel AUROC of trainings by their last stages, and by the best of all measured after the first step: means.",
+        "Pixel AUROC of trainings by their last stages, and by the best of all measured after the first step: "
+        "means over trainings.",
     )

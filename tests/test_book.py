@@ -30,7 +30,8 @@ PAGES += [yaml.safe_load((BOOK / "_toc.yml").read_text())["root"]]
 RUN_CELLS = ("chapters.run(", "chapters.job(", "chapters.jobs(", "page.jobs(")
 # How the notice begins that an outdated run lacks something which its page shows, see expvae_book.chapters.run.
 LACKING = "The stored run lacks what this page shows from here on."
-MISSING = "No stored run of this chapter with"
+MISSING = "No stored run of this chapter"
+UNSTORED = "No outputs of this page are stored"
 
 
 def build(book: Path, output: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
@@ -100,6 +101,8 @@ def test_every_figure_of_a_page_is_there(soups):
         shown = {" ".join(image["alt"].split()) for image in soups[page].select("article img")}
         for cell in notebook.cells:
             text = cell.metadata.get("mystnb", {}).get("image", {}).get("alt")
+            if UNSTORED in warnings_on(soups[page]) and "report" not in cell.metadata.get("tags", []):
+                continue
             if text is not None:
                 assert " ".join(text.split()) in shown, f"{page}: {text}"
                 count += 1
@@ -249,7 +252,7 @@ def test_every_build_looks_at_the_store_again(book, tmp_path):
     assert done.returncode == 0, done.stdout[-5000:]
     article = BeautifulSoup((tmp_path / "_build/html/index.html").read_text(), "html.parser").article
     notice = article.select_one(".admonition.warning").get_text()
-    assert f"{MISSING} digit = 4" in notice
+    assert f"{MISSING} with digit = 4" in notice
     assert "papermill book/mnist.md out.ipynb -p digit 4" in notice
     assert "folder:" not in "".join(output.get_text() for output in article.select(".cell_output"))
     assert "Text behind the run." in article.get_text()
@@ -324,7 +327,7 @@ def test_warnings_name_the_line(book, tmp_path):
 
 # How the chapters that were rewritten read -------------------------------------------------------------------------
 
-CHAPTERS = ("mnist", "ucsd", "mvtec10", "mvtec15", "reuse", "rbm", "method", "disentanglement", "ablations")
+CHAPTERS = ("mnist", "ucsd", "mvtec10", "mvtec15", "rbm", "method", "disentanglement", "ablations")
 CHAPTERS += ("forensics", "sanity")
 LINES, CELL_LINES, VISIBLE, WORDS = 350, 25, 0.7, 2500
 HIDDEN = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
@@ -356,6 +359,8 @@ def test_a_chapter_is_short_and_its_code_is_in_view(chapter):
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_a_page_shows_something_at_once_and_is_no_longer_than_it_need_be(soups, chapter):
     article = soups[chapter].select_one("article")
+    if MISSING in warnings_on(soups[chapter]):
+        pytest.skip("no run of this page is stored")
     cells = [cell for cell in article.select(".cell") if HIDDEN.isdisjoint(hyphenated(cell))][:2]
     assert any(cell.select("img, table") for cell in cells), "no figure or table in the first two visible cells"
     everything = len(article.get_text(" ").split())

@@ -1,6 +1,6 @@
 """The tables of the MVTec chapters: published numbers beside ours, by category. Nothing here computes a result."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -59,7 +59,7 @@ def printed(report: str, categories: Sequence[str]) -> pd.DataFrame:
     )
 
 
-def results(report: str, found: Found, command: Callable[[str], str]) -> pd.DataFrame:
+def results(report: str, found: Found) -> pd.DataFrame:
     """Per category: pixel AUROC and IoU of the paper, of a report and of our run, and what the run was made of.
 
     The last line has the means over the categories that have a run of ours.
@@ -67,7 +67,6 @@ def results(report: str, found: Found, command: Callable[[str], str]) -> pd.Data
     Args:
         report: "R1" or "R2".
         found: The run of each category, or None.
-        command: From a category to the command that makes its run, for those that have none.
     """
     table, mean = pd.DataFrame(index=list(map(plain, found))), {}
     for metric, ours in PRINTED.items():
@@ -80,9 +79,7 @@ def results(report: str, found: Found, command: Callable[[str], str]) -> pd.Data
             NOT_AT_HAND if run is None else run.text(ours, ATTENTION, lacking="no masks") for run in found.values()
         ]
         mean[f"{metric}, ours"] = _decimals(values.mean())
-    table["Trained on"] = [
-        command(category) if run is None else budget_text(run, ",") for category, run in found.items()
-    ]
+    table["Trained on"] = ["" if run is None else budget_text(run, ",") for run in found.values()]
     table["Data"] = ["" if run is None else run.card.mark or "complete" for run in found.values()]
     number = len(numbers(found, AUROC))
     if number:

@@ -214,20 +214,14 @@ def notices(found: Found) -> None:
         fetch = f"python -m expvae_book.data fetch mvtec --categories {','.join(missing)}"
         chapters.notice(
             f"No run of {', '.join(map(plain, missing))} is stored. `{fetch}` fetches the images that are not at hand, "
-            "and the commands in the next table fill their lines."
+            "and the commands at the end of this page fill their lines."
         )
 
 
 def results(chapter: str, jobs: Jobs, layer: str, preset: str) -> None:
     """Show pixel AUROC and IoU of every category, beside the published ones."""
-
-    def command(category: str) -> str:
-        given = dict(jobs[category].parameters)
-        given["categories"] = given.pop("category")
-        return chapters.command(chapter, given | {"data": "auto"})
-
     report.show(
-        tables.results(REPORTS[chapter], at(jobs, layer, preset), command),
+        tables.results(REPORTS[chapter], at(jobs, layer, preset)),
         f"Attention at {layer} by the preset {preset}: pixel AUROC and IoU beside the published ones; 95 % intervals "
         "over images. Ours is the IoU of the anomalous class, all pixels pooled, at the best threshold of the test "
         "set, an oracle.",

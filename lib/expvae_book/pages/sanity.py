@@ -46,7 +46,7 @@ def named(run: Run) -> str:
 
 
 def in_short() -> None:
-    """Show for each training what its maps are worth beside those of the network that it started from."""
+    """Show for each training what its maps are worth beside those of the network that it started from; a figure."""
     lines = []
     for run in followed():
         layer, _ = SHOWN[run.chapter]
@@ -59,9 +59,8 @@ def in_short() -> None:
                     f"{run.text(AUROC, f'{layer}, {preset}', LAST)}, {order} the same network's had before its first "
                     f"step (difference {run.text(*pair, form='+.3f')})."
                 )
-    display(
-        Markdown("**In short.** What did training add?\n\n" + ("\n".join(lines) or "*No run of ours says it yet.*"))
-    )
+    text = "**In short.** What did training add?\n\n" + ("\n".join(lines) or "*No run of ours says it yet.*")
+    display(Markdown(text), courses("mnist"))
 
 
 def courses(store: str) -> Image | Markdown:

@@ -703,12 +703,15 @@ def several(stored):
 WANTED = [{"digit": digit, "seed": 5} for digit in (1, 2, 3)]
 
 
-def test_jobs_have_their_runs_where_these_are_current(several, monkeypatch):
+def test_jobs_have_their_runs_where_these_are_current(several, monkeypatch, capsys):
     monkeypatch.delenv("EXPVAE_MODE", raising=False)
     make_outdated(several[3])
     made = chapters.jobs("small", WANTED)
     assert [job.parameters for job in made] == WANTED
     assert [job.run and job.run.parameters for job in made] == [None, WANTED[1], None]
+    assert "2 of 3 runs are not stored" in capsys.readouterr().out
+    chapters.jobs("small", WANTED[1:2])
+    assert capsys.readouterr().out == ""
     assert not any(job.run for job in chapters.jobs("small", WANTED, again=True))
 
 

@@ -118,15 +118,21 @@ def job(chapter: str, parameters: Mapping[str, Value], *, again: bool = False) -
     stored = None if again else runs.load(chapter, parameters)
     made = Job(chapter, parameters, stored if _current(stored) else None)
     if made.run is None:
-        alike = {name: parameters[name] for name in ("recipe", "epochs") if name in parameters}
-        minutes = [
-            f"{sum(one.record['seconds'].values()) / 60:.0f} minutes on {one.record['device']}"
-            for one in runs.find(chapter, **alike)
-            if one.card.kind != "sample"
-        ]
-        like = f"One like it took {minutes[-1]}, on real data." if minutes else "Its training says how long it takes."
-        notice(f"This run is to be computed, by the cells below. {like}")
+        notice(f"This run is to be computed, by the cells below. {_like(chapter, parameters)}")
     return made
+
+
+def _like(chapter: str, parameters: Mapping[str, Value]) -> str:
+    """How long a run of a chapter takes: what one of the same recipe and budget took."""
+    from expvae_book import runs
+
+    alike = {name: parameters[name] for name in ("recipe", "epochs", "steps") if name in parameters}
+    minutes = [
+        f"{sum(one.record['seconds'].values()) / 60:.0f} minutes on {one.record['device']}"
+        for one in runs.find(chapter, **alike)
+        if one.card.kind != "sample" or one.card.mark == "rendered"
+    ]
+    return f"One like it took {minutes[-1]}, on real data." if minutes else "Its training says how long it takes."
 
 
 def run(chapter: str, parameters: Mapping[str, Value], compute: Callable[[], "Run"]) -> "Run | None":
@@ -185,6 +191,10 @@ def jobs(
     if not runs.reading():
         _require_devices(*wanted)
         kept = [run if _current(run) and not again else None for run in stored]
+        missing = [one for one, run in zip(wanted, kept, strict=True) if run is None]
+        if missing:
+            said = f"{len(missing)} of {len(wanted)} runs are not stored; the cells below compute those they can."
+            notice(f"{said} {_like(chapter, missing[0])}")
         return [Job(chapter, one, run) for one, run in zip(wanted, kept, strict=True)]
     differing = [name for name, value in wanted[0].items() if any(one[name] != value for one in wanted)]
     told_by = told_by or differing or list(wanted[0])

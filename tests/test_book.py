@@ -328,7 +328,7 @@ def test_warnings_name_the_line(book, tmp_path):
 # How the chapters that were rewritten read -------------------------------------------------------------------------
 
 CHAPTERS = ("mnist", "ucsd", "mvtec10", "mvtec15", "rbm", "method", "disentanglement", "ablations")
-CHAPTERS += ("forensics", "sanity")
+CHAPTERS += ("forensics", "sanity", "reuse")
 LINES, CELL_LINES, VISIBLE, WORDS = 350, 25, 0.7, 2500
 HIDDEN = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
 FOLDED = "details, .toggle-hidden, .tag_hide-output .cell_output, .tag_hide-input .cell_input, .tag_hide-cell"

@@ -151,6 +151,19 @@ def measure(
     return job.run
 
 
+def captum_difference(
+    encode: Callable[[Tensor], tuple[Tensor, Tensor]], layer: str, x_BCYX: Float[Tensor, "b c y x"]
+) -> Tensor:
+    """The greatest difference of Σ_c α_ic A_c from captum's `LayerGradCam`, relative to captum's greatest value."""
+    from captum.attr import LayerGradCam
+
+    ours_BIHW = attention(encode, layer, x_BCYX).linear_BIHW
+    captum = LayerGradCam(lambda x_BCYX: encode(x_BCYX)[0], encode.__self__.get_submodule(layer))
+    maps = [captum.attribute(x_BCYX, target=latent) for latent in range(ours_BIHW.shape[1])]
+    theirs_BIHW = torch.cat(maps, dim=1).detach()
+    return (ours_BIHW - theirs_BIHW).abs().max() / theirs_BIHW.abs().max()
+
+
 def learned(name: str, model: nn.Module, images: Images) -> list[dict]:
     """What a model has learnt, on held-out images."""
     mu_NI, _ = explanation.encoded(model, images.held_out_NCYX)

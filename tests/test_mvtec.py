@@ -800,8 +800,8 @@ def chosen(chapter, categories, **parameters):
 def test_categories_are_chosen_by_name_or_all_of_the_protocol(monkeypatch, tmp_path):
     monkeypatch.delenv("EXPVAE_MODE", raising=False)
     monkeypatch.setenv("EXPVAE_RUNS", str(tmp_path))
-    assert list(chosen("mvtec10", "all")) == list(names.TEN)
-    assert list(chosen("mvtec15", " all ")) == list(mvtec.CATEGORIES)
+    assert list(chosen("mvtec10", "all", data="real")) == list(names.TEN)
+    assert list(chosen("mvtec15", " all ", data="real")) == list(mvtec.CATEGORIES)
     jobs = chosen("mvtec15", " bottle, pill ,bottle,")
     assert list(jobs) == ["bottle", "pill"]
     epochs = recipes.MVTEC["report1"].epochs
@@ -837,9 +837,16 @@ def test_samples_stand_in_only_where_no_category_is_at_hand(monkeypatch, tmp_pat
 
     assert computed("auto") == computed("real") == ["pill"]
     assert computed("sample") == ["bottle", "pill"]
+    assert len(chosen("mvtec10", "all")) == 10
     assert page.walked(chosen("mvtec15", "bottle,pill")).parameters["category"] == "pill"
     there.clear()
     assert computed("auto") == ["bottle", "pill"]
+    assert list(chosen("mvtec10", "all")) == ["carpet"]
     assert computed("real") == []
     with pytest.raises(FileNotFoundError, match=r"^no images of bottle, metal nut are at hand; fetch them with: "):
         page.walked(chosen("mvtec15", "bottle,metal_nut", data="real"))
+    # A page shows what is stored, whatever is at hand.
+    monkeypatch.setenv("EXPVAE_MODE", "read")
+    job = Job("mvtec10", {}, None)
+    monkeypatch.setattr(page.chapters, "jobs", lambda _chapter, wanted, **_: [job] * len(wanted))
+    assert list(chosen("mvtec10", "all")) == list(names.TEN)

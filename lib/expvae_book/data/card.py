@@ -247,10 +247,14 @@ def available(root: Path | None = None) -> list[str]:
     return [name for name in MVTEC_OFFICIAL if any(map(is_image, (folder / name / "train/good").glob("*")))]
 
 
+def generated(data: str) -> bool:
+    """Whether drawn workpieces stand in for those of MVTec AD: with "auto" where nothing of it is."""
+    return data == "sample" or (data == "auto" and not available())
+
+
 def at_hand(category: str, data: str) -> bool:
-    """Whether a category can be computed: with "auto" a generated one stands in only where nothing of MVTec AD is."""
-    there = available()
-    return category in there if data == "real" or (data == "auto" and there) else True
+    """Whether a category can be computed."""
+    return generated(data) or category in available()
 
 
 def _encoded_again(source: Source, counted: dict[str, dict[Path, int]]) -> list[str]:

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup
 
-from expvae_book import render
+from expvae_book import render, runs
 from expvae_book.data.card import DataCard
 from expvae_book.protocols import VERSIONS
 from pages import notices, outputs, page_text, printed
@@ -112,6 +112,12 @@ def test_every_figure_of_a_page_is_there(soups):
 def test_no_stored_run_lacks_what_its_page_shows(soups):
     for page, soup in soups.items():
         assert LACKING not in warnings_on(soup), page
+
+
+def test_no_stored_run_differs_from_its_weights():
+    stored = [run for chapter in PAGES for run in runs.find(chapter)]
+    assert stored
+    assert [run.label for run in stored if run.differs] == []
 
 
 def test_no_page_shows_an_error(soups):

@@ -102,6 +102,25 @@ def test_a_run_is_verified_by_its_own_weights_and_differs_from_others(trained, i
     assert run.state.startswith("differs by ")
 
 
+class Normalising(MNISTVAE):
+    """As expvae.models.MVTecVAE: no tensor tells whether it normalises its images."""
+
+    normalises = False
+
+    def encode(self, x_BCYX):
+        return super().encode(2 * x_BCYX - 1 if self.normalises else x_BCYX)
+
+
+@pytest.mark.parametrize("normalises", [False, True])
+def test_a_network_that_normalises_its_images_is_built_again_as_it_was(trained, images, monkeypatch, normalises):
+    monkeypatch.setitem(probes.VAES, "Normalising", Normalising)
+    model = Normalising(3).eval()
+    model.load_state_dict(trained.model.state_dict())
+    model.normalises = normalises
+    run = probes.verify(save(replace(trained, model=model), images))
+    assert run.record["verified"]["difference"] < 1e-5
+
+
 def test_another_map_differs_too(trained, images, monkeypatch):
     run = save(trained, images)
     monkeypatch.setattr(probes, "METHOD", "liu2020_paper")

@@ -145,7 +145,9 @@ def _evaluate(model: nn.Module, draw: Draw, facts: dict[str, Any]) -> dict[str, 
 
 def _described(model: nn.Module) -> dict[str, Any]:
     if not isinstance(model, Stack):
-        return {"model": type(model).__name__}
+        # No tensor tells whether the network normalises its images, see expvae.models.MVTecVAE.
+        options = {"normalises": True} if getattr(model, "normalises", False) else {}
+        return {"model": type(model).__name__, **options}
     layers = [
         {
             "shape": list(layer.visible_shape),
@@ -166,6 +168,8 @@ def _loaded(facts: dict[str, Any]) -> nn.Module:
     model = _stack(facts) if facts["model"] == "Stack" else VAES[facts["model"]](facts["latents"])
     # The file of a FactorVAE holds its discriminator too.
     model.load_state_dict({name: tensors[name] for name in model.state_dict()})
+    if facts.get("normalises"):
+        model.normalises = True
     return model.eval()
 
 

@@ -56,7 +56,7 @@ ucsd: $(INSTALLED)
 	$(BIN)/papermill book/ucsd.md $(EXECUTED)/$@.ipynb -p epochs $(UCSD_EPOCHS)
 mvtec15: $(INSTALLED)
 	$(BIN)/papermill book/mvtec15.md $(EXECUTED)/$@.ipynb $(MVTEC)
-mvtec10: $(INSTALLED)
+mvtec10: mvtec15
 	$(BIN)/papermill book/mvtec10.md $(EXECUTED)/$@.ipynb $(MVTEC)
 disentanglement: $(INSTALLED)
 	$(BIN)/papermill book/disentanglement.md $(EXECUTED)/$@.ipynb $(DISENTANGLEMENT)

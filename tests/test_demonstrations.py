@@ -85,7 +85,7 @@ def test_what_the_attention_loss_adds_to_the_gradient_is_its_own(model, x_BCYX):
         flat = torch.cat([part.flatten() for part in own if part is not None])
         assert table["L_AD"][case] == pytest.approx(l_ad.item(), rel=1e-9)
         assert norms[case] == pytest.approx(flat.norm().item(), rel=1e-6)
-    divided = "divided by the batch once more"
+    divided = "divided by the number of images"
     assert norms[divided] * 4 == pytest.approx(norms["by the formula"], rel=1e-6)
     assert table["L_AD"][divided] * 4 == pytest.approx(table["L_AD"]["by the formula"], rel=1e-9)
 
@@ -155,7 +155,7 @@ def test_the_size_of_a_batch_moves_a_pooled_auroc(shown, x_BCYX):
 
 
 def test_ious_by_three_conventions():
-    truth_NYX = demonstrations.anomalies(8, side=6, patch=2)
+    truth_NYX = demonstrations.anomalies(8, side=6, largest=3)
     table = demonstrations.iou_conventions(truth_NYX, batch=4)
     truth_NP, p = truth_NYX.flatten(1).numpy(), truth_NYX.double().mean().item()
     noise_NP = torch.rand(truth_NYX.shape, generator=torch.Generator().manual_seed(0)).flatten(1).numpy()
@@ -186,11 +186,11 @@ def test_anomalies_counted_as_normal_have_a_closed_form(shown):
 def test_masks_that_are_cut_lose_their_borders(shown):
     table, _ = shown("shrunk_masks")
     y, x = torch.meshgrid(torch.arange(158), torch.arange(238), indexing="ij")
-    for radius in (5, 10, 20):
+    for radius in (3, 5, 10, 20):
         disc_YX = ((y - 79) ** 2 + (x - 119) ** 2 <= radius**2).float()
-        smooth_YX = F.interpolate(disc_YX[None, None], (100, 100), mode="bilinear", antialias=True)
-        nearest_YX = F.interpolate(disc_YX[None, None], (100, 100), mode="nearest-exact")
-        area = disc_YX.sum() * 100 * 100 / (158 * 238)
+        smooth_YX = F.interpolate(disc_YX[None, None], (96, 96), mode="bilinear", antialias=True)
+        nearest_YX = F.interpolate(disc_YX[None, None], (96, 96), mode="nearest-exact")
+        area = disc_YX.sum() * 96 * 96 / (158 * 238)
         row = table.loc[f"radius of {radius} pixels"]
         assert row["bilinear, cut to a whole number"] == pytest.approx(((smooth_YX > 0.998).sum() / area).item(), 0.02)
         assert row["nearest pixel"] == pytest.approx((nearest_YX.sum() / area).item(), 0.02)

@@ -125,7 +125,9 @@ def test_a_cascade_ends_at_the_random_network_and_keeps_the_trained_maps():
     seen = measures.Truth(x_NCYX[:, 0] > 200, torch.arange(20))
     rows, kept = randomised.cascade(model, pair, x_NCYX, explain, seen)
     of = {(row["metric"], row["subset"]): row["value"] for row in rows}
-    assert len(rows) == 2 * len(list(randomised.steps(model))) + 1
+    assert len(rows) == 2 * len(list(randomised.steps(model))) + 2
+    trained = roc_auc_score(seen.truth_NYX.flatten(), explain(model)["code"].flatten())
+    assert of[names.AUROC, "random nothing"] == pytest.approx(trained, abs=1e-6)
     two = zip(explain(pair[0])["code"], explain(pair[1])["code"], strict=True)
     floor = np.mean([spearmanr(a.flatten(), b.flatten()).statistic for a, b in two])
     assert of[names.KEPT_RANKS, "two random networks"] == pytest.approx(floor, abs=1e-6)

@@ -246,6 +246,7 @@ def test_a_cascade_stands_between_two_trainings_and_two_random_networks():
         run = make_run("bottle", masks=False)
         run.parameters["seed"] = seed
         run.record["metrics"] = [
+            row("pixel AUROC", 0.7, SHOWN, "random nothing"),
             row("pixel AUROC", 0.6, SHOWN, "random from the image to conv1"),
             row(names.KEPT_RANKS, 0.25, SHOWN, "random from the image to conv1"),
             row(names.KEPT_RANKS, -0.5, SHOWN, names.FLOOR),
@@ -253,8 +254,9 @@ def test_a_cascade_stands_between_two_trainings_and_two_random_networks():
         run.__dict__["arrays"] = {f"compared/{SHOWN}": generator.random((4, 5, 5)), f"compared/{SHOWN}, peak": 1.0}
         seeds.append(run)
     lines = tables.cascade(seeds).to_numpy().tolist()
-    assert lines[0] == [SHOWN, 0, "random from the image to conv1", "0.600", "+0.25"]
-    assert lines[1] == [SHOWN, 0, names.FLOOR, "", "-0.50"]
+    assert lines[0] == [SHOWN, 0, "nothing", "0.700", ""]
+    assert lines[1] == [SHOWN, 0, "from the image to conv1", "0.600", "+0.25"]
+    assert lines[2] == [SHOWN, 0, names.FLOOR, "", "-0.50"]
     maps = (run.arrays[f"compared/{SHOWN}"].reshape(4, -1) for run in seeds)
     expected = np.mean([spearmanr(a, b).statistic for a, b in zip(*maps, strict=True)])
     assert lines[-1] == [SHOWN, "0 and 1", "nothing: two trained seeds", "", f"{expected:+.2f}"]

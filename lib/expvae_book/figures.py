@@ -363,16 +363,19 @@ def power_curves(lines: Mapping[str, pd.DataFrame], *, target: float, marks: Map
 
 
 @styled
-def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float | int], Sequence[float]]]], *, x: str) -> Figure:
+def curves(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float | int], Sequence[float]]]], *, x: str, levels: bool = False
+) -> Figure:
     """Lines over a common axis, a panel for each quantity.
 
     Args:
         panels: Name of the quantity -> name of the line -> where along x, and its values.
         x: What runs along x.
+        levels: Whether the panels have one scale, and each line's first value is drawn across as well.
     """
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     rows = -(-len(panels) // 2)
-    figure, axes = _panels(7.4, 2.1 * rows + 0.6, rows, 2, squeeze=False, sharex=True)
+    figure, axes = _panels(7.4, 2.1 * rows + 0.6, rows, 2, squeeze=False, sharex=True, sharey=levels)
     axes, handles = list(axes.flat), {}
     for axis, (title, lines) in zip(axes, panels.items(), strict=False):
         for name, (along, values) in lines.items():
@@ -387,10 +390,14 @@ def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float | int], Sequen
                 linewidth=1.3,
                 label=name,
             )
-        # The first of a training are several times as high and would flatten the rest.
-        settled = [value for _, values in lines.values() for value in values[len(values) // 10 :]]
-        margin = 0.06 * (max(settled) - min(settled)) or 1
-        axis.set(title=title, ylim=(min(settled) - margin, max(settled) + margin))
+            if levels:
+                axis.axhline(values[0], color=handles[name].get_color(), linestyle=":", linewidth=1)
+        axis.set(title=title)
+        if not levels:
+            # The first of a training are several times as high and would flatten the rest.
+            settled = np.concatenate([values[len(values) // 10 :] for _, values in lines.values()])
+            margin = 0.06 * np.ptp(settled) or 1
+            axis.set(ylim=(settled.min() - margin, settled.max() + margin))
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     for axis in axes[max(0, len(panels) - 2) : len(panels)]:

@@ -293,7 +293,7 @@ class Course:
         return np.array([untrained_R, drawn_SR[trained].mean(0) if trained else lost_R])
 
     def rows(self) -> list[dict]:
-        """By map: the mean over the last stages, the best stage, and the paired difference from others.
+        """By map: the mean over the last stages, and its paired difference from others.
 
         These are the untrained network, and maps that look at no test image.
         """
@@ -302,12 +302,11 @@ class Course:
             trained, values_SF = self._trained(name), np.array(values)[:, 1:]
             if not trained:
                 continue
-            means, best = values_SF[trained].mean(0), values_SF.max(0)
+            means = values_SF[trained].mean(0)
             untrained_R, last_R = self.judged(name)
-            for metric, mean, highest in zip(FOLLOWED.values(), means, best, strict=True):
+            for metric, mean in zip(FOLLOWED.values(), means, strict=True):
                 ends = self._ends(float(mean), last_R) if metric == AUROC else {"value": float(mean)}
                 found.append(runs.row(metric, method=name, subset=names.LAST + mark, **ends))
-                found.append(runs.row(metric, float(highest), name, names.BEST_STAGE + mark))
             others = {names.UNTRAINED: (values_SF[0, 0], untrained_R)} if self._saw_untrained(name) else {}
             for place in set(names.PLACES) & set(self.values) - {name}:
                 others[place] = (self.values[place][-1][1], self.judged(place)[1])

@@ -167,17 +167,24 @@ def cascade(
         Rows of the pixel AUROC and of the rank correlation with the trained map, and the trained maps of some images,
         by which runs that differ in the seed are compared (`expvae_book.tables.cascade`).
     """
-    where, trained, found = next(model.parameters()).device, explain(model), []
+    where, trained = next(model.parameters()).device, explain(model)
     one, two = (settle(network.to(where), train_NCYX) for network in random)
+    found = [
+        _auroc(map_NYX, name, "random nothing", truth) for name, map_NYX in trained.items() if truth.truth_NYX.any()
+    ]
     for step, names in steps(model):
         for name, map_NYX in explain(settle(randomise(model, one, names), train_NCYX)).items():
             if truth.truth_NYX.any():
-                found.append(runs.row(AUROC, truth.count(map_NYX).compute().auroc, name, f"random {step}"))
+                found.append(_auroc(map_NYX, name, f"random {step}", truth))
             found += _alike(map_NYX, trained[name], name, f"random {step}")
     floor = explain(two)
     for name, map_NYX in explain(one).items():
         found += _alike(map_NYX, floor[name], name, FLOOR)
     return found, compared(trained)
+
+
+def _auroc(map_NYX: Float[Tensor, "n y x"], name: str, subset: str, truth: measures.Truth) -> dict:
+    return runs.row(AUROC, truth.count(map_NYX).compute().auroc, name, subset)
 
 
 def _alike(map_NYX: Float[Tensor, "n y x"], other_NYX: Float[Tensor, "n y x"], name: str, subset: str) -> list[dict]:

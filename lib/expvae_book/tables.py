@@ -353,21 +353,39 @@ def without_vae(run: Run) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def stages(run: Run, name: str) -> np.ndarray | None:
+    """The pixel AUROC of a map after each stretch of a training; None where it was not followed.
+
+    Not that of the untrained network, which is no checkpoint that anybody would choose.
+    """
+    course = run.arrays.get(f"course/{name}")
+    return None if course is None else course[course[:, 0] > 0, 1]
+
+
+def best_stage(run: Run, name: str, lacking: str = "") -> str:
+    """The highest of `stages`, as a choice on the test masks would have it."""
+    found = stages(run, name)
+    return lacking if found is None or not len(found) else f"{found.max():.3f}"
+
+
 def cascade(runs_: Sequence[Run]) -> pd.DataFrame:
     """What is left of a map where layers are random, by run: pixel AUROC, and rank correlation with the trained map.
 
-    Beside it the ceiling, how far the maps of two trained seeds are alike on the images that both keep, and the floor,
-    how far those of two random networks are.
+    Beside it how far the maps of two trained seeds are alike on the images that both keep, and those of two random
+    networks.
 
     Args:
         runs_: Runs that differ in the seed alone.
     """
     lines = []
     for run in runs_:
-        ranks = run.rows(names.KEPT_RANKS)
+        ranks, seed = run.rows(names.KEPT_RANKS), run.parameters["seed"]
+        for name in ranks["method"].unique():
+            if trained := run.text(AUROC, name, "random nothing", lacking=""):  # kept by later records only
+                lines.append({"Map": name, "Seed": seed, "Random": "nothing", AUROC: trained, "Rank correlation": ""})
         for row in ranks.itertuples():
             score = run.text(AUROC, row.method, row.subset, lacking="")
-            label = {"Map": row.method, "Seed": run.parameters["seed"], "Random": row.subset}
+            label = {"Map": row.method, "Seed": seed, "Random": row.subset.removeprefix("random ")}
             lines.append(label | {AUROC: score, "Rank correlation": f"{row.value:+.2f}"})
     for one, other in combinations(runs_, 2):
         for name in one.arrays.keys() & other.arrays.keys():

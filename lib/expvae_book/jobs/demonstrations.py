@@ -43,7 +43,7 @@ REPORT2 = Protocol(factors=REFERENCE.factors, votes=800, held_out=0, batch=100, 
 LATTICE = (1, 3, 6, 10, 8, 8)  # of the sprites' factors, a part of their values
 SPARE = (0, 5, 27)  # latents beside those of a perfect code
 FRAMES, MASKED = 36, 10  # test clips of UCSD Ped1, and those with masks in its release
-FRAME, NETWORK_SIDE = (158, 238), 100  # height and width of its frames, and the side that a network takes
+FRAME, NETWORK_SIDE = (158, 238), 96  # height and width of its frames; the side of the network of Brongers et al.
 
 
 def sprites(count: int = BATCH) -> Float[Tensor, "b 1 64 64"]:
@@ -77,7 +77,7 @@ def attention_losses(model: nn.Module, x_BCYX: Float[Tensor, "b 1 y x"], latents
     cases = {
         "by the formula": ("second_order", 1, True),
         "α taken as constant": ("constant_alpha", 1, True),
-        "divided by the batch once more": ("second_order", len(x_BCYX), True),
+        "divided by the number of images": ("second_order", len(x_BCYX), True),
         "computed where nothing is differentiated": ("second_order", 1, False),
     }
 
@@ -198,10 +198,11 @@ def company(x_BCYX: Float[Tensor, "b 1 y x"], sizes: Sequence[int] = (1, 2, 8, B
     return pd.DataFrame(lines).T
 
 
-def anomalies(count: int = BATCH, side: int = 32, patch: int = 4) -> Bool[Tensor, "n y x"]:
-    """Truths of images of which every second one has a square anomaly at a random place."""
+def anomalies(count: int = BATCH, side: int = 32, largest: int = 8) -> Bool[Tensor, "n y x"]:
+    """Truths of images of which every second one has a square anomaly at a random place, later ones a larger one."""
     chance, truth_NYX = torch.Generator().manual_seed(SEED), torch.zeros(count, side, side, dtype=torch.bool)
     for i in range(0, count, 2):
+        patch = 2 + (largest - 1) * i // count
         y, x = torch.randint(side - patch, (2,), generator=chance).tolist()
         truth_NYX[i, y : y + patch, x : x + patch] = True
     return truth_NYX
@@ -246,7 +247,7 @@ def unmasked(shares: Sequence[float] = (0.01, 0.05, 0.2)) -> pd.DataFrame:
     return pd.DataFrame(lines).T
 
 
-def shrunk_masks(radii: Sequence[int] = (5, 10, 20)) -> pd.DataFrame:
+def shrunk_masks(radii: Sequence[int] = (3, 5, 10, 20)) -> pd.DataFrame:
     """How much of a disc's area is left where its mask is shrunk to the network's size, by two rules."""
     y, x = np.ogrid[: FRAME[0], : FRAME[1]]
     scale, lines = NETWORK_SIDE**2 / np.prod(FRAME), {}

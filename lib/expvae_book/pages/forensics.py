@@ -3,10 +3,9 @@
 import pandas as pd
 from IPython.display import Markdown, display
 
-from expvae_book import names, power, report, runs
-from expvae_book.names import AUROC, LAST
+from expvae_book import names, power, report, runs, tables
 from expvae_book.pages import seeds
-from expvae_book.pages.sanity import RULES, SHOWN, followed, named
+from expvae_book.pages.sanity import RULES, SHOWN, followed
 from expvae_book.places import REPOSITORY
 from expvae_book.runs import Run
 
@@ -23,20 +22,21 @@ def in_short() -> None:
     """Show what was found in a few sentences, and the slips with their places."""
     found = slips()
     lines = [
-        f"**In short.** {(found['commit'] != '').sum()} slips were read in published code, and "
-        f"{(found['commit'] == '').sum()} are inferred from printed numbers. Each can move a number by itself:"
+        f"**In short.** {(found['commit'] != '').sum()} slips or choices were read in published code, and "
+        f"{(found['commit'] == '').sum()} are inferred from printed numbers. Three of the things that they can do:"
     ]
     if (run := switched()) is not None:
         asked, stored = ([_switch(run, hook, layer) for layer in names.CONVOLUTIONS] for hook in HOOKS)
         lines.append(
             f"- *Three layers, one number.* One model of ours has the pixel AUROCs {_listed(asked)} at its three "
-            f"layers, and with a slip {_listed(stored)}. {report.extent(run)}"
+            f"layers, and with the slip inferred for Report 1 {_listed(stored)}. {report.extent(run)}"
         )
     if len(gains := chosen()):
         best = gains.loc[gains["gain"].idxmax()]
         lines.append(
-            f"- *An epoch chosen on the test masks.* It raises a pixel AUROC from {best['last']:.3f} to "
-            f"{best['best']:.3f} where it does most ({best['Training']}, {best['Map']}, {best['stages']} stages)."
+            f"- *An epoch chosen on the test masks.* Where it does most ({best['Map']}), the last of {best['stages']} "
+            f"stages has a pixel AUROC of {best['last']:.3f}, the best of them {best['best']:.3f}. "
+            f"{report.extent(best['run'])}"
         )
     spread, least = next(iter(seeds.spreads().values())), min(seeds.paper_differences().values())
     lines.append(
@@ -110,26 +110,26 @@ def switches() -> None:
         pd.DataFrame(lines),
         f"The pixel AUROC of the map {names.SWITCHED_LAYER}, liu2020_code, with each switch alone: every tenth frame "
         "of all test clips, 95 % intervals over clips. A change is paired, and has an interval, where the truth is the "
-        "same. The hooks follow the authors' rule. "
+        "same. *Corrected*: all settings as this book has them, and the masks of all clips that have some; the "
+        "release's only are those of its ten that are at hand. *First stored*: the look-up of the first tensor. "
         f"{run.caption}",
     )
 
 
 def chosen() -> pd.DataFrame:
-    """By training and map the pixel AUROC of the last stages and of the best one, and how many stages there were.
+    """By training and map the pixel AUROC of the last stage and of the best one, and how many stages there were.
 
     The untrained network is no stage here, which no checkpoint is taken of.
     """
     lines = []
     for run in followed():
         for rule, preset in RULES.items():
-            name = f"{SHOWN[run.chapter][0]}, {preset}"
-            course = run.arrays.get(f"course/{name}")
-            if run.chapter in DATA and course is not None and run.text(AUROC, name, LAST, lacking=""):
-                trained = course[course[:, 0] > 0, 1]
-                last, best = run.metric(AUROC, name, LAST)["value"], float(trained.max())
-                line = {"Data": DATA[run.chapter], "Training": named(run), "Map": f"{SHOWN[run.chapter][0]}, {rule}"}
-                lines.append(line | {"stages": len(trained), "last": last, "best": best, "gain": best - last})
+            layer = SHOWN[run.chapter][0]
+            trained = tables.stages(run, f"{layer}, {preset}")
+            if run.chapter in DATA and trained is not None and len(trained):
+                last, best = float(trained[-1]), float(trained.max())
+                line = {"Data": DATA[run.chapter], "run": run, "Map": f"{layer}, {rule}", "stages": len(trained)}
+                lines.append(line | {"last": last, "best": best, "gain": best - last})
     return pd.DataFrame(lines)
 
 
@@ -144,7 +144,7 @@ def choices() -> None:
             "Map": f"{data}, {name}",
             "Trainings": len(of),
             "Stages": " to ".join(dict.fromkeys(map(str, (of["stages"].min(), of["stages"].max())))),
-            LAST.capitalize(): f"{of['last'].mean():.3f}",
+            "Last stage": f"{of['last'].mean():.3f}",
             "Best, by the test masks": f"{of['best'].mean():.3f}",
             "Greatest gain": f"{of['gain'].max():.3f}",
         }
@@ -152,6 +152,6 @@ def choices() -> None:
     ]
     report.show(
         pd.DataFrame(lines),
-        "Pixel AUROC of trainings by their last stages, and by the best of all measured after the first step: "
-        "means over trainings.",
+        "Pixel AUROC of trainings at their last stage, and at the best of all measured after the first step: means "
+        "over trainings.",
     )

@@ -40,7 +40,7 @@ def jobs(chapter: str, categories: str, parameters: Mapping[str, chapters.Value]
 
     Args:
         chapter: The chapter.
-        categories: "all", or names with commas between them. Of generated ones all is the first.
+        categories: "all", or names with commas between them. Of generated ones all is one.
         parameters: The other parameters that tell runs apart, as they are declared.
         again: Whether they are computed although they are stored.
 
@@ -49,9 +49,9 @@ def jobs(chapter: str, categories: str, parameters: Mapping[str, chapters.Value]
     """
     names = list(dict.fromkeys(filter(None, (name.strip() for name in categories.split(",")))))
     if names == ["all"]:
-        # What is drawn takes as long as photographs do and says nothing of them: one category shows the way.
+        # What is drawn takes as long as photographs do and says nothing of them: one category shows both chapters' way.
         alone = not runs.reading() and card.generated(str(parameters["data"]))
-        names = list(PROTOCOLS[chapter])[: 1 if alone else None]
+        names = list(TEN[:1] if alone else PROTOCOLS[chapter])
     if not names or not set(names) <= set(MOTIFS):
         raise ValueError(f"categories must be all, or some of {', '.join(MOTIFS)}; got {categories!r}")
     resolved = dict(parameters)

@@ -8,11 +8,13 @@ from expvae_book.data.catalogue import source
 from expvae_book.names import (
     AUROC,
     BEST_STAGE,
+    BY_MEAN_IMAGE,
     DIFFERENCE,
     EXPLAINED,
     KEPT_RANKS,
     LAST,
     OUTLIERS,
+    RECONSTRUCTION,
     SHOWN,
     UNTRAINED,
     WITHIN_INK,
@@ -20,29 +22,31 @@ from expvae_book.names import (
 from expvae_book.runs import Run
 
 RULES = {"paper's rule": "liu2020_paper", "rule of the authors' code": "liu2020_code"}
-WORDS = {
-    "above": "more than",
-    "below": "less than",
-    "not told apart from": "not told apart from what",
-}
+WORDS = {"above": "more than", "below": "less than"}
 
 
 def followed() -> list[Run]:
-    """The runs whose maps were measured from the first step on: on real data, by today's protocols."""
+    """The runs whose maps were measured from the first step on: on real data, by today's code."""
     return [
         run
         for store in SHOWN
         for run in runs.find(store)
-        if run.card.kind != "sample" and not run.outdated and any(name.startswith("course/") for name in run.arrays)
+        if run.card.kind != "sample"
+        and not (run.outdated or run.differs)
+        and any(name.startswith("course/") for name in run.arrays)
     ]
 
 
 def named(run: Run) -> str:
     """A run in a few words: data set, inlier or category, recipe and seed."""
-    subject = run.parameters.get("digit", run.parameters.get("category", ""))
     wrong = ", trained on the wrong digits" if "trained_on" in run.parameters else ""
-    told = f"{source(run.card.name).title} {subject}".strip()
-    return f"{told}, {run.parameters['recipe']}, seed {run.parameters['seed']}{wrong}"
+    return f"{pictured(run)}, {run.parameters['recipe']}, seed {run.parameters['seed']}{wrong}"
+
+
+def pictured(run: Run) -> str:
+    """The data set of a run, with the category or the digit."""
+    digit = f", digit {run.parameters['digit']}" if "digit" in run.parameters else ""
+    return source(run.card.name).title + digit
 
 
 def in_short() -> None:
@@ -50,17 +54,25 @@ def in_short() -> None:
     lines = []
     for run in followed():
         layer, _ = SHOWN[run.chapter]
+        parts = []
         for rule, preset in RULES.items():
             pair = (DIFFERENCE, f"{layer}, {preset} − {UNTRAINED}", LAST)
             if run.text(*pair, lacking=""):
-                order = WORDS[runs.order(run.metric(*pair), 0.0)]
-                lines.append(
-                    f"- *{named(run)}*: by the {rule} the trained network's maps have a pixel AUROC of "
-                    f"{run.text(AUROC, f'{layer}, {preset}', LAST)}, {order} the same network's had before its first "
-                    f"step (difference {run.text(*pair, form='+.3f')})."
-                )
-    text = "**In short.** What did training add?\n\n" + ("\n".join(lines) or "*No run of ours says it yet.*")
-    display(Markdown(text), courses("mnist"))
+                score, order = run.text(AUROC, f"{layer}, {preset}", LAST), runs.order(run.metric(*pair), 0.0)
+                order = f"{WORDS.get(order, order)} before the first step ({run.text(*pair, form='+.3f')})"
+                parts.append(f"by the {rule} {score}, {order}")
+        if parts:
+            lines.append(f"- *{named(run)}*: {'; '.join(parts)}. {report.extent(run)}{_restores_little(run)}")
+    text = "**In short.** What did training add to the pixel AUROC of maps?\n\n"
+    display(Markdown(text + ("\n".join(lines) or "*No run of ours says it yet.*")), courses("mnist"))
+
+
+def _restores_little(run: Run) -> str:
+    """That a network restores images no better than their mean does, as a sentence."""
+    rows = run.metrics.drop_duplicates("metric").set_index("metric")["value"]
+    if {RECONSTRUCTION, BY_MEAN_IMAGE} <= set(rows.index) and rows[RECONSTRUCTION] >= rows[BY_MEAN_IMAGE]:
+        return " This network restores images no better than their mean does, and says nothing of a finished one."
+    return ""
 
 
 def courses(store: str) -> Image | Markdown:
@@ -76,7 +88,7 @@ def courses(store: str) -> Image | Markdown:
             panels[f"{AUROC}, {rule}"] = lines
     if not panels:
         return Markdown("*No run of ours says it yet.*")
-    return figures.show(figures.curves(panels, x="optimiser steps"))
+    return figures.show(figures.curves(panels, x="optimiser steps", levels=True))
 
 
 def differences() -> None:
@@ -93,25 +105,29 @@ def differences() -> None:
             }
             for other in (UNTRAINED, nothing):
                 line[f"Minus {other}"] = run.text(DIFFERENCE, f"{name} − {other}", LAST, "+.3f", lacking="")
-            line["Best checkpoint on the test masks (oracle)"] = run.text(AUROC, name, BEST_STAGE, lacking="")
+            line[BEST_STAGE.capitalize()] = tables.best_stage(run, name)
             lines.append(line)
     if lines:
         table = pd.DataFrame(lines).fillna("")
-        report.show(table, f"Pixel AUROC, {LAST} of the training, and paired differences with 95 % intervals.")
+        caption = (
+            f"Pixel AUROC, {LAST} of the training, and paired differences. Intervals (95 %) are over test images, "
+        )
+        report.show(table, caption + "or clips, of one training: another seed may give what lies outside of them.")
 
 
 def wrong_class() -> None:
     """Show what maps find of networks trained on the wrong digits, beside those trained on the right ones."""
-    lines = []
-    for run in followed():
-        if run.chapter == "mnist":
-            for rule, preset in RULES.items():
-                name = f"conv2, {preset}"
-                kind = "attention, paper" if preset == "liu2020_paper" else "attention, authors' code"
-                line = {"Training": named(run), "Map": rule, "Foreign ink": run.text(AUROC, name, OUTLIERS, lacking="")}
-                lines.append(line | {"Within ink": run.text(WITHIN_INK, kind, OUTLIERS, lacking="")})
-    if lines:
-        report.show(pd.DataFrame(lines), "Pixel AUROC with 95 % intervals over images.")
+    lines, digits = [], [run for run in followed() if run.chapter == "mnist"]
+    if not any("trained_on" in run.parameters for run in digits):
+        display(Markdown("*No network that was trained on the wrong digits is stored yet.*"))
+        return
+    for run in digits:
+        for rule, preset in RULES.items():
+            name = f"conv2, {preset}"
+            kind = "attention, paper" if preset == "liu2020_paper" else "attention, authors' code"
+            line = {"Training": named(run), "Map": rule, "Foreign ink": run.text(AUROC, name, OUTLIERS, lacking="")}
+            lines.append(line | {"Within ink": run.text(WITHIN_INK, kind, OUTLIERS, lacking="")})
+    report.show(pd.DataFrame(lines), "Pixel AUROC with 95 % intervals over images.")
 
 
 def explained() -> None:
@@ -124,15 +140,15 @@ def explained() -> None:
             continue
         by = rows["subset"].str.rsplit("; ", n=1).str[-1]
         for name, of in rows.groupby(["method", by], sort=False)["value"].mean().unstack(sort=False).iterrows():
-            told = f"{source(run.card.name).title} {run.parameters.get('digit', run.parameters.get('category', ''))}"
-            lines.append({"Images": told.strip(), "Map": name} | of.map("{:.2f}".format).to_dict())
+            lines.append({"Images": pictured(run), "Map": name} | of.map("{:.2f}".format).to_dict())
     if not lines:
         display(Markdown("*No run of ours says it yet.*"))
         return
     report.show(
         pd.DataFrame(lines),
         "R² of the maps of untrained networks by least squares, on the half of the images that the fit has not seen; "
-        "mean over the networks. Below 0 the fit is worse than a constant.",
+        "mean over the networks, which differ. Below 0 the fit is worse than a constant. *Position* is the mean map of "
+        "the other half; maps that are exchanged among images keep nothing else.",
     )
 
 
@@ -150,4 +166,6 @@ def cascades() -> None:
         judged = [run for run in runs.find(store) if KEPT_RANKS in set(run.metrics["metric"])]
         for same in judging.alike(judged, "seed"):
             caption = f"Maps of networks some of whose layers are random. {same[0].caption}"
+            if len(same) == 1:
+                caption += " No second seed is stored, so that two trainings are not compared yet."
             report.show(tables.cascade(same), caption)

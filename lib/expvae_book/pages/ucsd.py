@@ -247,7 +247,8 @@ def every_map(run: Run) -> None:
         line = {"layer": layer, "rule": RULES.get(preset, preset)}
         line |= {title: run.text(title, name, TEST) for title in (AUROC, "average precision", "AUPRO", BEST_IOU)}
         line["frame AUROC (maximum)"] = run.text(IMAGE_AUROC, name, "maximum")
-        line |= {f"{AUROC}, {stage}": run.text(AUROC, name, stage, lacking="–") for stage in (LAST, BEST_STAGE)}
+        line[f"{AUROC}, {LAST}"] = run.text(AUROC, name, LAST, lacking="–")
+        line[f"{AUROC}, {BEST_STAGE}"] = tables.best_stage(run, name, "–")
         lines.append(line)
     report.show(
         pd.DataFrame(lines),

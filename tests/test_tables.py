@@ -82,7 +82,7 @@ def test_results_stand_beside_the_published_ones_and_missing_categories_stay(fou
     assert bottle["pixel AUROC, ours"] == "0.600 [0.550, 0.650]"
     assert (bottle["Trained on"], bottle["Data"]) == ("4,000 of 3,000,000 images", "partial")
     carpet = table.loc["carpet"]
-    assert carpet["pixel AUROC, ours"] == carpet["IoU, ours"] == tables.NOT_AT_HAND
+    assert carpet["pixel AUROC, ours"] == carpet["IoU, ours"] == tables.NO_RUN
     assert (carpet["Trained on"], carpet["IoU, Report 2"]) == ("", "0.51")
     mean = table.iloc[-1]
     assert mean["pixel AUROC, ours"] == "0.500"
@@ -174,10 +174,10 @@ def test_failures_name_the_strongest_resemblances_and_the_kinds_of_defects(found
 def test_layers_and_presets_in_one_table(jobs):
     table = tables.layers(jobs).set_index("Layer")
     assert table.index.tolist() == list(names.LAYERS)
-    assert table.columns.tolist() == ["liu2020_code", "liu2020_paper"]
-    assert table.loc["layer1.0.conv2", "liu2020_code"] == "0.500 (0.40–0.60)"
+    assert table.columns.tolist() == ["authors' code", "paper's rule"]
+    assert table.loc["layer1.0.conv2", "authors' code"] == "0.500 (0.40–0.60)"
     assert table.loc["layer3.1.conv2"].tolist() == ["0.500 (0.40–0.60)"] * 2
-    assert table.loc["layer4.1.conv2", "liu2020_paper"] == table.loc["conv1", "liu2020_code"] == ""
+    assert table.loc["layer4.1.conv2", "paper's rule"] == table.loc["conv1", "authors' code"] == ""
 
 
 def test_every_category_has_a_line_on_mirroring():

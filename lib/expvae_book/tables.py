@@ -17,7 +17,7 @@ from expvae_book.report import cells, stored_runs
 from expvae_book.runs import Run
 
 LITERATURE = REPOSITORY / "book" / "literature" / "mvtec.csv"
-NOT_AT_HAND = "data not at hand"
+NO_RUN = "no run"
 NOT_MEASURED = "no run of ours"
 CHOICES = {"validation": "held-out normal images", "grid": "best of 99 (oracle)", "best": "best of all (oracle)"}
 PRINTED = {AUROC: AUROC, "IoU": names.BEST_IOU}  # what the publications print, and our number beside it
@@ -76,7 +76,7 @@ def results(report: str, found: Found) -> pd.DataFrame:
             table[name] = given[source].map("{:.3g}".format, na_action="ignore")
             mean[name] = _decimals(given.loc[values.index, source].mean())
         table[f"{metric}, ours"] = [
-            NOT_AT_HAND if run is None else run.text(ours, ATTENTION, lacking="no masks") for run in found.values()
+            NO_RUN if run is None else run.text(ours, ATTENTION, lacking="no masks") for run in found.values()
         ]
         mean[f"{metric}, ours"] = _decimals(values.mean())
     table["Trained on"] = ["" if run is None else budget_text(run, ",") for run in found.values()]
@@ -233,8 +233,9 @@ def layers(found: Found) -> pd.DataFrame:
     if not lines:
         return pd.DataFrame()
     values = pd.DataFrame(lines, columns=["layer", "preset", "value"]).groupby(["layer", "preset"])["value"]
-    text = values.apply(lambda value: f"{value.mean():.3f} ({value.min():.2f}–{value.max():.2f})")
-    table = text.unstack("preset").reindex(names.LAYERS).fillna("")
+    spread = values.apply(lambda value: f" ({value.min():.2f}–{value.max():.2f})" if len(value) > 1 else "")
+    text = values.mean().map("{:.3f}".format) + spread
+    table = text.unstack("preset").reindex(names.LAYERS).fillna("").rename(columns=names.RULES)
     return table.rename_axis(columns=None).rename_axis("Layer").reset_index()
 
 

@@ -97,10 +97,12 @@ def differences() -> None:
         layer, nothing = SHOWN[run.chapter]
         for rule, preset in RULES.items():
             name = f"{layer}, {preset}"
+            if not run.text(AUROC, name, LAST, lacking=""):
+                continue
             line = {
                 "Training": named(run),
                 "Map": f"{layer}, {rule}",
-                "Trained": run.text(AUROC, name, LAST, lacking="–"),
+                "Trained": run.text(AUROC, name, LAST),
             }
             for other in (UNTRAINED, nothing):
                 line[f"Minus {other}"] = run.text(DIFFERENCE, f"{name} − {other}", LAST, "+.3f", lacking="")

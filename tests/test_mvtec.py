@@ -536,6 +536,18 @@ def test_reconstructions_do_not_depend_on_the_batch(small):
         torch.testing.assert_close(restored_CYX, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_normal_posterior_is_asked_once_until_the_model_or_the_images_change(monkeypatch):
+    model, x_NCYX = Small().eval(), category().train_NCYX
+    asked, encoded = [], explanation.encoded
+    monkeypatch.setattr(explanation, "encoded", lambda *given: asked.append(given) or encoded(*given))
+    first = explanation.normal_posterior(model, x_NCYX)
+    assert explanation.normal_posterior(model, x_NCYX) is first and len(asked) == 1
+    assert explanation.normal_posterior(model, x_NCYX[:4])[0].tolist() != first[0].tolist()
+    with torch.no_grad():
+        model.mu.bias += 1
+    torch.testing.assert_close(explanation.normal_posterior(model, x_NCYX)[0], first[0] + 1)
+
+
 def test_normal_posterior_is_that_of_all_images_pooled(small):
     x_NCYX = category().train_NCYX
     mean_D, logvar_D = explanation.normal_posterior(small, x_NCYX)

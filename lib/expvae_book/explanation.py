@@ -6,6 +6,7 @@ images.
 
 from collections.abc import Hashable, Iterable, Mapping
 from typing import TypeVar
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from jaxtyping import Float, Shaped, UInt8
@@ -17,6 +18,7 @@ from expvae.metrics import Array, auroc_interval
 from expvae_book import runs, training
 
 Name = TypeVar("Name", bound=Hashable)
+Posterior = tuple[Float[Tensor, " d"], Float[Tensor, " d"]]
 AT_ONCE = 64  # images that are encoded
 
 
@@ -79,21 +81,26 @@ def encoded(model: nn.Module, x_NCYX: UInt8[Tensor, "n c y x"]) -> tuple[Float[T
     return mu_ND, logvar_ND
 
 
-def normal_posterior(
-    model: nn.Module, train_NCYX: UInt8[Tensor, "n c y x"]
-) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
+# The last that was asked of each model: an evaluation asks three times, and thousands of images are encoded for it.
+_posteriors: WeakKeyDictionary[nn.Module, tuple[ref[Tensor], list[int], Posterior]] = WeakKeyDictionary()
+
+
+def normal_posterior(model: nn.Module, train_NCYX: UInt8[Tensor, "n c y x"]) -> Posterior:
     """Mean and log-variance over the posteriors of all training images together.
 
     The variance of their mixture is the mean of the variances and the variance of the means, E[σ²] + Var[μ].
     """
-    mu_ND, logvar_ND = encoded(model, train_NCYX)
-    variance_D = logvar_ND.exp().mean(0) + mu_ND.var(0, correction=0)
-    return mu_ND.mean(0), variance_D.log()
+    # A version counts what was written to a tensor, so that a model which has learnt since is asked again.
+    versions = [tensor._version for tensor in (train_NCYX, *model.state_dict(keep_vars=True).values())]
+    images, then, _ = _posteriors.get(model, (lambda: None, [], None))
+    if images() is not train_NCYX or then != versions:
+        mu_ND, logvar_ND = encoded(model, train_NCYX)
+        variance_D = logvar_ND.exp().mean(0) + mu_ND.var(0, correction=0)
+        _posteriors[model] = ref(train_NCYX), versions, (mu_ND.mean(0), variance_D.log())
+    return _posteriors[model][2]
 
 
-def normal_for(
-    presets: Iterable[str], model: nn.Module, train_NCYX: UInt8[Tensor, "n c y x"]
-) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]] | None:
+def normal_for(presets: Iterable[str], model: nn.Module, train_NCYX: UInt8[Tensor, "n c y x"]) -> Posterior | None:
     """The normal posterior, which takes a pass over all training images, where one of the presets needs it."""
     needed = {"normal_difference", "most_deviant"} & {method_of(preset).score for preset in presets}
     return normal_posterior(model, train_NCYX) if needed else None

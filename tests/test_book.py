@@ -373,5 +373,11 @@ def test_a_page_shows_something_at_once_and_is_no_longer_than_it_need_be(soups, 
     assert everything - open_ <= WORDS
 
 
+def test_the_first_page_is_short(soups):
+    article = soups["index"].select_one("article")
+    assert len(article.select("img")) == 1
+    assert len(article.get_text(" ").split()) <= 900
+
+
 def hyphenated(cell: BeautifulSoup) -> set[str]:
     return {name.removeprefix("tag_") for name in cell.get("class", [])}

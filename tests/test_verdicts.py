@@ -222,6 +222,15 @@ def test_a_map_of_digits_is_set_beside_the_untrained_network(name, preset, ours,
     assert verdict(name, mnist_runs(ours, untrained, prior, preset=preset)) == (direction, "full")
 
 
+def test_the_numbers_behind_a_verdict_are_those_of_the_runs():
+    points = decide(claim("MNIST maps"), mnist_runs(0.9, 0.8), read()).points
+    assert [point.who for point in points] == ["ours", "control"] * 4
+    for point in points:
+        assert point.value == pytest.approx(0.9 if point.who == "ours" else 0.8, abs=1e-6)
+        # Each of three seeds is drawn with a spread of 0.005.
+        assert point.high - point.low == pytest.approx(2 * 1.96 * 0.005 / 3**0.5, rel=0.2)
+
+
 def test_digits_may_differ():
     runs = mnist_runs(0.9, 0.8, digits=(1,)) + mnist_runs(0.7, 0.8, digits=(3,))
     assert verdict("MNIST maps", runs) == ("mixed", "full")

@@ -65,7 +65,7 @@ def verdicts(runs: Iterable[Run], reported: pd.DataFrame | None = None) -> pd.Da
         verdict = decide(claim, runs, reported)
         decided = verdict.direction != "undecided" and verdict.strength == "full"
         line = asdict(claim) | {"direction": verdict.direction, "strength": verdict.strength}
-        line |= {"evidence": verdict.evidence, "runs": ", ".join(verdict.runs)}
+        line |= {"evidence": verdict.evidence, "runs": ", ".join(verdict.runs), "points": verdict.points}
         lines.append(line | {"would_decide": "" if decided else claim.job})
     table = pd.DataFrame(lines).drop(columns=["judge", "job"])
     table.insert(len(table.columns), "verdict", table["direction"] + " (" + table["strength"] + ")")

@@ -13,6 +13,7 @@ from expvae_book.judging import (
     Comparison,
     Judge,
     Part,
+    Point,
     Scores,
     Verdict,
     apart,
@@ -21,6 +22,7 @@ from expvae_book.judging import (
     decide,
     from_rows,
     lacks,
+    row_point,
     share,
 )
 from expvae_book.matching import measure
@@ -110,11 +112,13 @@ def localised(
         return Part(name, (), f"{seen}its network was not measured before the first step")
     trained, untrained = ours
     found = [compare("above untrained", trained, untrained), compare(f"above the {place}", trained, beside[0])]
+    points = trained.point("ours"), untrained.point("control")
     if published is not None:
         found.append(compare(f"above {published:.2f} − {MARGIN}", trained, published - MARGIN))
+        points += (Point("published", published),)
     last = np.mean([run.arrays[f"{truth}/course/{one}" if truth else f"course/{one}"][-1, 1] for run in runs])
     text = f"{name} ({trained.value_S.mean():.3f}, at the end {last:.3f})"
-    return Part(text, tuple(filter(None, found)))
+    return Part(text, tuple(filter(None, found)), points=points)
 
 
 def _published(reported: pd.DataFrame, dataset: str, metric: str, setting: str) -> float:
@@ -168,7 +172,8 @@ def judge_less_intuitive(method: str) -> Judge:
             rows = _rows(same, names.LESS_INTUITIVE, method, OUTLIERS)
             low, high = given["low"] / 100, given["high"] / 100
             found = from_rows(f"above {low:.0%}:", rows, low), from_rows(f"below {high:.0%}:", rows, high, sign=-1)
-            parts.append(Part(f"digit {digit}", *_parts(*found)))
+            points = (*row_point("ours", rows), Point("published", (low + high) / 2, low, high))
+            parts.append(Part(f"digit {digit}", *_parts(*found), points))
         return _decided(parts, list(counted.values()), MNIST_RECIPES)
 
     return judge
@@ -190,7 +195,9 @@ def judge_stacked_rbm(runs: Sequence[Run], reported: pd.DataFrame) -> Verdict:
             for one, renumbered in zip(ours, other, strict=True)
         ]
         found = from_rows("AUROC less that of renumbered units", pairs, alike=MARGIN)
-        parts.append(Part(f"digit {digit}", *_parts(found)))
+        renumbered = [dict.fromkeys(("value", "low", "high"), row["value"]) for row in other]
+        points = row_point("ours", ours) + row_point("control", renumbered)
+        parts.append(Part(f"digit {digit}", *_parts(found), points))
     return _decided(parts, list(counted.values()))
 
 
@@ -218,7 +225,9 @@ def ucsd_auroc(runs: list[Run], reported: pd.DataFrame) -> list[Part]:
 def ucsd_baseline(runs: list[Run], reported: pd.DataFrame) -> list[Part]:
     """That the layer which the paper has best is above the reconstruction error of the same model."""
     rows = _rows(runs, names.DIFFERENCE, f"conv2, {PAPER} − {ERROR}", CLIPS)
-    return [Part("conv2", *_parts(from_rows(f"AUROC less that of the {ERROR}", rows)))]
+    points = row_point("ours", _rows(runs, AUROC, f"conv2, {PAPER}", CLIPS))
+    points += row_point("control", _rows(runs, AUROC, ERROR, CLIPS))
+    return [Part("conv2", *_parts(from_rows(f"AUROC less that of the {ERROR}", rows)), points)]
 
 
 def ucsd_layers(runs: list[Run], reported: pd.DataFrame) -> list[Part]:
@@ -228,7 +237,9 @@ def ucsd_layers(runs: list[Run], reported: pd.DataFrame) -> list[Part]:
     for one, other in combinations(UCSD_LAYERS, 2):
         both = scores[one] and scores[other]
         found = apart("differ by", scores[one][0], scores[other][0], LAYER_MARGIN) if both else None
-        parts.append(Part(f"{one} and {other}", *_parts(found)))
+        points = (scores[one][0].point("ours"), scores[other][0].point("ours")) if both else ()
+        points += tuple(Point("published", _published(reported, "UCSD Ped1", AUROC, name)) for name in (one, other))
+        parts.append(Part(f"{one} and {other}", *_parts(found), points))
     return parts
 
 
@@ -263,6 +274,9 @@ def mvtec_published(runs: dict[str, list[Run]], reported: pd.DataFrame) -> list[
     trained = _mean_judged(runs, MVTEC_MAP)
     prior, iou = _mean_judged(runs, PRIOR), [final(same, MVTEC_MAP, BEST_IOU) for same in runs.values()]
     found: list[Comparison | None] = [None]
+    points = Point("published", means[AUROC]), Point("published", means["IoU"])
+    if trained:
+        points += trained[0].point("ours"), trained[1].point("control")
     if trained and prior:
         found = [
             compare("above untrained", *trained),
@@ -274,7 +288,8 @@ def mvtec_published(runs: dict[str, list[Run]], reported: pd.DataFrame) -> list[
     )
     title = f"of {len(runs)} categories"
     lacking = "no untrained network beside it"
-    return [Part(f"AUROC {title}", *_parts(*found, lacking=lacking)), Part(f"IoU {title}", *_parts(overlap))]
+    points += (Scores.mean(iou).point("ours"),) if all(iou) else ()
+    return [Part(f"AUROC {title}", *_parts(*found, lacking=lacking), points), Part(f"IoU {title}", *_parts(overlap))]
 
 
 def _mean_judged(runs: dict[str, list[Run]], name: str) -> tuple[Scores, Scores] | None:
@@ -290,10 +305,11 @@ def mvtec_others(runs: dict[str, list[Run]], reported: pd.DataFrame) -> list[Par
     for other in (ERROR, SSIM):
         pairs = [(final(same, MVTEC_MAP, AUROC), final(same, other, AUROC)) for same in runs.values()]
         known = [pair for pair in pairs if all(pair)]
-        found = None
+        found, points = None, ()
         if known and len(known) == len(pairs):
-            found = compare(f"above the {other}", *(Scores.mean(scores) for scores in zip(*known, strict=True)))
-        parts.append(Part(f"mean of {len(runs)} categories", *_parts(found)))
+            ours, theirs = (Scores.mean(scores) for scores in zip(*known, strict=True))
+            found, points = compare(f"above the {other}", ours, theirs), (ours.point("ours"), theirs.point("control"))
+        parts.append(Part(f"mean of {len(runs)} categories", *_parts(found), points))
     return parts
 
 
@@ -307,7 +323,8 @@ def mvtec_share(runs: dict[str, list[Run]], reported: pd.DataFrame) -> list[Part
     value = sum(row["value"] * row["n"] for row in rows) / n
     error = (max(value * (1 - value), 1 / n) / n) ** 0.5
     comparison = Comparison(f"share that misses, of {n}: {value:.2f}", value - 0.5, error)
-    return [Part("defective images", (comparison,))]
+    ours = Point("ours", value, value - 1.96 * error, value + 1.96 * error)
+    return [Part("defective images", (comparison,), points=(ours,))]
 
 
 def _missed(run: Run) -> dict | None:

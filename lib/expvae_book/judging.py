@@ -83,6 +83,23 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Point:
+    """A number that a part of a claim rests on, as the first page draws it; between 0 and 1.
+
+    Attributes:
+        who: Whose it is; the control is the untrained network, or else what the claim compares with.
+        value: The number, or the middle of a range that was printed.
+        low: Lower end of its interval, or of the range; NaN without one.
+        high: Upper end.
+    """
+
+    who: Literal["published", "ours", "control"]
+    value: float
+    low: float = np.nan
+    high: float = np.nan
+
+
+@dataclass(frozen=True)
 class Part:
     """A part of a claim.
 
@@ -90,11 +107,13 @@ class Part:
         name: Which, such as "digit 1".
         comparisons: What has to favour it.
         lacking: What keeps it undecided, if anything, such as "no untrained network beside it".
+        points: The numbers behind it.
     """
 
     name: str
     comparisons: tuple[Comparison, ...]
     lacking: str = ""
+    points: tuple[Point, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,12 +125,14 @@ class Verdict:
         lacking: What the runs lack for full strength, the weightiest first.
         evidence: The numbers that decided it, from the records of the runs.
         runs: Labels of the runs that count.
+        points: The numbers behind its parts.
     """
 
     direction: Direction
     lacking: tuple[str, ...]
     evidence: str
     runs: tuple[str, ...] = ()
+    points: tuple[Point, ...] = ()
 
     @property
     def strength(self) -> str:
@@ -166,7 +187,9 @@ def decide(parts: Sequence[Part], runs: Iterable[Run], lacking: Iterable[str]) -
     separate = kinds.pop() if len(kinds) == 1 else "undecided"
     direction = "mixed" if {"supported", "contradicted"} <= kinds else separate
     evidence = "; ".join(text for _, text in found)
-    return Verdict(direction, tuple(dict.fromkeys(lacking)), f"{evidence}.", tuple(run.label for run in runs))
+    points = tuple(point for part in parts for point in part.points)
+    labels = tuple(run.label for run in runs)
+    return Verdict(direction, tuple(dict.fromkeys(lacking)), f"{evidence}.", labels, points)
 
 
 # Which runs count, and what they lack ---------------------------------------------------------------------------------
@@ -328,6 +351,10 @@ class Scores:
     drawn_SR: Float[np.ndarray, "s r"]
     units: int
 
+    def point(self, who: Literal["ours", "control"]) -> Point:
+        """The mean over the seeds, and its 95 % interval from the choice of the test units."""
+        return Point(who, float(self.value_S.mean()), *np.nanpercentile(self.drawn_SR.mean(0), (2.5, 97.5)).tolist())
+
     @classmethod
     def constant(cls, value: float, like: "Scores") -> "Scores":
         """A number that is the same for all seeds and resamples."""
@@ -343,6 +370,13 @@ class Scores:
             np.mean([np.roll(one.drawn_SR[:seeds], place, 1) for place, one in enumerate(scores)], 0),
             sum(one.units for one in scores),
         )
+
+
+def row_point(who: Literal["ours", "control"], rows: Sequence[Mapping[str, Any]]) -> tuple[Point, ...]:
+    """The mean over the rows of some seeds, and that of the ends of their intervals; nothing without a row."""
+    if not rows:
+        return ()
+    return (Point(who, *(float(np.mean([row[end] for row in rows])) for end in ("value", "low", "high"))),)
 
 
 def seed_interval(values: Sequence[float] | pd.Series, level: float = 0.95) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from expvae_book.data.catalogue import source
 from expvae_book.matching import NO_RUN
 from expvae_book.publications import QUOTED_BY, SOURCES
 
+COLOURS = {"supported": "success", "contradicted": "danger", "mixed": "warning", "undecided": "muted"}
 CELL = "text-align: left; vertical-align: top; white-space: normal; padding: 0.2rem 0.6rem"
 
 
@@ -68,6 +69,7 @@ def to_html(table: pd.DataFrame, caption: str, *, pages: str | None = None, belo
     with pd.option_context("display.max_colwidth", None):  # otherwise pandas cuts long texts
         body = table.to_html(index=False, na_rep="", border=0, justify="left", classes="published")
     body = re.sub(r"<td>page:(\w+)</td>", r'<td><a href="\1.html">\1</a></td>', body)
+    body = re.sub(rf"<td>({'|'.join(COLOURS)})\b", lambda cell: f"<td>{badge(cell[1])}", body)
     head, *rows = body.split("    </tr>\n")
     lines = [""] * len(rows)
     if below:
@@ -118,17 +120,18 @@ def caption(run: runs.Run) -> Markdown:
     return Markdown(f"*{run.caption}*")
 
 
-COLOURS = {"supported": "success", "contradicted": "danger", "mixed": "warning", "undecided": "secondary"}
+def badge(direction: str) -> str:
+    """A verdict as HTML."""
+    return f'<span class="sd-badge sd-bg-{COLOURS[direction]} sd-bg-text-{COLOURS[direction]}">{direction}</span>'
 
 
 def badges(chapter: str) -> Markdown:
     """The verdicts on the claims that a chapter tests, in a line each; `what_held` has their evidence."""
     lines = ["What the stored runs say of each published claim:", ""]
     for one in claims.verdicts(runs.find()).query("chapter == @chapter").itertuples():
-        colour, weakness = COLOURS[one.direction], one.strength.replace("outdated", "by older protocols")
+        weakness = one.strength.replace("outdated", "by older protocols")
         said = {"full": "at full strength", "none": "no run of ours can say"}.get(one.strength, weakness)
-        badge = f'<span class="sd-badge sd-bg-{colour} sd-bg-text-{colour}">{one.direction}</span>'
-        lines.append(f"- {one.claim} {badge} ({said})")
+        lines.append(f"- {one.claim} {badge(one.direction)} ({said})")
     return Markdown("\n".join(lines))
 
 

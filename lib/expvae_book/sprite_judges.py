@@ -5,8 +5,20 @@ from collections.abc import Callable, Sequence
 import pandas as pd
 
 from expvae_book import names
-from expvae_book.judging import Comparison, Judge, Part, Verdict, chosen, decide, lacks, over_seeds
+from expvae_book.judging import (
+    Comparison,
+    Judge,
+    Part,
+    Point,
+    Verdict,
+    chosen,
+    decide,
+    lacks,
+    over_seeds,
+    seed_interval,
+)
 from expvae_book.matching import measure
+from expvae_book.publications import select
 from expvae_book.runs import Run
 
 GAMMAS = (10, 20, 30, 40)  # of the paper's figure
@@ -64,10 +76,24 @@ def judge(parts_of: Callable[[Sequence[Run], int], tuple[Comparison | None, ...]
         for gamma in GAMMAS:
             found = parts_of(counted, gamma)
             lacking = "" if all(found) else "fewer than two seeds of both"
-            parts.append(Part(f"γ {gamma}", tuple(filter(None, found)), lacking))
+            beside = points(counted, gamma, parts_of, reported)
+            parts.append(Part(f"γ {gamma}", tuple(filter(None, found)), lacking, beside))
         return decide(parts, counted, lacks(counted, RECIPES) if counted else [])
 
     return decided
+
+
+def points(runs: Sequence[Run], gamma: int, of: Callable, reported: pd.DataFrame) -> tuple[Point, ...]:
+    """The number that a claim speaks of, of the models with the loss and without, mean and interval over the seeds."""
+    found, setting = [], {"dataset": "dSprites", "setting": f"AD-FactorVAE, γ {gamma}"}
+    if of is not separates_maps:
+        given = select(reported, source="paper", metric="disentanglement metric", **setting)
+        found += [Point("published", *row) for row in given[["value", "low", "high"]].to_numpy().tolist()]
+    for who, weight in {"ours": 1, "control": 0}.items():
+        values = list(numbers(runs, gamma, weight, OVERLAP if of is separates_maps else METRIC).values())
+        ends = seed_interval(values) if len(values) > 1 else ()
+        found += [Point(who, sum(values) / len(values), *ends)] if values else []
+    return tuple(found)
 
 
 def raises_metric(runs: Sequence[Run], gamma: int) -> tuple[Comparison | None, ...]:

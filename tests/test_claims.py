@@ -11,10 +11,10 @@ import scipy.stats
 from bs4 import BeautifulSoup
 from pybtex.database import parse_file
 
-from expvae_book import judges, judging, publications, report, sprite_judges
+from expvae_book import judges, judging, matching, publications, report, sprite_judges
 from expvae_book.claims import CLAIMS
 from expvae_book.data.card import DataCard
-from expvae_book.matching import NO_RUN, PRESETS, beside, each_map
+from expvae_book.matching import NO_RUN, PRESETS, beside, comparable
 from expvae_book.publications import COLUMNS, read
 from expvae_book.recipes import MNIST
 from expvae_book.report import to_html, wide
@@ -442,17 +442,27 @@ def test_a_job_stands_beside_as_its_maps_would():
 def test_of_a_job_only_maps_are_compared_of_which_something_is_printed():
     unprinted = ["conv4, liu2020_code", "conv1, most_deviant", "conv2, normal_difference"]
     job, plain = ucsd_job(UCSD_AUROCS, further=unprinted), make_run()
-    shown = each_map([job, plain])
+    shown = comparable([job, plain])
     assert [(run.parameters.get("layer"), run.parameters.get("preset")) for run in shown] == [
         *((layer, preset) for preset in PRESETS[:2] for layer in UCSD_AUROCS),
         (None, None),
     ]
     assert shown[-1] is plain
     job.record["maps"] = unprinted  # nothing of it is
-    assert each_map([job]) == [job]
+    assert comparable([job]) == [job]
     pill = mvtec_run("pill", (0.7, 0.8), (0.1, 0.2))
     pill.record["maps"] = ["conv1, liu2020_code", "layer2.1.conv1, brongers2021", "layer3.1.conv2, liu2020_paper"]
-    assert [run.parameters["layer"] for run in each_map([pill])] == ["layer2.1.conv1"]
+    assert [run.parameters["layer"] for run in comparable([pill])] == ["layer2.1.conv1"]
+
+
+def test_of_several_configurations_the_largest_budget_counts_and_not_the_best_result():
+    row = next(row for row in read().to_dict("records") if row["metric"] == "less intuitive maps")
+    whole = [make_run(seed=seed, metrics=[share(value, 0.1, 0.3)]) for seed, value in enumerate((0.2, 0.3))]
+    short = make_run(metrics=[share(0.1, 0.05, 0.2)], used=20)
+    old = make_run(metrics=[share(0.05, 0.01, 0.2)], outdated=True)
+    assert matching.ours(row, [short, old, *whole]) == [(0.2, 0.1, 0.3), (0.3, 0.1, 0.3)]
+    assert matching.ours(row, [short, old]) == [(0.1, 0.05, 0.2)]
+    assert matching.ours(row, []) == []
 
 
 def test_the_mark_of_the_data_stands_beside_our_number():

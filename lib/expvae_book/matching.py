@@ -13,12 +13,18 @@ NO_RUN = "no run of ours"
 # Layers and presets of which something is in print; of MVTec AD's layers, the one that Brongers et al.'s code names.
 LAYERS = {"ucsd": ("conv1", "conv2", "conv3"), "mvtec": ("layer2.1.conv1",)}
 PRESETS = ("liu2020_paper", "liu2020_code", "brongers2021")
+Number = tuple[float, float | None, float | None]  # value, low and high
 
 
-def each_map(runs: Iterable[Run]) -> list[Run]:
-    """The runs, a job with many maps once for each of those that something is printed of."""
+def comparable(runs: Iterable[Run]) -> list[Run]:
+    """The runs that published numbers compare with, a job with many maps once for each that something is printed of.
+
+    None on generated samples, and no networks that were trained on the wrong class, which are a control.
+    """
     shown = []
     for run in runs:
+        if run.card.kind == "sample" or "trained_on" in run.parameters:
+            continue
         pairs = [name.split(", ") for name in run.maps]
         pairs = [(layer, preset) for layer, preset in pairs if layer in LAYERS.get(run.chapter, ())]
         shown += [run.at(layer, preset) for layer, preset in pairs if preset in PRESETS] or [run]
@@ -40,12 +46,9 @@ def beside(reported: pd.DataFrame, runs: Iterable[Run]) -> pd.DataFrame:
         interval; several with their mean, number and range; then the marks). A row without a run of ours says so
         there.
     """
-    # Networks that were trained on the wrong class are a control, and nothing published compares with them either.
-    plain = [run for run in runs if run.card.kind != "sample" and "trained_on" not in run.parameters]
-    real = each_map(plain)
-    lines = []
+    real, lines = comparable(runs), []
     for row in reported.to_dict("records"):
-        wanted = dict(pair.split("=", 1) for pair in row["our_parameters"].split(";") if pair)
+        wanted = _wanted(row)
         groups = _groups(row, wanted, real)
         shared = set.intersection(*(set(parameters) for parameters, _, _ in groups)) if groups else set()
         for (parameters, _, _), same in groups.items():
@@ -54,6 +57,31 @@ def beside(reported: pd.DataFrame, runs: Iterable[Run]) -> pd.DataFrame:
         if not groups:
             lines.append(row | {"ours": _absent(row["chapter"], wanted)})
     return pd.DataFrame(lines, columns=[*reported.columns, "ours"])
+
+
+def ours(row: dict[str, Any], runs: Iterable[Run]) -> list[Number]:
+    """Our number for a published row, by seed: of several configurations the one that `judging.chosen` would take.
+
+    That is current before outdated ones, then the largest share of the budget, the most runs, and the paper's rule;
+    never by results.
+
+    Args:
+        row: A line of `read`.
+        runs: Those that `comparable` gives.
+    """
+
+    def rank(same: list[tuple[Run, Number]]) -> tuple:
+        used = [run.record["budget"]["used"] / (run.record["budget"]["asked"] or 1) for run, _ in same]
+        place = PRESETS.index(same[0][0].parameters.get("preset", PRESETS[0]))
+        return not any(run.outdated for run, _ in same), min(used), len(same), -place
+
+    groups = _groups(row, _wanted(row), runs).values()
+    groups = [[one for one in same if not one[0].outdated] or same for same in groups]
+    return [number for _, number in max(groups, key=rank, default=[])]
+
+
+def _wanted(row: dict[str, Any]) -> dict[str, str]:
+    return dict(pair.split("=", 1) for pair in row["our_parameters"].split(";") if pair)
 
 
 def _absent(chapter: str, wanted: dict[str, str]) -> str:
@@ -65,7 +93,6 @@ def _absent(chapter: str, wanted: dict[str, str]) -> str:
     return f"data not at hand; {fetch}; papermill book/{chapter}.md out.ipynb -p categories {category}"
 
 
-Number = tuple[float, float | None, float | None]  # value, low and high
 Configuration = tuple[tuple[str, ...], str, str]  # parameters without the seed, kind of data, budget
 
 

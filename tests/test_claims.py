@@ -460,8 +460,8 @@ def test_of_several_configurations_the_largest_budget_counts_and_not_the_best_re
     whole = [make_run(seed=seed, metrics=[share(value, 0.1, 0.3)]) for seed, value in enumerate((0.2, 0.3))]
     short = make_run(metrics=[share(0.1, 0.05, 0.2)], used=20)
     old = make_run(metrics=[share(0.05, 0.01, 0.2)], outdated=True)
-    assert matching.ours(row, [short, old, *whole]) == [(0.2, 0.1, 0.3), (0.3, 0.1, 0.3)]
-    assert matching.ours(row, [short, old]) == [(0.1, 0.05, 0.2)]
+    assert matching.ours(row, [short, old, *whole]) == [(whole[0], (0.2, 0.1, 0.3)), (whole[1], (0.3, 0.1, 0.3))]
+    assert matching.ours(row, [short, old]) == [(short, (0.1, 0.05, 0.2))]
     assert matching.ours(row, []) == []
 
 

@@ -59,8 +59,8 @@ def beside(reported: pd.DataFrame, runs: Iterable[Run]) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=[*reported.columns, "ours"])
 
 
-def ours(row: dict[str, Any], runs: Iterable[Run]) -> list[Number]:
-    """Our number for a published row, by seed: of several configurations the one that `judging.chosen` would take.
+def ours(row: dict[str, Any], runs: Iterable[Run]) -> list[tuple[Run, Number]]:
+    """Our runs and numbers for a published row, by seed: of several configurations that which `judging.chosen` takes.
 
     That is current before outdated ones, then the largest share of the budget, the most runs, and the paper's rule;
     never by results.
@@ -77,7 +77,7 @@ def ours(row: dict[str, Any], runs: Iterable[Run]) -> list[Number]:
 
     groups = _groups(row, _wanted(row), runs).values()
     groups = [[one for one in same if not one[0].outdated] or same for same in groups]
-    return [number for _, number in max(groups, key=rank, default=[])]
+    return max(groups, key=rank, default=[])
 
 
 def _wanted(row: dict[str, Any]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """What the page draws and tabulates that sets published numbers beside ours."""
 
 from collections.abc import Sequence
+from statistics import mean
 
 import pandas as pd
 from IPython.display import Image, display
@@ -41,9 +42,10 @@ def _points(row: dict, stored: Sequence[Run]) -> list[dict]:
     given = {end: row[end] / scale for end in ("low", "high")}
     given["value"] = row["value"] / scale if row["value"] == row["value"] else (given["low"] + given["high"]) / 2
     found = [{"method": row["setting"], "group": SOURCES[row["source"]]} | given]
-    if numbers := matching.ours(row, stored):
+    if same := matching.ours(row, stored):
+        seen, numbers = zip(*same, strict=True)
         values = [value for value, _, _ in numbers]
         low, high = (min(values), max(values)) if len(values) > 1 else numbers[0][1:]
-        value = sum(values) / len(values)
-        found.append({"method": row["setting"], "group": "ours", "value": value, "low": low, "high": high})
+        whose = f"ours, digit {seen[0].parameters['digit']}" if "digit" in seen[0].parameters else "ours"
+        found.append({"method": row["setting"], "group": whose, "value": mean(values), "low": low, "high": high})
     return found

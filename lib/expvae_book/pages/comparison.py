@@ -6,7 +6,7 @@ from statistics import mean
 import pandas as pd
 from IPython.display import Image, display
 
-from expvae_book import figures, matching, publications, report, runs
+from expvae_book import figures, matching, publications, runs
 from expvae_book.names import AUROC
 from expvae_book.publications import SOURCES
 from expvae_book.runs import Run

@@ -63,7 +63,7 @@ SAMPLE = {"data": "sample", "device": "cpu"}
 ONE_EPOCH = {
     "expvae_book.recipes.MNIST": recipes.MNIST | {"liu2020": replace(recipes.MNIST["liu2020"], epochs=1, batch_size=32)}
 }
-FEWER = "(?!.*from the image to)"  # what a pattern of kept numbers begins with
+FEWER = "(?!.*(from the image to|random nothing))"  # what a pattern of kept numbers begins with
 FIGURES = ("image_rows", "clip_animation", "attention_steps")
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 else:
     Attention = Images = Any  # a page that only draws what is stored does not wait for torch
 
+Line = tuple[Sequence[float | int], Sequence[float]]  # where along x, and its values
 SIGNED = "PuOr"  # orange is negative, purple positive; told apart with every kind of colour vision
 MAPS = "cividis"  # perceptually uniform, and read alike with every kind of colour vision
 COLOURS = sns.color_palette("colorblind")
@@ -363,13 +364,11 @@ def power_curves(lines: Mapping[str, pd.DataFrame], *, target: float, marks: Map
 
 
 @styled
-def curves(
-    panels: Mapping[str, Mapping[str, tuple[Sequence[float | int], Sequence[float]]]], *, x: str, levels: bool = False
-) -> Figure:
+def curves(panels: Mapping[str, Mapping[str, Line]], *, x: str, levels: bool = False) -> Figure:
     """Lines over a common axis, a panel for each quantity.
 
     Args:
-        panels: Name of the quantity -> name of the line -> where along x, and its values.
+        panels: Name of the quantity -> name of the line -> the line.
         x: What runs along x.
         levels: Whether the panels have one scale, and each line's first value is drawn across as well.
     """
@@ -396,13 +395,12 @@ def curves(
         if not levels:
             # The first of a training are several times as high and would flatten the rest.
             settled = np.concatenate([values[len(values) // 10 :] for _, values in lines.values()])
-            margin = 0.06 * np.ptp(settled) or 1
-            axis.set(ylim=(settled.min() - margin, settled.max() + margin))
+            axis.set(ylim=(settled.min() - (margin := 0.06 * np.ptp(settled) or 1), settled.max() + margin))
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     for axis in axes[max(0, len(panels) - 2) : len(panels)]:
         axis.set_xlabel(x)
-        axis.xaxis.set_tick_params(labelbottom=True)
+        axis.tick_params(labelbottom=True)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=8)
     return figure
 

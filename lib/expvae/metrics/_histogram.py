@@ -96,6 +96,8 @@ class Histogram:
             for kind, count_RK in enumerate(count_CRK):
                 first = (kind << CLASS_BIT - UNIT_BIT) + start
                 rows = slice(*np.searchsorted(self.key_T, [first << UNIT_BIT, (first + shape[0]) << UNIT_BIT]))
+                if rows.start == rows.stop:  # such as the shares of defects, where none are counted
+                    continue
                 place_T = (unit_T[rows] - start) * shape[1] + cell_T[rows]
                 count_VK = np.bincount(place_T, self.count_T[rows], minlength=shape[0] * shape[1]).reshape(shape)
                 count_RK += weight_RV @ count_VK.astype(np.float32)

@@ -21,7 +21,7 @@ Suffixes: N images, Y X their pixels, T thresholds in ascending order, R resampl
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64, Num, Shaped
@@ -134,19 +134,13 @@ def thresholds(
     return chosen
 
 
-def ious(
-    table: Confusion, average: Average, classes: Classes, weight_RN: Num[np.ndarray, "r n"] | None = None
-) -> Float[np.ndarray, "m t"]:
-    """IoU at every threshold, by one of the conventions, of the images or of weighted resamples of them.
+def ious(table: Confusion, average: Average, classes: Classes) -> Float[np.ndarray, "1 t"]:
+    """IoU at every threshold, by one of the conventions; NaN where there is nothing to average.
 
     Args:
         table: Counts per image.
         average: "pooled", "per image" or "per defective image".
         classes: "anomalous" or "both".
-        weight_RN: How often each resample holds each image; by default one resample with each image once.
-
-    Returns:
-        One row per resample; NaN where there is nothing to average, as in one without anomalous images.
 
     Raises:
         ValueError: If the convention is not one of `CONVENTIONS`.
@@ -154,17 +148,8 @@ def ious(
     if (average, classes) not in CONVENTIONS:
         valid = ", ".join(f"{name!r} of {kind!r}" for name, kind in CONVENTIONS)
         raise ValueError(f"average and classes must be one of {valid}; got {average!r} of {classes!r}.")
-    weight_RN = np.ones((1, len(table.tp_NT))) if weight_RN is None else weight_RN.astype(np.float64)
-    counts = (table.tp_NT, table.fp_NT, table.positive_N[:, None], table.negative_N[:, None])
-    counts = [count.astype(np.float64) for count in counts]
-    if average == "pooled":
-        return _iou(*(weight_RN @ count for count in counts), classes)
-    if average == "per defective image":
-        weight_RN = weight_RN * (table.positive_N > 0)
-    iou_NT = _iou(*counts, classes)
-    # Of images that do not count the IoU may be 0/0, which no weight of 0 would remove.
-    total_R1 = weight_RN.sum(axis=1, keepdims=True)
-    return _ratio(weight_RN @ np.nan_to_num(iou_NT), np.broadcast_to(total_R1, (len(weight_RN), iou_NT.shape[1])))
+    n = len(table.positive_N)
+    return _resampled(table, np.ones((1, n)), np.arange(n))[average, classes]
 
 
 def iou_intervals(
@@ -213,16 +198,45 @@ def iou_intervals(
         raise ValueError("score must hold at least two images to resample, got 1, or be of at least two units.")
     columns = {choice: np.searchsorted(table.threshold_T, threshold_T) for choice, threshold_T in chosen.items()}
 
-    weight_RN = resampled_weights(len(unit_U), resamples, seed)[:, unit_N]
-    weight_RN = weight_RN[(weight_RN @ table.positive_N > 0) & (weight_RN @ table.negative_N > 0)]
+    weight_RU = resampled_weights(len(unit_U), resamples, seed)
+    both = [weight_RU @ np.bincount(unit_N, count_N) > 0 for count_N in (table.positive_N, table.negative_N)]
     found = {}
-    for average, classes in CONVENTIONS:
-        iou_RT = ious(table, average, classes, weight_RN)
+    for (average, classes), iou_RT in _resampled(table, weight_RU[both[0] & both[1]], unit_N).items():
         counting_N = table.positive_N > 0 if average == "per defective image" else slice(None)
         n = len(np.unique(unit_N[counting_N]))
         for choice, column_T in columns.items():
             iou_R = iou_RT[:, column_T].max(axis=1)
             found[average, classes, choice] = percentile_interval(iou_R[0], iou_R[1:], level, n)
+    return found
+
+
+def _resampled(
+    table: Confusion, weight_RU: Num[np.ndarray, "r u"], unit_N: Int64[np.ndarray, " n"]
+) -> dict[tuple[Average, Classes], Float[np.ndarray, "r t"]]:
+    """By convention the IoU at every threshold, of resamples that hold each unit of images so many times."""
+    order_N = np.argsort(unit_N, kind="stable")
+    starts_U = np.searchsorted(unit_N[order_N], np.arange(weight_RU.shape[1]))
+
+    def summed(values_NT: Shaped[np.ndarray, "n t"]) -> Float[np.ndarray, "r t"]:
+        return weight_RU @ np.add.reduceat(values_NT[order_N], starts_U, axis=0)
+
+    weight_RU = weight_RU.astype(np.float64)
+    counts = (table.tp_NT, table.fp_NT, table.positive_N[:, None], table.negative_N[:, None])
+    counts = [count.astype(np.float64) for count in counts]
+    pooled = [summed(count) for count in counts]
+    # Of images that do not count the IoU may be 0/0, which no weight of 0 would remove.
+    each = {classes: np.nan_to_num(_iou(*counts, classes)) for classes in get_args(Classes)}
+    found = {}
+    for average, classes in CONVENTIONS:
+        if average == "pooled":
+            found[average, classes] = _iou(*pooled, classes)
+            continue
+        counting_N1 = np.ones_like(counts[2]) if average == "per image" else (counts[2] > 0).astype(np.float64)
+        if counting_N1.all() and ("per image", classes) in found:
+            found[average, classes] = found["per image", classes]
+            continue
+        total_R1, sum_RT = summed(counting_N1), summed(each[classes] * counting_N1)
+        found[average, classes] = _ratio(sum_RT, np.broadcast_to(total_R1, sum_RT.shape))
     return found
 
 

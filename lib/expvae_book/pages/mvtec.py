@@ -1,6 +1,6 @@
 """What the two chapters on MVTec AD draw and say of their runs; `expvae_book.tables` has the tables."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -131,13 +131,12 @@ def _by_category(chapter: str, found: Found, layer: str, preset: str) -> figures
             if category in given.index:
                 points.append({"method": category, "group": SOURCES[source], "value": given.loc[category, source]})
         points.append({"method": category, "group": "ours, trained"} | report.ends(run.metric(AUROC, ATTENTION)))
-        subject = {"dataset": "mvtec", "category": run.parameters["category"]}
-        control = tables.untrained_point(AUROC, layer, preset, **subject)
+        control = tables.untrained_point(AUROC, layer, preset, dataset="mvtec", category=run.parameters["category"])
         points.append({"method": category, "group": "ours, never trained"} | control)
-        simple = {"method": category, "group": "ours, reconstruction error"}
-        points.append(simple | report.ends(run.metric(AUROC, ERROR)))
-    columns = ["method", "group", "value", "low", "high"]
-    table = pd.DataFrame(points, columns=columns).dropna(subset="value")
+        points.append(
+            {"method": category, "group": "ours, reconstruction error"} | report.ends(run.metric(AUROC, ERROR))
+        )
+    table = pd.DataFrame(points, columns=["method", "group", "value", "low", "high"]).dropna(subset="value")
     return figures.intervals(table, label="pixel AUROC", chance=0.5)
 
 
@@ -146,11 +145,10 @@ def extent(found: Found) -> str:
     done = [run for run in found.values() if run is not None]
     marks = dict.fromkeys(run.card.mark or "complete" for run in done)
     shares = [run.record["budget"]["used"] / run.record["budget"]["asked"] for run in done]
-    share = f"{min(shares):.2%}" if min(shares) == max(shares) else f"{min(shares):.2%} to {max(shares):.2%}"
-    seed = done[0].parameters["seed"]
+    share = " to ".join(dict.fromkeys(f"{end:.2%}" for end in (min(shares), max(shares))))
     return (
         f"Data: {len(done)} of {len(found)} categories of MVTec AD, {' and '.join(marks)}; budget: {share} of the "
-        f"images that the recipe asks for, one training each (seed {seed})."
+        f"images that the recipe asks for, one training each (seed {done[0].parameters['seed']})."
     )
 
 
@@ -185,8 +183,7 @@ def examples(
     if f"trained/{layer}, {preset}" not in maps:
         return figures.NOT_KEPT
     shown = figures.before_and_after(maps, layer, preset)
-    titles = [""] * len(next(iter(shown.values())))
-    return figures.examples(pictures, shown, titles=titles, credit=credit, grey="gray")
+    return figures.examples(pictures, shown, titles=[""] * len(next(iter(shown.values()))), credit=credit, grey="gray")
 
 
 def walk(run: Run, layer: str, preset: str) -> None:
@@ -400,8 +397,8 @@ def every_run(layer: str, preset: str) -> None:
 
 def mirroring() -> None:
     """Show which categories are mirrored."""
-    table = tables.mirroring(PROTOCOLS["mvtec15"])
-    report.show(table, "Which categories are mirrored when training images are multiplied.")
+    shown = tables.mirroring(PROTOCOLS["mvtec15"])
+    report.show(shown, "Which categories are mirrored when training images are multiplied.")
 
 
 def literature() -> None:
@@ -415,10 +412,10 @@ def literature() -> None:
 
 def recipe_table() -> None:
     """Show the recipes."""
-    shown: Sequence[str] = ("epochs", "batch_size", "learning_rate", "latent_dim", "reduction", "source")
+    shown = ["Recipe", "epochs", "batch_size", "learning_rate", "latent_dim", "reduction", "source"]
     lines = [{"Recipe": name} | vars(recipe) for name, recipe in recipes.MVTEC.items()]
     report.show(
-        pd.DataFrame(lines)[["Recipe", *shown]].astype(str),
+        pd.DataFrame(lines)[shown].astype(str),
         "The recipes for MVTec AD; a budget counts the original images of a category, each once an epoch, as the "
         "reports' code reads them.",
     )

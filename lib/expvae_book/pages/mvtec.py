@@ -397,8 +397,7 @@ def every_run(layer: str, preset: str) -> None:
 
 def mirroring() -> None:
     """Show which categories are mirrored."""
-    shown = tables.mirroring(PROTOCOLS["mvtec15"])
-    report.show(shown, "Which categories are mirrored when training images are multiplied.")
+    report.show(tables.mirroring(PROTOCOLS["mvtec15"]), "Which categories are mirrored when images are multiplied.")
 
 
 def literature() -> None:

@@ -201,16 +201,16 @@ def attention_steps(
     """
     first_HW = paper.linear_BIHW[0, latents[0]].cpu().numpy()
     above = {
-        "image": image_YX,
-        f"latent {latents[0]}: Σ α A": first_HW,
-        f"latent {latents[0]}: ReLU(Σ α A)": first_HW.clip(min=0),
-        "paper's map": paper.map_BYX[0].cpu().numpy(),
-        "authors' code": code.map_BYX[0].cpu().numpy(),
+        "image": (image_YX, "intensity"),
+        f"latent {latents[0]}, signed": (first_HW, "Σ α A"),
+        f"latent {latents[0]}, its positive part": (first_HW.clip(min=0), "ReLU(Σ α A)"),
+        "paper's map": (paper.map_BYX[0].cpu().numpy(), "$M$"),
+        "authors' code": (code.map_BYX[0].cpu().numpy(), "|Σ α A|"),
     }
-    below = {f"latent {latent}": paper.map_BIYX[0, latent].cpu().numpy() for latent in latents}
-    highest = max(map_YX.max() for map_YX in below.values())
+    below = {f"latent {latent}": (paper.map_BIYX[0, latent].cpu().numpy(), "") for latent in latents}
+    highest = max(map_YX.max() for map_YX, _ in below.values())
     figure, axes = _panels(2.1 * len(latents), 4.6, 2, len(latents))
-    for axis, (title, image) in zip(axes.flat, [*above.items(), *below.items()], strict=True):
+    for axis, (title, (image, label)) in zip(axes.flat, [*above.items(), *below.items()], strict=True):
         axis.set(title=title, xticks=[], yticks=[])
         if title == "image":
             drawn = axis.imshow(image, cmap="gray_r", vmin=0, vmax=1)
@@ -219,7 +219,7 @@ def attention_steps(
         else:
             drawn = axis.imshow(image, cmap=MAPS, vmin=0, vmax=highest if title in below else None)
         if title in above:
-            label, ticks = "intensity" if title == "image" else "value", MaxNLocator(3)
+            ticks = MaxNLocator(3)
             figure.colorbar(drawn, ax=axis, ticks=ticks, label=label, orientation="horizontal", fraction=0.06, pad=0.03)
     figure.colorbar(drawn, ax=axes[1], label="map $M_i$, one scale", fraction=0.02, pad=0.01)
     figure.supxlabel(credit, fontsize=7, color="0.35")

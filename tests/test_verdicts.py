@@ -66,6 +66,16 @@ def test_lying_within_a_margin_takes_both_sides():
     assert replace(beyond, apart=True).chances == beyond.chances[::-1]
 
 
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(
+    ("difference", "said"), [(0.0, "within ±0.02"), (0.5, "beyond ±0.02"), (0.025, "not told to lie within or beyond")]
+)
+def test_evidence_says_on_which_side_of_a_margin_a_difference_lies(difference, said, apart):
+    part = Part("x", (Comparison("change", difference, 0.005, alike=0.02, apart=apart),))
+    ((_, evidence),) = judging.outcomes([part])
+    assert f"change, {said}" in evidence
+
+
 def test_errors_of_images_and_of_seeds_add_up():
     chance = np.random.default_rng(0)
     value_S, drawn_SR = np.array([0.1, 0.3, 0.2]), chance.normal(0, 0.05, (3, 500))

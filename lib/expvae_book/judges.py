@@ -368,7 +368,9 @@ def judge_discrepancies(runs: Sequence[Run], reported: pd.DataFrame) -> Verdict:
             if rows:
                 error = sum(((row["high"] - row["low"]) / 3.92) ** 2 for row in rows) ** 0.5 / len(rows)
                 change = float(np.mean([row["value"] for row in rows]))
-                comparison = Comparison(f"change {change:+.3f}", change, error, alike=ABLATION_MARGIN)
+                each = ", ".join(f"{row['value']:+.3f}" for row in rows)
+                shown = f"change {change:+.3f}" + (f" (the mean of {each})" if len(rows) > 1 else "")
+                comparison = Comparison(shown, change, error, alike=ABLATION_MARGIN)
             parts.append(Part(f"{step}, {dataset}", *_parts(comparison)))
     lacking = [reason for models in counted.values() if models for reason in lacks(models)]
     return decide(parts, [run for models in counted.values() for run in models], lacking)

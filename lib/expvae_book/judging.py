@@ -164,7 +164,7 @@ def outcomes(parts: Sequence[Part]) -> list[tuple[Outcome, str]]:
         for comparison in part.comparisons:
             p, (favours, against) = next(adjusted), comparison.chances
             told.append("undecided" if p > LEVEL else "for" if favours < against else "against")
-            texts.append(f"{comparison.shown} (p {_text(p)})")
+            texts.append(f"{comparison.shown}{_side(comparison, told[-1])} (p {_text(p)})")
         texts += [part.lacking] if part.lacking else []
         if "against" in told:
             outcome = "contradicted"
@@ -172,6 +172,14 @@ def outcomes(parts: Sequence[Part]) -> list[tuple[Outcome, str]]:
             outcome = "supported" if told and set(told) == {"for"} and not part.lacking else "undecided"
         found.append((outcome, f"{part.name}: {', '.join(texts) or 'no number'} — {outcome}"))
     return found
+
+
+def _side(comparison: Comparison, told: str) -> str:
+    """On which side of its margin a difference lies, where it has one: its p is then not that of no difference."""
+    if comparison.alike is None:
+        return ""
+    inside = "within" if (told == "for") != comparison.apart else "beyond"
+    return f", {'not told to lie within or beyond' if told == 'undecided' else inside} ±{comparison.alike:g}"
 
 
 def decide(parts: Sequence[Part], runs: Iterable[Run], lacking: Iterable[str]) -> Verdict:

@@ -125,12 +125,22 @@ def badge(direction: str) -> str:
     return f'<span class="sd-badge sd-bg-{COLOURS[direction]} sd-bg-text-{COLOURS[direction]}">{direction}</span>'
 
 
+def made(found: Sequence[runs.Run]) -> str:
+    """By which commits some runs were made, on which devices and, where that is stored, in which precisions."""
+    resolved = [run.record.get("resolved", {}) for run in found]
+    parts = [
+        [runs.commit_text(run.record["git"]) for run in found],
+        [run.record["device"] for run in found],
+        [of["precision"] for of in resolved if "precision" in of],
+    ]
+    return "; ".join(" and ".join(dict.fromkeys(part)) for part in parts if part)
+
+
 def badges(chapter: str) -> Markdown:
     """The verdicts on the claims that a chapter tests, in a line each; `what_held` has their evidence."""
     lines = ["What the stored runs say of each published claim:", ""]
     for one in claims.verdicts(runs.find()).query("chapter == @chapter").itertuples():
-        weakness = one.strength.replace("outdated", "by older protocols")
-        said = {"full": "at full strength", "none": "no run of ours can say"}.get(one.strength, weakness)
+        said = {"full": "at full strength", "none": "no run of ours can say"}.get(one.strength, one.strength)
         lines.append(f"- {one.claim} {badge(one.direction)} ({said})")
     return Markdown("\n".join(lines))
 
@@ -176,5 +186,5 @@ def stored_runs(chapter: str, told_by: Sequence[str], columns: Mapping[str, Cell
         facts, budget = run.parameters | run.record.get("training", {}), run.record["budget"]
         line = {name: facts[name] for name in told_by} | {"data": run.card.mark or "complete"}
         line[budget["unit"]] = f"{budget['used']:,} of {budget['asked']:,}"
-        lines.append(line | cells(run, columns) | {"state": run.state})
+        lines.append(line | cells(run, columns) | {"state": run.state, "made by": made([run])})
     return pd.DataFrame(lines)

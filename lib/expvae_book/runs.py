@@ -133,7 +133,7 @@ class Run:
     def label(self) -> str:
         """The run in one line: chapter, parameters and commit."""
         name = _folder_name(self.parameters).replace(",", ", ")
-        return f"{self.chapter}: {name} ({_commit(self.record['git'])})"
+        return f"{self.chapter}: {name} ({commit_text(self.record['git'])})"
 
     @property
     def caption(self) -> str:
@@ -172,7 +172,7 @@ class Run:
             return "unverified"
         if self.differs:
             return f"differs by {verified['difference']:.1%}"
-        return f"verified at {_commit(verified['git'])}, {verified['date']}"
+        return f"verified at {commit_text(verified['git'])}, {verified['date']}"
 
     @cached_property
     def of_data_at_hand(self) -> bool:
@@ -404,7 +404,7 @@ def _stored(folder: Path, name: str) -> Iterator[BinaryIO]:
             raise ValueError(message) from error
 
 
-def _commit(git: Mapping[str, Any]) -> str:
+def commit_text(git: Mapping[str, Any]) -> str:
     """A commit as pages show it, such as "0123abcd with changes"."""
     return (git["commit"][:8] if git["commit"] else "no commit") + (" with changes" if git["dirty"] else "")
 

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 import pandas as pd
 from IPython.display import Markdown, display
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from expvae_book import figures, judges, report, runs
 from expvae_book.chapters import Job
@@ -21,14 +23,14 @@ LABELS = {
     "channels=mean_of_abs": "|α A|, mean over channels",
     "channels=sum_of_relu": "ReLU(α A), sum over channels",
     "normaliser=none": "gradient not divided",
-    "normaliser=image": "gradient ÷ size in the image",
-    "normaliser=batch": "gradient ÷ size in the batch",
+    "normaliser=image": "gradient ÷ its RMS over the image",
+    "normaliser=batch": "gradient ÷ its RMS over the batch",
     "score=each_mean": "a map of each mean",
     "score=sum_of_means": "one map of the sum of means",
     "score=each_sample": "a map of each sampled latent",
     "score=normal_difference": "normal difference distribution",
-    "tensor=after": "all after the activation",
-    "tensor=mixed": "gradient before, values after it",
+    "tensor=after": "gradient and values after the activation",
+    "tensor=mixed": "gradient before the activation, values after",
     "align_corners=True": "enlarged with aligned corners",
     "preset=liu2020_paper": "the paper's rule as a whole",
     "preset=liu2020_code": "the code's rule as a whole",
@@ -77,9 +79,12 @@ def changes(found: Sequence[Run], measure: str, margin: float) -> pd.DataFrame:
 
 def _whole(run: Run, measure: str, rule: str) -> dict:
     """The row of a measure of the map by a rule, at the layer that is changed."""
-    layer = "layer2.1.conv1" if run.chapter == "mvtec" else "conv2"
     rows = run.rows(measure)
-    return rows[rows["method"].isin([rule, f"{layer}, {rule}"])].iloc[0].to_dict()
+    return rows[rows["method"].isin([rule, f"{_layer(run)}, {rule}"])].iloc[0].to_dict()
+
+
+def _layer(run: Run) -> str:
+    return run.record.get("test", {}).get("layer") or ("layer2.1.conv1" if run.chapter == "mvtec" else "conv2")
 
 
 def in_short(jobs: Sequence[Job], margin: float) -> None:
@@ -97,15 +102,15 @@ def in_short(jobs: Sequence[Job], margin: float) -> None:
             f"From {name}, over all models and changes: {counts}; the largest is “{LABELS[largest['method']]}” on "
             f"{largest['dataset']}, {largest['model']}: **{_text(largest)}**."
         )
-    hardly = {
-        step: f"{(rows['effect'] == 'hardly any effect').sum()} of {len(rows)}"
+    steps = [
+        f"*{step}*: **{_counts(rows['effect'])}**."
         for step, (_, change) in TRIED.items()
         for rows in [table[(table["subset"] == "liu2020_code") & (table["method"] == change)]]
-    }
+    ]
     text = (
-        f"**In short.** In the rule of the code, of which the report speaks, the ReLU hardly changes the pixel AUROC "
-        f"(by no more than {margin:g}) in {hardly['ReLU']} models, and the division of the gradient in "
-        f"{hardly[list(TRIED)[1]]}. The report prints no numbers. {' '.join(lines)} {notes(models)}"
+        "**In short.** What the steps that the report tried do to the pixel AUROC in the rule of the code, of which it "
+        f"speaks, by model. {' '.join(steps)} (*Hardly any* is by no more than {margin:g}.) The report prints no "
+        f"numbers. {' '.join(lines)} {notes(models)}"
     )
     display(Markdown(text), figures.show(forest(table, margin)), report.badges("ablations"))
 
@@ -128,19 +133,22 @@ def table(models: Sequence[Run]) -> None:
     """Show the models, what they are measured on, and where the two rules stand."""
     lines = []
     for run in models:
-        (dataset, model), test, budget = _subject(run), run.record.get("test", {}), run.record["budget"]
+        (dataset, model), budget = _subject(run), run.record["budget"]
         line = {"Data set": dataset, "Model": model, "Data": run.card.mark or "complete"}
-        line |= {"Trained": f"{budget['used']:,} of {budget['asked']:,} {budget['unit']}"}
-        line |= {"Layer": test.get("layer", ""), "Test images": f"{test['images']:,} of {test['of']:,}" if test else ""}
-        line |= {"of which measured": f"{test['measured']:,}" if test else ""}
-        line |= {"Resampled": run.rows(f"{AUROC}, change")["n"].iloc[0]}
+        line |= {"Trained": f"{budget['used']:,} of {budget['asked']:,} {budget['unit']}", "Layer": _layer(run)}
+        # A job of another data set stores only how many clips or images it resamples.
+        test = run.record.get("test", {"unit": "clips" if run.chapter == "ucsd" else "images"})
+        line |= {"Test images": f"{test['images']:,} of {test['of']:,}" if "of" in test else ""}
+        line |= {"Measured and resampled": f"{run.rows(f'{AUROC}, change')['n'].iloc[0]:,.0f} {test['unit']}"}
         line |= {"Anomalous pixels": run.text("anomalous pixels", form=".2%", lacking="")}
         for measure, rule in ((measure, rule) for measure in (AUROC, BEST_IOU) for rule in RULES):
             row = _whole(run, measure, rule)
             line[f"{measure}, {RULES[rule]}"] = run.text(measure, row["method"], row["subset"])
         lines.append(line | {"State": run.state})
     report.show(
-        pd.DataFrame(lines), "Every model; 95 % intervals. The IoU is at the best threshold of the test images."
+        pd.DataFrame(lines),
+        "Every model; 95 % intervals. The IoU is at the best threshold of the test images. Made by "
+        f"{report.made(models)}.",
     )
 
 
@@ -165,20 +173,21 @@ def _verdict(rows: pd.DataFrame) -> str:
     """How many models of a data set have which outcome; the change itself where there is one model."""
     if len(rows) == 1:
         return f"{rows['effect'].iloc[0]} ({rows['value'].iloc[0]:+.3f})"
-    counts = rows["effect"].value_counts()
-    told = ", ".join(f"{effect} in {count} of {len(rows)}" for effect, count in counts.items())
-    return f"{told} ({rows['value'].min():+.3f} to {rows['value'].max():+.3f})"
+    return f"{_counts(rows['effect'])} ({rows['value'].min():+.3f} to {rows['value'].max():+.3f})"
+
+
+def _counts(effects: pd.Series) -> str:
+    """How many models have which outcome, the most frequent first."""
+    return ", ".join(f"{effect} in {count} of {len(effects)}" for effect, count in effects.value_counts().items())
 
 
 def tried(models: Sequence[Run], margin: float) -> Markdown:
-    """The two steps that the report tried, in each rule and every model."""
+    """In how many models the two steps that the report tried have an effect, in each rule."""
     everything, lines = changes(models, AUROC, margin), []
     for step, names in TRIED.items():
         for rule, name, switched in zip(RULES, names, SWITCHED, strict=True):
             rows = everything[(everything["subset"] == rule) & (everything["method"] == name)]
-            each = [f"{row['dataset']} {row['model']} {_text(row)}, {row['effect']}" for _, row in rows.iterrows()]
-            hardly = (rows["effect"] == "hardly any effect").sum()
-            lines.append(f"- *{step}*, {switched}: hardly any effect in {hardly} of {len(rows)}. {'; '.join(each)}.")
+            lines.append(f"- *{step}*, {switched}: {_counts(rows['effect'])}.")
     return Markdown("\n".join(lines))
 
 
@@ -186,46 +195,50 @@ def tried(models: Sequence[Run], margin: float) -> Markdown:
 def forest(table: pd.DataFrame, margin: float) -> Figure:
     """Changes with their intervals: a column of panels for each data set, a row for each starting point."""
     sets = list(dict.fromkeys(table["dataset"]))
-    crowd = max(1.0, table.groupby("dataset")["model"].nunique().max() / 5)
-    heights = [crowd * table[table["subset"] == rule]["method"].nunique() for rule in RULES]
-    figure = Figure(figsize=(2.6 + 2.9 * len(sets), 0.3 * sum(heights) + 1.8), layout="constrained")
-    options = {"squeeze": False, "sharex": "col", "sharey": "row", "height_ratios": heights}
-    axes = figure.subplots(len(RULES), len(sets), **options)
+    models = list(table.groupby(["dataset", "model"], sort=False).groups)
+    heights = [table[table["subset"] == rule]["method"].nunique() for rule in RULES]
+    crowd = 0.08 * table.groupby("dataset")["model"].nunique().max()
+    figure = Figure(figsize=(2.2 + 2.0 * len(sets), max(0.3, crowd) * sum(heights) + 1.8), layout="constrained")
+    options = {"squeeze": False, "sharex": True, "sharey": "row", "height_ratios": heights}
+    axes, handles = figure.subplots(len(RULES), len(sets), **options), {}
     for (rule, name), line in zip(RULES.items(), axes, strict=True):
         of_rule = table[table["subset"] == rule]
         methods = list(dict.fromkeys(of_rule["method"]))
         for axis, dataset in zip(line, sets, strict=True):
-            _panel(axis, of_rule[of_rule["dataset"] == dataset], methods, margin)
+            handles |= _panel(axis, of_rule[of_rule["dataset"] == dataset], methods, margin, models)
             axis.set_title(f"{dataset}\nfrom {name}")
     for axis in axes[-1]:
         axis.set_xlabel("change in pixel AUROC")
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, fontsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+    labels = [f"{dataset}, {model}" for dataset, model in handles]
+    figure.legend(handles.values(), labels, loc="outside lower center", ncols=3)
     return figure
 
 
-def _panel(axis: Axes, part: pd.DataFrame, methods: Sequence[str], margin: float) -> None:
-    """The changes of one rule in the models of one data set."""
+def _panel(
+    axis: Axes, part: pd.DataFrame, methods: Sequence[str], margin: float, models: Sequence[tuple[str, str]]
+) -> dict[tuple[str, str], Artist]:
+    """The changes of one rule in the models of one data set; gives what a legend names each of `models` by."""
     axis.axvspan(-margin, margin, color="0.85", zorder=0)
-    axis.axvline(0, color="0.3", linewidth=1)
+    axis.axvline(0, color="0.3", linewidth=0.6)
     for method in set(methods) - set(part["method"]):
-        axis.text(0, methods.index(method), "does not apply", ha="center", va="center", fontsize=7)
-    models = list(dict.fromkeys(part["model"]))
-    for index, model in enumerate(models):
-        rows = part[part["model"] == model]
-        offset = (index - (len(models) - 1) / 2) * 0.7 / max(len(models), 2)
-        axis.errorbar(
+        axis.text(0, methods.index(method), "does not apply", ha="center", va="center", fontsize=8)
+    groups, handles = part.groupby(["dataset", "model"], sort=False), {}
+    for place, (model, rows) in enumerate(groups):
+        index, offset = models.index(model), (place - (len(groups) - 1) / 2) * 0.8 / max(len(groups), 2)
+        handles[model] = axis.errorbar(
             rows["value"],
             [methods.index(method) + offset for method in rows["method"]],
             xerr=[rows["value"] - rows["low"], rows["high"] - rows["value"]],
             fmt=figures.MARKERS[index % len(figures.MARKERS)],
-            markersize=3.5,
+            markersize=4,
             linewidth=1.1,
             color=figures.COLOURS[index % len(figures.COLOURS)],
-            label=model,
         )
-    axis.set_yticks(range(len(methods)), [LABELS[method] for method in methods])
+    axis.set_yticks(range(len(methods)), [LABELS[method].replace(", ", ",\n") for method in methods])
     axis.set_ylim(len(methods) - 0.4, -0.6)
     axis.grid(axis="y", visible=False)
+    return handles
 
 
 def numbers(models: Sequence[Run], margin: float) -> None:

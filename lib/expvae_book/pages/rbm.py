@@ -2,7 +2,7 @@
 
 import numpy as np
 import pandas as pd
-from IPython.display import Image, Markdown, display
+from IPython.display import Markdown, display
 
 from expvae_book import figures, names, recipes, report, runs
 from expvae_book.chapters import Job
@@ -39,13 +39,19 @@ def _renumbered(run: Run) -> str:
     return (
         f"With its hidden units numbered in {orders['n']} other orders the machine is the same, and the map has "
         f"{orders['low']:.3f} to {orders['high']:.3f}, {orders['value']:.3f} in the mean; "
-        f"{(run.arrays['orders'] >= own).sum()} of these orders do as well as its own, {own:.3f}, or better."
+        f"{_as_good(run)} of these orders did as well as its own, {own:.3f}, or better."
     )
 
 
-def courses(job: Job) -> Image:
-    """How each machine did on held-out images over its training."""
-    sizes, panels = recipes.visible_units(job.parameters.get("recipe", "ours")), {}
+def _as_good(run: Run) -> int:
+    """How many other orders of its units have a map of the same score as the report's, or a higher one."""
+    return int((run.arrays["orders"] >= run.metric(AUROC, REPORT, OUTLIERS)["value"]).sum())
+
+
+def courses(job: Job) -> None:
+    """Show how each machine did on held-out images over its training, and say how large it is."""
+    name, layer = job.parameters.get("recipe", "ours"), job.parameters["layer"]
+    sizes, panels = recipes.visible_units(name), {}
     for part, title, per_unit in (
         ("pseudo_likelihood", "pseudo-log-likelihood (nats per visible unit)", True),
         ("free_energy_gap", "free energy, held-out less training (nats)", False),
@@ -54,7 +60,13 @@ def courses(job: Job) -> Image:
             name: np.array(job.losses[f"{part}, {name}"]) / (size if per_unit else 1) for name, size in sizes.items()
         }
         panels[title] = {name: (range(1, len(line) + 1), line.tolist()) for name, line in lines.items()}
-    return figures.show(figures.curves(panels, x="epoch"))
+    stacks = recipes.FULLY_CONNECTED[name], recipes.CONVOLUTIONAL
+    units = (f"the {stack} has {', '.join(map('{:,}'.format, of))}" for stack, of in zip(STACKS, stacks, strict=True))
+    said = (
+        f"Units, from the image up: {'; '.join(units)}. The report's map is taken at layer {layer} of the first, the "
+        f"{stacks[0][layer]:,} hidden units of its machine {layer}."
+    )
+    display(figures.show(figures.curves(panels, x="epoch")), Markdown(said))
 
 
 def learned(run: Run) -> None:
@@ -67,15 +79,16 @@ def learned(run: Run) -> None:
     }
     options = {"label": "weight / the largest of its row", "credit": "Weights and samples of the trained machines."}
     figure = figures.image_rows(rows, maps=list(weights), titles=[""] * 8, signed=True, **options)
-    lines = [
-        f"the {name} restores held-out images, up through all machines and down again, with a mean squared error of "
-        f"{run.text(ERROR, name, form='.4f')}, and {run.text('latents that vary', name, form='.0f')} of its "
-        f"{run.text('latents', name, form='.0f')} latents vary over them by more than {names.VARYING:g} of the step "
-        "from off to on"
+    errors = [f"{run.text(ERROR, name, form='.4f')} ({name})" for name in STACKS]
+    varying = [
+        f"{run.text('latents that vary', name, form='.0f')} of {run.text('latents', name, form='.0f')} ({name})"
         for name in STACKS
     ]
-    mean = run.text(ERROR, "mean image", form=".4f")
-    said = f"As wholes: {'; '.join(lines)}. The mean of the training images has an error of {mean}."
+    said = (
+        "As wholes, stacks restore held-out images, up through all machines and down again, with a mean squared error "
+        f"of {', '.join(errors)}; the mean image has {run.text(ERROR, 'mean image', form='.4f')}. Latents "
+        f"that vary over them by more than {names.VARYING:g} of the step from off to on: {', '.join(varying)}."
+    )
     display(figures.show(figure), Markdown(said))
 
 
@@ -97,14 +110,15 @@ def orders(run: Run) -> Markdown:
         ours = run.metric(AUROC, kind, OUTLIERS)
         found = report.grouped({name: runs.order(ours, run.metric(AUROC, name, OUTLIERS)) for name in others})
         within = WITHIN[runs.order(run.metric(WITHIN_INK, kind, OUTLIERS), 0.5)]
-        lines.append(f"- *{kind}*: over all pixels {found}. Within ink it {within}.")
+        others = f" Other orders of its units that do as well: {_as_good(run)} of {len(run.arrays['orders'])}."
+        lines.append(f"- *{kind}*: over all pixels {found}. Within ink it {within}.{others * (kind == REPORT)}")
     return Markdown("\n".join(lines))
 
 
 def places(run: Run) -> Markdown:
     """What the numbering of the units does to the report's map, and what its published code computes."""
     said = (
-        f"{_renumbered(run)} The map of the convolutional machine, whose units have their places in the image, has "
+        "The map of the convolutional machine, whose units have their places in the image, has "
         f"{run.text(AUROC, PLACED, OUTLIERS)}."
     )
     if steepest := run.text(names.STEEPEST, names.ONE_HOT, OUTLIERS, ".0e", lacking=""):

@@ -353,7 +353,7 @@ def test_the_points_of_the_trade_off_have_published_ones_beside_ours(models):
     assert counts["Brongers et al.", "FactorVAE"] == 3
     assert not table[["score", "cost"]].isna().any(axis=None)
     assert seeds.seed_spread() == pytest.approx(0.1025)
-    figure = figures.tradeoff(table, x="cost", y="score")
+    figure = page.tradeoff(table, x="cost", y="score")
     (axis,) = figure.axes
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("cost", "score")
     labels = {text.get_text() for text in figure.legends[0].get_texts()}

@@ -101,9 +101,9 @@ def test_the_tables_are_computed_from_the_published_numbers():
     differences = seeds.paper_differences()
     assert differences == pytest.approx({10: 0.15, 20: 0.12, 30: 0.115, 40: 0.085})
     replicates, spreads = seeds.replicates(), seeds.spreads()
-    assert [len(runs) for runs in replicates.values()] == [40, 40, 10, 18]
-    assert [spread.freedom for spread in spreads.values()] == [30, 20, 5, 12]
-    assert seeds.spread_lines()["Runs"].tolist() == [40, 40, 10, 18]
+    assert [len(runs) for runs in replicates.values()] == [40, 40, 50, 10, 18]
+    assert [spread.freedom for spread in spreads.values()] == [30, 20, 40, 5, 12]
+    assert seeds.spread_lines()["Runs"].tolist() == [40, 40, 50, 10, 18]
     spread = next(iter(spreads.values()))
     first = seeds.seeds_to_find(spread).iloc[0]
     assert first["Seeds, two-sample interval"].split(" ")[0] == str(power.seeds_needed(differences[10], spread.sd))

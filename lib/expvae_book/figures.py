@@ -114,7 +114,8 @@ def image_rows(
         axis.set_title(title)
     if maps:
         drawn = ScalarMappable(scale, colours)
-        extend = "neither" if signed else "max"
+        beyond = not signed and any(np.nanmax(np.asarray(image_YX)) > 1 for name in maps for image_YX in rows[name])
+        extend = "max" if beyond else "neither"
         bar = figure.colorbar(drawn, ax=axes, label=label, extend=extend, fraction=0.03, pad=0.02)
         bar.outline.set_visible(False)
     figure.supxlabel(credit, fontsize=7, color="0.35")
@@ -260,7 +261,8 @@ def intervals(table: pd.DataFrame, *, label: str, chance: float | None = None) -
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     if len(groups) > 1 or chance is not None:
-        figure.legend(loc="outside upper right", ncols=min(4, len(groups) + 1))
+        across = 90 // (max(map(len, map(str, groups))) + 6)  # a longer line would widen the figure
+        figure.legend(loc="outside upper right", ncols=max(1, min(4, len(groups) + 1, across)))
     return figure
 
 
@@ -307,39 +309,6 @@ def histograms(samples: Mapping[str, np.ndarray], *, label: str, mark: float) ->
 
 
 @styled
-def tradeoff(table: pd.DataFrame, *, x: str, y: str) -> Figure:
-    """Points of models in the plane of two measures: one colour for each kind of model, one marker for each source.
-
-    Args:
-        table: Columns source, kind, label, cost (along x), score (along y), low and high (the interval of the score).
-        x: What the cost is.
-        y: What the score is.
-    """
-    kinds, sources = (list(dict.fromkeys(table[name])) for name in ("kind", "source"))
-    figure, axis = _panels(7.0, 4.4)
-    for (source, kind), part in table.groupby(["source", "kind"], sort=False):
-        colour = COLOURS[kinds.index(kind) % len(COLOURS)]
-        ours = source == sources[0]
-        axis.errorbar(
-            part["cost"],
-            part["score"],
-            yerr=[part["score"] - part["low"], part["high"] - part["score"]],
-            fmt="os^Dv"[sources.index(source) % 5],
-            markersize=7 if ours else 5,
-            markerfacecolor=colour if ours else "none",
-            capsize=2,
-            color=colour,
-            alpha=1 if ours else 0.75,
-            label=f"{kind} ({source})",
-        )
-        for row in part.itertuples():
-            axis.annotate(row.label, (row.cost, row.score), (5, 4), textcoords="offset points", fontsize=7)
-    axis.set(xlabel=x, ylabel=y)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
-    return figure
-
-
-@styled
 def power_curves(lines: Mapping[str, pd.DataFrame], *, target: float, marks: Mapping[str, int]) -> Figure:
     """The power of a comparison over the number of seeds: a line for each difference, with its band.
 
@@ -349,15 +318,16 @@ def power_curves(lines: Mapping[str, pd.DataFrame], *, target: float, marks: Map
         marks: Name of a design -> its number of seeds; drawn as dotted lines.
     """
     figure, axis = _panels(7.0, 3.6)
-    axis.axhline(target, color="0.4", linestyle="--", linewidth=1)
+    axis.axhline(target, color="0.4", linestyle="--", linewidth=1, label=f"{target:.0%}")
     for name, seeds in marks.items():
         axis.axvline(seeds, color="0.4", linestyle=":", linewidth=1)
-        axis.annotate(name, (seeds, 1), (2, 0), textcoords="offset points", rotation=90, va="top", fontsize=8)
+        axis.annotate(name, (seeds, 1.03), (0, 2), textcoords="offset points", rotation=45, va="bottom", fontsize=8)
     for (name, line), colour, linestyle, marker in zip(lines.items(), COLOURS, LINES, MARKERS, strict=False):
         axis.fill_between(line["seeds"], line["low"], line["high"], color=colour, alpha=0.2, linewidth=0)
         axis.plot(line["seeds"], line["power"], color=colour, linestyle=linestyle, label=name)
         axis.plot(line["seeds"], line["simulated"], marker, color=colour, markersize=3, label=f"{name}, simulated")
-    axis.set(xlabel="seeds per arm", ylabel="power", ylim=(0, 1.03))
+    arms = "seeds per arm (each of the two models compared)"
+    axis.set(xlabel=arms, ylabel="chance to find the difference (power)", ylim=(0, 1.03))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(title="difference in the metric", loc="lower right", fontsize=8)
     return figure

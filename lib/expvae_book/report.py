@@ -130,7 +130,7 @@ def made(found: Sequence[runs.Run]) -> str:
     resolved = [run.record.get("resolved", {}) for run in found]
     parts = [
         [runs.commit_text(run.record["git"]) for run in found],
-        [run.record["device"] for run in found],
+        [run.record["device"].partition(":")[0] for run in found],
         [of["precision"] for of in resolved if "precision" in of],
     ]
     return "; ".join(" and ".join(dict.fromkeys(part)) for part in parts if part)

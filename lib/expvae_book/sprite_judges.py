@@ -73,9 +73,10 @@ def judge(parts_of: Callable[[Sequence[Run], int], tuple[Comparison | None, ...]
             if {run.parameters[name] for name in ("layer", "alpha", "pairs")} <= {"variant", "none"}
         ]
         counted, parts = chosen(plain, RECIPES, *WEIGHTS), []
+        steps = f" at {counted[0].record['budget']['used']:,} steps" if counted else ""  # as many in all that count
         for gamma in GAMMAS:
             found = parts_of(counted, gamma)
-            lacking = "" if all(found) else "fewer than two seeds of both"
+            lacking = "" if all(found) else f"fewer than two seeds of both{steps}"
             beside = points(counted, gamma, parts_of, reported)
             parts.append(Part(f"γ {gamma}", tuple(filter(None, found)), lacking, beside))
         return decide(parts, counted, lacks(counted, RECIPES) if counted else [])

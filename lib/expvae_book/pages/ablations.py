@@ -147,8 +147,8 @@ def table(models: Sequence[Run]) -> None:
         lines.append(line | {"State": run.state})
     report.show(
         pd.DataFrame(lines),
-        "Every model; 95 % intervals. The IoU is at the best threshold of the test images. Made by "
-        f"{report.made(models)}.",
+        "Every model; 95 % intervals. The IoU is at the best threshold of the test images. Commit, "
+        f"device, precision: {report.made(models)}.",
     )
 
 

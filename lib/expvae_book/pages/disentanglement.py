@@ -6,6 +6,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 from IPython.display import Image, Markdown, display
+from matplotlib.figure import Figure
 
 from expvae_book import chapters, figures, judging, names, publications, report
 from expvae_book.chapters import Job
@@ -31,7 +32,8 @@ RESULTS: dict[str, Number] = {
     "Reconstruction, held out (nats)": (*COST, ".2f"),
     "KL (nats)": ("KL per image", "", "", ".2f"),
     "Total correlation (nats)": (*CORRELATION, ".2f"),
-    "Active latents": ("active units", "", "", ".0f"),
+    "Latents active (by variance)": ("active units", "", "", ".0f"),
+    "Latents in the metric (by SD)": ("latents that count", REFERENCE, RULES[0], ".0f"),
 }
 SHOWN: dict[str, Number] = {
     METRIC: SCORE,
@@ -68,7 +70,7 @@ def in_short(jobs: Sequence[Job]) -> None:
     changes, paper = differences(found).to_dict("records"), seeds.paper_differences().values()
     effects = [f"**{line[METRIC]}** at γ {line['γ']} and λ {line['λ']}" for line in changes]
     costs = [line["Reconstruction (nats)"] for line in changes]
-    spread, (most, fewest) = next(iter(seeds.spreads().values())), seeds.needed()
+    (spread, *_, of_plain, _), (most, fewest) = seeds.spreads().values(), seeds.needed()
     count = len({run.parameters["seed"] for run in found})
     below, above, cases = compared(found, SPATIAL, OVERLAP, PAIRS[0])
     less, more, equal = compared(found, SPATIAL, EQUALISED, PAIRS[0])
@@ -76,17 +78,18 @@ def in_short(jobs: Sequence[Job]) -> None:
     text = (
         "**In short.** What the attention loss changes in the FactorVAE metric, beside FactorVAE of the same γ and "
         f"seed: {', '.join(effects) or 'no two of these models tell'}; in the reconstruction, in nats per image: "
-        f"{', '.join(costs) or 'likewise'}. By the paper's figure it raises the metric by {min(paper):.3f} to "
-        f"{max(paper):.3f}. Published runs that differ by chance alone spread by {spread.sd:.3f} (SD): it would take "
-        f"{most} to {fewest} seeds to find the paper's differences, and these models have {count}. Maps of active "
+        f"{', '.join(costs) or 'likewise'}. By the paper's figure, read to ±{seeds.reading_error():.3f}, it raises the "
+        f"metric by {min(paper):.3f} to {max(paper):.3f}. Published runs that differ by chance alone spread by "
+        f"{spread.sd:.3f} (SD, AD-FactorVAE) and {of_plain.sd:.3f} (FactorVAE): at the former, "
+        f"{most} to {fewest} seeds would find the paper's differences, and these models have {count}. Maps of active "
         f"latents overlap less with the loss in {below} of {cases} cases, each a model at a layer, and more in {above};"
         f" maps that were brought to the same sum, less in {less} of {equal} and more in {more}. Only the latter says "
         f"whether they lie apart. Data: {source(card.name).title}, {card.mark or 'complete'}; budget: "
         f"{budget['used']:,} of {budget['asked']:,} steps."
     )
     labels = {"x": "reconstruction loss (nats per image; ours on held-out images)", "y": "FactorVAE metric"}
-    figure = figures.show(figures.tradeoff(points(found), **labels))
-    display(Markdown(text), figure, report.badges("disentanglement"))
+    figure = figures.show(tradeoff(points(found), **labels))
+    display(Markdown(text), report.badges("disentanglement"), figure)  # its caption follows
 
 
 def notices(jobs: Sequence[Job]) -> Markdown:
@@ -105,11 +108,10 @@ def notices(jobs: Sequence[Job]) -> Markdown:
             f"Cut short: {', '.join(short)} steps. What follows says what such models do; it says nothing against what "
             "a full training may reach."
         )
-    precisions = sorted({run.record["training"]["precision"] for run in found})
     return Markdown(
-        f"Trained in {' and '.join(precisions)}. The seeds say how much chance there is in a result; an interval over "
-        "images or votes says nothing about another seed. In the results of Brongers et al. three seeds of one and the "
-        f"same FactorVAE differ by {seeds.seed_spread():.2f} in their metric."
+        f"Commit, device, precision: {report.made(found)}. An interval over images or votes says nothing about "
+        "another seed: three seeds of one FactorVAE of Brongers et al. differ by "
+        f"{seeds.seed_spread():.2f} in their metric."
     )
 
 
@@ -191,6 +193,42 @@ def points(found: Sequence[Run]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(lines)
+
+
+@figures.styled
+def tradeoff(table: pd.DataFrame, *, x: str, y: str) -> Figure:
+    """Points of models in the plane of two measures: one colour for each kind of model, one marker for each source.
+
+    Args:
+        table: Columns source, kind, label, cost (along x), score (along y), low and high (the interval of the score).
+        x: What the cost is.
+        y: What the score is.
+    """
+    kinds, sources = (list(dict.fromkeys(table[name])) for name in ("kind", "source"))
+    figure = Figure(figsize=(7.0, 4.4), layout="constrained")
+    axis = figure.subplots()
+    for (whose, kind), part in table.groupby(["source", "kind"], sort=False):
+        colour = figures.COLOURS[kinds.index(kind) % len(figures.COLOURS)]
+        ours = whose == sources[0]
+        axis.errorbar(
+            part["cost"],
+            part["score"],
+            yerr=[part["score"] - part["low"], part["high"] - part["score"]],
+            fmt="os^Dv"[sources.index(whose) % 5],
+            markersize=7 if ours else 5,
+            markerfacecolor=colour if ours else "none",
+            capsize=2,
+            color=colour,
+            alpha=1 if ours else 0.75,
+            label=f"{kind} ({whose})",
+        )
+        for place, row in enumerate(part.itertuples()):
+            side, ha = (-5, "right") if place < len(part) / 2 else (5, "left")  # neighbours' labels would overlap
+            options = {"textcoords": "offset points", "ha": ha, "va": "center", "fontsize": 7}
+            axis.annotate(row.label, (row.cost, row.score), (side, 0), **options)
+    axis.set(xlabel=x, ylabel=y)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    return figure
 
 
 def curves(found: Sequence[Run]) -> dict[str, dict[str, Line]]:
@@ -300,9 +338,9 @@ def ceilings(run: Run) -> pd.DataFrame:
 def protocols(found: Sequence[Run]) -> pd.DataFrame:
     """The same encodings by every protocol and rule for collapsed latents."""
     columns = {
-        f"{prefix}{protocol}; {rule}": (metric, protocol, rule, form)
+        f"{prefix}{protocol}; left out: {rule}": (metric, protocol, rule, form)
         for protocol, rule in zip((REFERENCE, PUBLISHED, PUBLISHED), RULES, strict=True)
-        for prefix, metric, form in (("", METRIC, ".3f"), ("latents; ", "latents that count", ".0f"))
+        for prefix, metric, form in (("", METRIC, ".3f"), ("latents left; ", "latents that count", ".0f"))
     }
     return pd.DataFrame({"Model": title(run), **cells(run, columns)} for run in found)
 
@@ -343,16 +381,15 @@ def pulls(found: Sequence[Run]) -> Markdown:
     )
 
 
-def traversals(found: Sequence[Run]) -> None:
-    """Show what the six latents of the highest KL draw, for the largest γ and its least and greatest λ."""
+def traversals(found: Sequence[Run], place: int) -> None:
+    """Show what the six latents of the highest KL draw, for the largest γ and its least λ, 0, or greatest, -1."""
     most = max(run.parameters["gamma"] for run in found)
-    last = [run for run in found if (run.parameters["gamma"], run.parameters["seed"]) == (most, 0)]
-    for run in [last[0], last[-1]] if len(last) > 1 else last:
-        kl_I = run.arrays["kl"]
-        rows = {f"latent {i} ({kl_I[i]:.1f} nats)": run.arrays["traversals"][i] / 255 for i in np.argsort(-kl_I)[:6]}
-        titles, credit = [f"{value:+}" for value in names.TRAVERSAL], "Reconstructions by the model named above"
-        figure = figures.image_rows(rows, maps=[], titles=titles, label="", credit=credit, grey="gray")
-        display(Markdown(f"**{title(run)}**"), figures.show(figure))
+    run = [run for run in found if (run.parameters["gamma"], run.parameters["seed"]) == (most, 0)][place]
+    kl_I = run.arrays["kl"]
+    rows = {f"latent {i} ({kl_I[i]:.1f} nats)": run.arrays["traversals"][i] / 255 for i in np.argsort(-kl_I)[:6]}
+    titles, credit = [f"{value:+}" for value in names.TRAVERSAL], "Reconstructions by the model named above"
+    figure = figures.image_rows(rows, maps=[], titles=titles, label="", credit=credit, grey="gray")
+    display(Markdown(f"**{title(run)}**"), figures.show(figure))
 
 
 def every_run() -> None:

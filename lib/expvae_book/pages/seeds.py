@@ -2,7 +2,7 @@
 
 import numpy as np
 import pandas as pd
-from IPython.display import Image, Markdown
+from IPython.display import Markdown, display
 
 from expvae_book import figures, power, publications, report
 
@@ -17,7 +17,7 @@ def replicates() -> dict[str, pd.DataFrame]:
     """Published runs that differ within a group by nothing but chance, as far as their code is known.
 
     Columns: score and group. Those of Report 2's code are taken at the last step that all of them reached. λ never
-    reached the gradient there, so that AD-FactorVAE of one γ is one algorithm whatever its λ.
+    reached the gradient there, so that AD-FactorVAE of one γ is one algorithm whatever its λ, and FactorVAE the same.
     """
     table = publications.report2_runs().rename(columns={"metric_score": "score"})
     last = table.groupby(["gamma", "lambda", "seed"])["step"].max().min()
@@ -27,6 +27,7 @@ def replicates() -> dict[str, pd.DataFrame]:
     return {
         "Report 2's code, AD-FactorVAE of equal γ": trained,
         "the same, of equal γ and λ": trained.assign(group=trained["group"] + ", " + trained["lambda"].astype(str)),
+        "the same and FactorVAE, of equal γ": table,
         "Report 2's code, FactorVAE of equal γ": table[table["lambda"] == 0],
         "Brongers et al., models of equal γ, λ and layer": pd.DataFrame(
             {"score": theirs["value"], "group": theirs["setting"].str.partition(", seed")[0]}
@@ -59,6 +60,12 @@ def paper_differences() -> dict[int, float]:
     return {int(name.rpartition(" ")[2]): float(score[name] - score[name.removeprefix("AD-")]) for name in settings}
 
 
+def reading_error() -> float:
+    """How far a difference of two scores that were read off the paper's figure may be off."""
+    rows = publications.select(publications.read(), source="paper", metric="disentanglement metric")
+    return 2**0.5 * float((rows["high"] - rows["low"]).max()) / 2
+
+
 def needed() -> list[int]:
     """Seeds per arm for the paper's least and greatest difference, at the spread of Report 2's AD-FactorVAE."""
     differences, spread = paper_differences().values(), next(iter(spreads().values()))
@@ -75,7 +82,7 @@ def seeds_to_find(spread: power.Spread) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "γ": gamma,
-            "Paper's difference": f"{delta:.3f}",
+            f"Paper's difference (read off its figure, ±{reading_error():.3f})": f"{delta:.3f}",
             "Seeds, two-sample interval": needed(delta, False),
             "Seeds, paired interval": needed(delta, True),
         }
@@ -119,9 +126,17 @@ def single() -> dict[str, int]:
     return {name.partition(",")[0]: seeds for name, seeds, paired in designs() if seeds > 1 and not paired}
 
 
-def drawn() -> Image:
-    """The power of a comparison over the seeds per arm, and where the published designs stand."""
-    return figures.show(figures.power_curves(power_curves(), target=power.TARGET, marks=single()))
+def drawn() -> None:
+    """Show the power of a comparison over the seeds per arm, and where the published designs stand."""
+    lines = power_curves()
+    display(figures.show(figures.power_curves(lines, target=power.TARGET, marks=single())))
+    # By more than the error of the simulation.
+    above = [seeds for line in lines.values() for seeds in line["seeds"][line["simulated"] > line["high"] + 0.01]]
+    if above:
+        said = (
+            f"With up to {max(above)} seeds points lie above a band: so few scores are not normal, as lines take them."
+        )
+        display(Markdown(said))
 
 
 def tables() -> None:
@@ -131,7 +146,8 @@ def tables() -> None:
     report.show(
         spread_lines(),
         "Pooled standard deviations of the metric, as if runs were independent and normal. Report 2's has five "
-        "factors, that of Brongers et al. six. The second line holds should equal seeds give alike runs. "
+        "factors, that of Brongers et al. six. The second line holds should equal seeds give alike runs, the third "
+        "as FactorVAE is the same algorithm by this code. "
         "Data: Jesus, Veenker, Waller, Ren (2021), MIT License.",
     )
     report.show(seeds_to_find(spread), f"Seeds per arm that find the paper's difference {each}")
@@ -141,18 +157,23 @@ def tables() -> None:
 
 def told() -> Markdown:
     """What the spread means for the paper's differences, and for the designs of the others."""
-    spread, *_, brongers = spreads().values()
+    spread, *others, brongers = spreads().values()
     differences, (most, fewest), (second, third) = list(paper_differences().values()), needed(), single().values()
     least = [power.smallest_difference(*one) for one in ((spread.sd, second), (spread.sd, third), (brongers.sd, third))]
+    groups = zip(("of equal λ too", "with FactorVAE", "FactorVAE alone"), others, strict=True)
+    counted = ", ".join(f"{of.sd:.3f} ({name})" for name, of in groups)
+    takes = ", ".join(str(power.seeds_needed(min(differences), of.sd)) for of in others)
     return Markdown(
-        f"At the spread of the second report's runs, {spread.sd:.3f}, the paper's differences of {min(differences):.3f}"
-        f" to {max(differences):.3f} would take {most} to {fewest} seeds per arm. The {second} seeds of the second "
-        f"report would find {least[0]:.2f} or more at one γ, and the {third} of Brongers et al. {least[1]:.2f} at that "
-        f"spread and {least[2]:.2f} at their own. The paper's differences at its {len(differences)} γ lie "
-        f"{np.std(differences, ddof=1):.3f} apart (SD), where those of single runs would lie "
-        f"{2**0.5 * spread.sd:.3f} apart, and {2**0.5 * brongers.sd:.3f} at the spread of Brongers et al.: that is "
-        "chance, or its runs spread less than the second report's, or its points are means of several, which it does "
-        "not say."
+        f"At the spread of the second report's runs of AD-FactorVAE, {spread.sd:.3f}, finding the paper's differences "
+        f"of {min(differences):.3f} to {max(differences):.3f} (read off its figure, each to ±{reading_error():.3f}) "
+        f"with a power of {power.TARGET:.0%} would take {most} to {fewest} seeds per arm, that is for each of the two "
+        f"models compared. Counted otherwise, these runs spread by {counted}, and the least difference takes {takes} "
+        f"seeds. The {second} seeds of the second report would find {least[0]:.2f} or more at one γ, and the {third} "
+        f"of Brongers et al. {least[1]:.2f} at that spread and {least[2]:.2f} at their own.\n\nThe paper's differences "
+        f"at its {len(differences)} γ vary by {np.std(differences, ddof=1):.3f} (SD). Those of single runs would vary "
+        f"by {2**0.5 * spread.sd:.3f}, or {2**0.5 * brongers.sd:.3f} at the spread of Brongers et al.; that is chance, "
+        "or its runs spread less, or its points are means of several, which it does not say, or the reading of its "
+        "figure."
     )
 
 

@@ -63,12 +63,14 @@ def learned(run: Run) -> None:
 
 def masses(run: Run) -> Markdown:
     """How bright the maps are on the digit that is known, beside the others."""
-    lines = [
-        f"- *{name}*: the median test image of the known digit has {run.text(MASS, name, form='.2f')} times the map "
-        "mass (mean of the map) of the median image of another digit."
-        for name in BOTH
-    ]
-    return Markdown("\n".join(lines))
+    lines = []
+    for name in BOTH:
+        change = run.metric(MASS, name)["value"] - 1
+        lines.append(f"{abs(change):.0%} {'less' if change < 0 else 'more'} ({name})")
+    return Markdown(
+        "The median brightness of maps (the mean of a map) on test images of the known digit, beside that on other "
+        f"digits: {' and '.join(lines)}."
+    )
 
 
 def layers(run: Run) -> None:
@@ -97,8 +99,7 @@ def layers(run: Run) -> None:
 def rounding(run: Run) -> Markdown:
     """What is left at MONAI's convolutions."""
     return Markdown(
-        f"The maps are captum's to within {run.rows(OFF_CAPTUM)['value'].max():.0e} at every layer. But at MONAI's "
-        f"convolutions no more than {_inner(run):.0e} of the gradient is left in α, which is float32 rounding."
+        f"At MONAI's convolutions no more than {_inner(run):.0e} of the gradient is left in α: float32 rounding."
     )
 
 

@@ -40,9 +40,10 @@ def in_short() -> None:
         )
     spread, least = next(iter(seeds.spreads().values())), min(seeds.paper_differences().values())
     lines.append(
-        f"- *Noise.* Published runs that by their code differ by chance alone have a standard deviation of "
-        f"{spread.sd:.3f} in the FactorVAE metric; the paper's least difference, {least:.3f}, would take "
-        f"{power.seeds_needed(least, spread.sd)} seeds an arm."
+        f"- *Noise.* Report 2's runs of AD-FactorVAE, which by their code differ by chance alone, have a standard "
+        f"deviation of {spread.sd:.3f} in the FactorVAE metric. The paper's least difference, {least:.3f} as read off "
+        f"its figure (±{seeds.reading_error():.3f}), would take {power.seeds_needed(least, spread.sd)} seeds an arm "
+        f"for a power of {power.TARGET:.0%}."
     )
     display(Markdown(lines[0] + "\n\n" + "\n".join(lines[1:])))
     table = pd.DataFrame({"Slip": found["slip"], "Who": found["who"], "Read in": places(found)})

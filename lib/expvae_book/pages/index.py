@@ -44,8 +44,8 @@ def in_short() -> None:
         )
     least, spread = min(seeds.paper_differences().values()), next(iter(seeds.spreads().values()))
     lines.append(
-        f"The gain in disentanglement that the paper draws, {least:.3f} at the least, is about as large as what "
-        f"chance does to single runs: to see it takes some {power.seeds_needed(least, spread.sd)} seeds of each model "
+        f"The gain in disentanglement that the paper draws, some {least:.2f} at the least, is about as large as what "
+        f"chance does to single runs: to see it takes about {power.seeds_needed(least, spread.sd)} seeds of each model "
         "([more](disentanglement.md))."
     )
     found = forensics.slips()

@@ -69,7 +69,8 @@ def to_html(table: pd.DataFrame, caption: str, *, pages: str | None = None, belo
     with pd.option_context("display.max_colwidth", None):  # otherwise pandas cuts long texts
         body = table.to_html(index=False, na_rep="", border=0, justify="left", classes="published")
     body = re.sub(r"<td>page:(\w+)</td>", r'<td><a href="\1.html">\1</a></td>', body)
-    body = re.sub(rf"<td>({'|'.join(COLOURS)})\b", lambda cell: f"<td>{badge(cell[1])}", body)
+    verdict = rf"<td>({'|'.join(COLOURS)})(?=</td>| \((?:full|reduced|none)\b)"  # not each cell that begins like one
+    body = re.sub(verdict, lambda cell: f"<td>{badge(cell[1])}", body)
     head, *rows = body.split("    </tr>\n")
     lines = [""] * len(rows)
     if below:

@@ -99,8 +99,7 @@ def notices(jobs: Sequence[Job]) -> Markdown:
         said = f"{len(jobs) - len(found)} of the {len(jobs)} models asked for have no stored run."
         chapters.notice(said, "warning")
     if any(run.card.generated for run in found):
-        said = "These models were trained on sprites drawn from their factors, not on the file of the release. "
-        chapters.notice(said + found[0].card.note)
+        chapters.notice(found[0].card.note)
     budgets = [run.record["budget"] for run in found if run.record["budget"]["used"] < run.record["budget"]["asked"]]
     if budgets:
         short = sorted({f"{budget['used']:,} of {budget['asked']:,}" for budget in budgets})

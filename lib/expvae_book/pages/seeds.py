@@ -166,14 +166,13 @@ def told() -> Markdown:
     return Markdown(
         f"At the spread of the second report's runs of AD-FactorVAE, {spread.sd:.3f}, finding the paper's differences "
         f"of {min(differences):.3f} to {max(differences):.3f} (read off its figure, each to ±{reading_error():.3f}) "
-        f"with a power of {power.TARGET:.0%} would take {most} to {fewest} seeds per arm, that is for each of the two "
-        f"models compared. Counted otherwise, these runs spread by {counted}, and the least difference takes {takes} "
-        f"seeds. The {second} seeds of the second report would find {least[0]:.2f} or more at one γ, and the {third} "
-        f"of Brongers et al. {least[1]:.2f} at that spread and {least[2]:.2f} at their own.\n\nThe paper's differences "
-        f"at its {len(differences)} γ vary by {np.std(differences, ddof=1):.3f} (SD). Those of single runs would vary "
-        f"by {2**0.5 * spread.sd:.3f}, or {2**0.5 * brongers.sd:.3f} at the spread of Brongers et al.; that is chance, "
-        "or its runs spread less, or its points are means of several, which it does not say, or the reading of its "
-        "figure."
+        f"with a power of {power.TARGET:.0%} would take {most} to {fewest} seeds per arm (each of the two models "
+        f"compared). Counted otherwise, these runs spread by {counted}, and the least difference takes {takes} seeds. "
+        f"The {second} seeds of the second report would find {least[0]:.2f} or more at one γ, and the {third} of "
+        f"Brongers et al. {least[1]:.2f} at that spread and {least[2]:.2f} at their own.\n\nThe paper's differences at "
+        f"its {len(differences)} γ vary by {np.std(differences, ddof=1):.3f} (SD); those of single runs would vary by "
+        f"{2**0.5 * spread.sd:.3f}, or {2**0.5 * brongers.sd:.3f} at the spread of Brongers et al. It may be chance, "
+        "runs that spread less, means of several runs (it does not say), or the reading of its figure."
     )
 
 

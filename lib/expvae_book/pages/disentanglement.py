@@ -5,10 +5,10 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
-from IPython.display import Image, Markdown, display
+from IPython.display import HTML, Image, Markdown, display
 from matplotlib.figure import Figure
 
-from expvae_book import chapters, figures, judging, names, publications, report
+from expvae_book import chapters, explorers, figures, judging, names, publications, report
 from expvae_book.chapters import Job
 from expvae_book.data.catalogue import source
 from expvae_book.names import COLLAPSED, EQUALISED, METRIC, OVERLAP, PAIRS, PUBLISHED, REFERENCE, SPATIAL
@@ -380,15 +380,20 @@ def pulls(found: Sequence[Run]) -> Markdown:
     )
 
 
-def traversals(found: Sequence[Run], place: int) -> None:
-    """Show what the six latents of the highest KL draw, for the largest γ and its least λ, 0, or greatest, -1."""
+def traversals(found: Sequence[Run]) -> HTML:
+    """What the six latents of the highest KL draw, for the largest γ with its least and its greatest λ."""
     most = max(run.parameters["gamma"] for run in found)
-    run = [run for run in found if (run.parameters["gamma"], run.parameters["seed"]) == (most, 0)][place]
-    kl_I = run.arrays["kl"]
-    rows = {f"latent {i} ({kl_I[i]:.1f} nats)": run.arrays["traversals"][i] / 255 for i in np.argsort(-kl_I)[:6]}
-    titles, credit = [f"{value:+}" for value in names.TRAVERSAL], "Reconstructions by the model named above"
-    figure = figures.image_rows(rows, maps=[], titles=titles, label="", credit=credit, grey="gray")
-    display(Markdown(f"**{title(run)}**"), figures.show(figure))
+    of_most = [run for run in found if (run.parameters["gamma"], run.parameters["seed"]) == (most, 0)]
+    chosen = {title(run): run for run in (of_most[0], of_most[-1])}
+    pictures, values = {}, [f"{value:+}" for value in names.TRAVERSAL]
+    for name, run in chosen.items():
+        kl_I = run.arrays["kl"]
+        rows = {f"latent {i} ({kl_I[i]:.1f} nats)": run.arrays["traversals"][i] / 255 for i in np.argsort(-kl_I)[:6]}
+        drawn = figures.image_rows(
+            rows, maps=[], titles=values, label="", credit=f"Reconstructions by {name}", grey="gray"
+        )
+        pictures[f"Latent traversals: one sprite while one latent at a time takes seven values, by {name}."] = drawn
+    return explorers.traversals(chosen, {alt: figures.show(drawn) for alt, drawn in pictures.items()})
 
 
 def every_run() -> None:

@@ -28,6 +28,18 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session")
+def html(tmp_path_factory) -> Path:
+    """The folder of the real book's pages, built without data and without a GPU."""
+    from pages import BOOK, build  # after the hook: it imports the packages
+
+    output = tmp_path_factory.mktemp("book")
+    done = build(BOOK, output, EXPVAE_DATA=str(output / "no-data"), CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert "Validation errors" not in done.stdout  # in _config.yml; Jupyter Book goes on without a warning
+    return output / "_build" / "html"
+
+
 @pytest.fixture
 def full_disk():
     """A context in which no file can grow beyond some bytes."""

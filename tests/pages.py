@@ -1,9 +1,19 @@
-"""Small pages with code cells, and what the reader of the book makes of them."""
+"""The pages of the book, small pages with code cells, and what the reader of the book makes of them."""
 
+import os
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
+import yaml
+
 from expvae_book import render
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+BOOK = REPOSITORY / "book"
+PAGES = [entry["file"] for entry in yaml.safe_load((BOOK / "_toc.yml").read_text())["chapters"]]
+PAGES += [yaml.safe_load((BOOK / "_toc.yml").read_text())["root"]]
 
 HEADER = """\
 ---
@@ -43,4 +53,18 @@ def notices(cells: list[list]) -> str:
     """The Markdown that the cells show."""
     return "\n".join(
         output.data.get("text/markdown", "") for outputs in cells for output in outputs if "data" in output
+    )
+
+
+def build(book: Path, output: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
+    """Build a book as the README says, but elsewhere; by default with warnings as errors."""
+    program = Path(sys.executable).with_name("jupyter-book")
+    return subprocess.run(
+        [program, "build", book, "--path-output", output, *(options or ("-W", "-n", "--keep-going"))],
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
     )

@@ -14,38 +14,18 @@ from urllib.parse import unquote, urlsplit
 
 import jupytext
 import pytest
-import yaml
 from bs4 import BeautifulSoup
 
 from expvae_book import render, runs
 from expvae_book.data.card import DataCard
 from expvae_book.protocols import VERSIONS
-from pages import notices, outputs, page_text, printed
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-BOOK = REPOSITORY / "book"
-PAGES = [entry["file"] for entry in yaml.safe_load((BOOK / "_toc.yml").read_text())["chapters"]]
-PAGES += [yaml.safe_load((BOOK / "_toc.yml").read_text())["root"]]
+from pages import BOOK, PAGES, REPOSITORY, build, notices, outputs, page_text, printed
 
 RUN_CELLS = ("chapters.run(", "chapters.job(", "chapters.jobs(", "page.jobs(")
 # How the notice begins that an outdated run lacks something which its page shows, see expvae_book.chapters.run.
 LACKING = "The stored run lacks what this page shows from here on."
 MISSING = "No stored run of this chapter"
 UNSTORED = "No outputs of this page are stored"
-
-
-def build(book: Path, output: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
-    """Build a book as the README says, but elsewhere; by default with warnings as errors."""
-    program = Path(sys.executable).with_name("jupyter-book")
-    return subprocess.run(
-        [program, "build", book, "--path-output", output, *(options or ("-W", "-n", "--keep-going"))],
-        env=os.environ | environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-    )
 
 
 def notebooks() -> dict[str, object]:
@@ -57,16 +37,6 @@ def notebooks() -> dict[str, object]:
 def warnings_on(page: BeautifulSoup) -> str:
     """The text of all warnings of a page."""
     return " ".join(notice.get_text() for notice in page.select("article .admonition.warning"))
-
-
-@pytest.fixture(scope="session")
-def html(tmp_path_factory) -> Path:
-    """The folder of the real book's pages, built without data and without a GPU."""
-    output = tmp_path_factory.mktemp("book")
-    done = build(BOOK, output, EXPVAE_DATA=str(output / "no-data"), CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert "Validation errors" not in done.stdout  # in _config.yml; Jupyter Book goes on without a warning
-    return output / "_build" / "html"
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 # make reproduce   runs every chapter on the data it finds and builds the book
 # make test        checks the style and runs the tests
 # make book        builds the book from the stored runs
+# make site        packs it in one archive, _build/site.zip, that opens without a network
 # make plan        lists the published runs that are missing or outdated, and how long they take
 # make published   makes them, as far as their data are there; PROFILE=gpu or PROFILE=slurm for other machines
 # make gpu-check   holds a GPU against the CPU: speed, and that they agree
@@ -39,7 +40,7 @@ COMPUTED := disentanglement mvtec15 mvtec10 ucsd mnist-1 mnist-3 method data reu
 # Chapters that read what all others have stored.
 READING := performance comparison index
 
-.PHONY: reproduce test book plan published gpu-check $(COMPUTED) $(READING)
+.PHONY: reproduce test book site plan published gpu-check $(COMPUTED) $(READING)
 
 reproduce: $(INSTALLED)
 	$(BIN)/python -m expvae_book.data status
@@ -74,6 +75,10 @@ test: $(INSTALLED)
 book: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/jupyter-book build book/ -W -n --keep-going
 	@echo "$(CURDIR)/_build/html/index.html"
+
+site: book
+	$(BIN)/python -m expvae_book site _build/html _build/site.zip
+	@echo "$(CURDIR)/_build/site.zip"
 
 plan: $(GRID)
 	$(BIN)/snakemake -n

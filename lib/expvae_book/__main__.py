@@ -1,22 +1,37 @@
-"""The command line: ``python -m expvae_book verify`` holds stored runs against the code as it is."""
+"""The command line: `verify` holds stored runs against the code as it is, `site` packs the rendered book."""
 
 import argparse
 import sys
+from pathlib import Path
 
-from expvae_book import places, probes, provenance, runs
+from expvae_book import places, probes, provenance, runs, site
 
 
 def main() -> None:
+    """Do what the command line asks for."""
+    parser = argparse.ArgumentParser(prog="python -m expvae_book", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    command = commands.add_parser("verify", help="ask the trained weights again for what the runs store of some images")
+    command.add_argument("chapters", nargs="*", metavar="chapter", help="whose runs; by default all")
+    packing = commands.add_parser("site", help="pack the rendered book, with a notice of the licences, in one zip file")
+    packing.add_argument("html", type=Path, help="the folder that jupyter-book has made")
+    packing.add_argument("archive", type=Path, help="the file to write")
+    arguments = parser.parse_args()
+    if arguments.command == "verify":
+        verify(arguments.chapters, command)
+    else:
+        try:
+            site.pack(arguments.html, arguments.archive)
+        except OSError as error:
+            packing.error(str(error))
+
+
+def verify(asked: list[str], command: argparse.ArgumentParser) -> None:
     """Verify every stored run that can be, and write into its record what came of it.
 
     Raises:
         SystemExit: With status 1 if a run differs.
     """
-    parser = argparse.ArgumentParser(prog="python -m expvae_book", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    command = commands.add_parser("verify", help="ask the trained weights again for what the runs store of some images")
-    command.add_argument("chapters", nargs="*", metavar="chapter", help="whose runs; by default all")
-    asked = parser.parse_args().chapters
     stored = runs.find()
     known = dict.fromkeys(run.chapter for run in stored)
     if unknown := [name for name in asked if name not in known]:

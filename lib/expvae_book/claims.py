@@ -57,11 +57,14 @@ def decide(claim: Claim, runs: Iterable[Run], reported: pd.DataFrame) -> Verdict
     return claim.judge(real, reported)
 
 
-def verdicts(runs: Iterable[Run], reported: pd.DataFrame | None = None) -> pd.DataFrame:
-    """The verdict on every claim: its columns, direction, strength, evidence, runs, and the job if it is undecided."""
+def verdicts(runs: Iterable[Run], reported: pd.DataFrame | None = None, chapter: str = "") -> pd.DataFrame:
+    """The verdict on every claim, or those of a chapter, in a line each.
+
+    A line has the columns of the claim, direction, strength, evidence, runs, and the job that would decide it.
+    """
     runs, reported = list(runs), read() if reported is None else reported
     lines = []
-    for claim in CLAIMS:
+    for claim in (claim for claim in CLAIMS if chapter in ("", claim.chapter)):
         verdict = decide(claim, runs, reported)
         decided = verdict.direction != "undecided" and verdict.strength == "full"
         line = asdict(claim) | {"direction": verdict.direction, "strength": verdict.strength}

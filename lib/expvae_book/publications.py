@@ -1,6 +1,7 @@
 """The numbers that the paper and the reports print, read and checked."""
 
 import csv
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,14 @@ def read(folder: str | Path | None = None) -> pd.DataFrame:
         ValueError: If a row is not valid; the sentence names the file and the line.
     """
     folder = repository() / "book" / "reported" if folder is None else Path(folder)
+    return _read(folder, tuple((file, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.csv")))).copy()
+
+
+@functools.lru_cache  # half of the pages ask for it, some many times
+def _read(folder: Path, files: tuple[tuple[Path, int], ...]) -> pd.DataFrame:
+    """The files of a folder, each with the time of its last change."""
     rows = []
-    for file in sorted(folder.glob("*.csv")):
+    for file, _ in files:
         with file.open(newline="", encoding="utf-8") as lines:
             reader = csv.reader(lines)
             if tuple(next(reader, ())) != COLUMNS:

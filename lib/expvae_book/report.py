@@ -140,7 +140,7 @@ def made(found: Sequence[runs.Run]) -> str:
 def badges(chapter: str) -> Markdown:
     """The verdicts on the claims that a chapter tests, in a line each; `what_held` has their evidence."""
     lines = ["What the stored runs say of each published claim:", ""]
-    for one in claims.verdicts(runs.find()).query("chapter == @chapter").itertuples():
+    for one in claims.verdicts(runs.find(), chapter=chapter).itertuples():
         said = {"full": "at full strength", "none": "no run of ours can say"}.get(one.strength, one.strength)
         lines.append(f"- {one.claim} {badge(one.direction)} ({said})")
     return Markdown("\n".join(lines))
@@ -160,7 +160,7 @@ def grouped(orders: Mapping[str, str]) -> str:
 
 def what_held(chapter: str) -> None:
     """Show the verdicts on the claims that a chapter tests, each with its evidence and criterion beneath."""
-    verdicts = claims.verdicts(runs.find()).query("chapter == @chapter")
+    verdicts = claims.verdicts(runs.find(), chapter=chapter)
     table = titled(verdicts, "claim", "claimed_by", "verdict", "evidence", "criterion", "would_decide")
     caption = f"Verdicts, by code, from the stored runs on real data. {claims.RULES}"
     show(table, caption, below=["Evidence", "Criterion", "Would decide"])

@@ -754,9 +754,9 @@ def test_a_kill_between_the_two_renames_leaves_a_run_that_is_found(how, store):
     runs.amend(found, {"note": 1})
     assert runs.load("reuse", PARAMETERS).record == found.record | {"note": 1}
 
-    killed(how)
+    killed("raised")
     assert runs.load("reuse", PARAMETERS).metric("AUROC", "ours", "digit 7")["value"] == 0.5
-    killed(how)
+    killed("raised")
     assert save(value=0.25).metric("AUROC", "ours", "digit 7")["value"] == 0.25
     (found,) = runs.find("reuse")
     assert found.arrays["curve"][0] == 0.25

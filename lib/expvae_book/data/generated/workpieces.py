@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, UInt8
 from numpy.random import Generator
 
 SIZE = 256
-TRAINING, GOOD, EACH = 24, 6, 3  # images for training, good test images, and test images with each kind of defect
+TRAINING, GOOD, EACH = 24, 4, 2  # images for training, good test images, and test images with each kind of defect
 DEFECTS = ("scratch", "hole", "stain", "missing_part")
 NOISE = 3  # grey levels either way
 
@@ -60,7 +60,7 @@ class Scene:
 
 
 def draw(category: str, seed: int = 0) -> Drawn:
-    """Draw the images of a category: 24 for training, and for testing 6 good ones and 3 with each kind of defect.
+    """Draw the images of a category: 24 for training, and for testing 4 good ones and 2 with each kind of defect.
 
     Textures fill the image; objects lie on a plain background, and their defects on them. Place, angle and
     brightness differ a little between images, and noise of up to 3 grey levels lies on each. A mask holds exactly

@@ -230,10 +230,17 @@ def test_without_runs_every_row_says_so():
     assert len(lines) == len(table)
     of_category = lines["our_parameters"].str.contains("category=")
     assert set(lines.loc[~of_category, "ours"]) == {NO_RUN}
-    assert (
-        lines.loc[of_category, "ours"].str.startswith("data not at hand; python -m expvae_book.data fetch mvtec").all()
-    )
+    assert lines.loc[of_category, "ours"].str.startswith(f"{NO_RUN}; python -m expvae_book.data fetch mvtec").all()
     assert lines["published"].tolist() == table["published"].tolist()
+
+
+def test_outdated_runs_stand_behind_current_ones():
+    old = ucsd_job({"conv3": (0.1, 0.2)}, presets=("liu2020_paper",))
+    old.record["protocols"] = {"PIXEL": 0}
+    new = ucsd_job({"conv3": (0.7, 0.8)}, presets=("liu2020_code",))
+    lines = beside(read(), [old, new])
+    lines = lines[(lines["dataset"] == "UCSD Ped1") & (lines["setting"] == "conv3") & (lines["source"] == "R1")]
+    assert ["0.150" in text and "outdated" in text for text in lines["ours"]] == [False, True]
 
 
 def test_several_seeds_share_a_line_with_mean_range_and_count():
@@ -330,6 +337,14 @@ def test_cells_that_name_pages_become_links():
     assert "rbm &amp; more" in body
 
 
+def test_a_verdict_before_a_page_leads_to_its_evidence():
+    table = pd.DataFrame({"Verdict": ["mixed (reduced)", "supported (full)"], "Page": ["rbm", "mnist"]})
+    page = BeautifulSoup(to_html(table, "caption", pages="Page"), "html.parser")
+    links = [(link["href"], link.get_text()) for link in page.select("a:has(.sd-badge)")]
+    assert links == [("rbm.html#what-held", "mixed"), ("mnist.html#what-held", "supported")]
+    assert "<a" not in to_html(table, "caption")
+
+
 def test_long_texts_stand_under_their_rows():
     table = pd.DataFrame({"Claim": ["one", "two"], "Why": ["first & last", "second"], "Chapter": ["rbm", "mnist"]})
     page = BeautifulSoup(to_html(table, "caption", pages="Chapter", below=["Why"]), "html.parser")
@@ -408,7 +423,7 @@ def test_categories_without_a_run_say_how_to_get_one_and_others_which_recipe_the
         "mvtec15: recipe=report1: 0.650 (0.600–0.700)",
     ]
     assert table["zipper", "IoU"] == (
-        "data not at hand; python -m expvae_book.data fetch mvtec --categories zipper; "
+        "no run of ours; python -m expvae_book.data fetch mvtec --categories zipper; "
         "papermill book/mvtec15.md out.ipynb -p categories zipper"
     )
 

@@ -17,6 +17,7 @@ import yaml
 
 from expvae_book import chapters, parameters, protocols, provenance, runs
 from expvae_book.data.card import DataCard
+from expvae_book.pages import comparison
 
 REPOSITORY = provenance.REPOSITORY
 sys.path.insert(0, str(REPOSITORY / "workflow"))
@@ -176,6 +177,23 @@ def test_jobs_store_the_runs_that_their_chapter_asks_for(group, monkeypatch):
                 namespace |= given if "parameters" in cell.metadata.get("tags", []) else {}
     names = {runs._folder_name(runs._determining(one)) for one in asked}
     assert names == {runs._folder_name(one) for one in grid.records(one.chapter, given)}
+
+
+COMPARED = {"mnist": "mnist", "ucsd": "ucsd", "mvtec15": "mvtec", "disentanglement": "disentanglement"}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_the_command_of_a_run_asks_its_chapter_for_this_run(name):
+    jobs = [job for job in JOBS if job.chapter == name]
+    assert jobs
+    for wanted in (one for job in jobs for one in job.stored):
+        words = shlex.split(comparison.command(runs.Run(COMPARED[name], dict(wanted), {}, Path())))
+        assert words[:3] == ["papermill", f"book/{name}.md", "out.ipynb"]
+        assert set(words[3::3]) == {"-p"}
+        known = parameters.declared(chapter(name), name)
+        given = parameters.check(dict(zip(words[4::3], words[5::3], strict=True)), known, name)
+        stored = grid.records(name, {one: of.default for one, of in known.items()} | given)
+        assert any(wanted.items() <= one.items() for one in stored), (wanted, words)
 
 
 def test_a_rehearsal_runs_some_jobs_of_each_kind_at_a_share_of_their_budget():

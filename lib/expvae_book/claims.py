@@ -91,7 +91,7 @@ def facts(runs: Iterable[Run], reported: pd.DataFrame | None = None) -> str:
 
 OTHER_NETWORKS = ("brongers2021", "report2_code")  # recipes of networks that are not the first report's
 
-_SEEDS = "with seeds 0, 1 and 2"
+_SEEDS = "with -p seed 0, 1 and 2"
 _MNIST_JOB = f"papermill book/mnist.md out.ipynb -p digit 1, and -p digit 3, {_SEEDS}"
 _UCSD_JOB = f"papermill book/ucsd.md out.ipynb -p epochs 0 {_SEEDS}; in full only on the release's own frames and masks"
 _MVTEC_JOB = (

@@ -42,16 +42,16 @@ def beside(reported: pd.DataFrame, runs: Iterable[Run]) -> pd.DataFrame:
         runs: Stored runs.
 
     Returns:
-        The rows of `reported`, one line per row and configuration of ours, with `ours` (text: one run with its
-        interval; several with their mean, number and range; then the marks). A row without a run of ours says so
-        there.
+        The rows of `reported`, one line per row and configuration of ours, outdated ones last, with `ours` (text: one
+        run with its interval; several with their mean, number and range; then the marks). A row without a run of ours
+        says so there.
     """
     real, lines = comparable(runs), []
     for row in reported.to_dict("records"):
         wanted = _wanted(row)
         groups = _groups(row, wanted, real)
         shared = set.intersection(*(set(parameters) for parameters, _, _ in groups)) if groups else set()
-        for (parameters, _, _), same in groups.items():
+        for (parameters, _, _), same in sorted(groups.items(), key=lambda group: _old(group[1])):
             name = ", ".join(pair for pair in parameters if pair not in shared)
             lines.append(row | {"ours": f"{name}: {_summary(row, same)}" if name else _summary(row, same)})
         if not groups:
@@ -80,6 +80,10 @@ def ours(row: dict[str, Any], runs: Iterable[Run]) -> list[tuple[Run, Number]]:
     return max(groups, key=rank, default=[])
 
 
+def _old(same: list[tuple[Run, Number]]) -> bool:
+    return all(run.outdated for run, _ in same)
+
+
 def _wanted(row: dict[str, Any]) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in row["our_parameters"].split(";") if pair)
 
@@ -90,7 +94,7 @@ def _absent(chapter: str, wanted: dict[str, str]) -> str:
         return NO_RUN
     category = wanted["category"]
     fetch = f"python -m expvae_book.data fetch mvtec --categories {category}"
-    return f"data not at hand; {fetch}; papermill book/{chapter}.md out.ipynb -p categories {category}"
+    return f"{NO_RUN}; {fetch}; papermill book/{chapter}.md out.ipynb -p categories {category}"
 
 
 Configuration = tuple[tuple[str, ...], str, str]  # parameters without the seed, kind of data, budget

@@ -3,6 +3,7 @@
 import html
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import pandas as pd
@@ -14,6 +15,7 @@ from expvae_book.matching import NO_RUN
 from expvae_book.publications import QUOTED_BY, SOURCES
 
 COLOURS = {"supported": "success", "contradicted": "danger", "mixed": "warning", "undecided": "muted"}
+HELD = "what-held"  # the section of a page that has the evidence of its verdicts
 CELL = "text-align: left; vertical-align: top; white-space: normal; padding: 0.2rem 0.6rem"
 
 
@@ -59,7 +61,8 @@ def to_html(table: pd.DataFrame, caption: str, *, pages: str | None = None, belo
     Args:
         table: What is shown.
         caption: What it shows.
-        pages: The column that names pages of the book, if there is one; its cells become links.
+        pages: The column that names pages of the book, if there is one; its cells become links, and a verdict before
+            one leads to the page's evidence.
         below: Columns of long texts; each stands under its row, across the whole table, after its name.
     """
     caption = html.escape(caption)
@@ -71,6 +74,10 @@ def to_html(table: pd.DataFrame, caption: str, *, pages: str | None = None, belo
     body = re.sub(r"<td>page:(\w+)</td>", r'<td><a href="\1.html">\1</a></td>', body)
     verdict = rf"<td>({'|'.join(COLOURS)})(?=</td>| \((?:full|reduced|none)\b)"  # not each cell that begins like one
     body = re.sub(verdict, lambda cell: f"<td>{badge(cell[1])}", body)
+    if pages is not None:
+        body = re.sub(
+            r'(<span[^<]*</span>)(?=[^<]*</td>\s*<td><a href="(\w+\.html)")', rf'<a href="\2#{HELD}">\1</a>', body
+        )
     head, *rows = body.split("    </tr>\n")
     lines = [""] * len(rows)
     if below:
@@ -137,12 +144,12 @@ def made(found: Sequence[runs.Run]) -> str:
     return "; ".join(" and ".join(dict.fromkeys(part)) for part in parts if part)
 
 
-def badges(chapter: str) -> Markdown:
-    """The verdicts on the claims that a chapter tests, in a line each; `what_held` has their evidence."""
-    lines = ["What the stored runs say of each published claim:", ""]
-    for one in claims.verdicts(runs.find(), chapter=chapter).itertuples():
+def badges(*chapters: str) -> Markdown:
+    """The verdicts on the claims that chapters test, in a line each, with links to their evidence by `what_held`."""
+    lines = ["What the stored runs say of each published claim; a verdict leads to its evidence:", ""]
+    for one in chain.from_iterable(claims.verdicts(runs.find(), chapter=name).itertuples() for name in chapters):
         said = {"full": "at full strength", "none": "no run of ours can say"}.get(one.strength, one.strength)
-        lines.append(f"- {one.claim} {badge(one.direction)} ({said})")
+        lines.append(f"- {one.claim} [{badge(one.direction)}]({one.chapter}.md#{HELD}) ({said})")
     return Markdown("\n".join(lines))
 
 

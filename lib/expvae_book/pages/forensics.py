@@ -111,8 +111,8 @@ def switches() -> None:
         pd.DataFrame(lines),
         f"The pixel AUROC of the map {names.SWITCHED_LAYER}, liu2020_code, with each switch alone: every tenth frame "
         "of all test clips, 95 % intervals over clips. A change is paired, and has an interval, where the truth is the "
-        "same. *Corrected*: all settings as this book has them, and the masks of all clips that have some; the "
-        "release's only are those of its ten that are at hand. *First stored*: the look-up of the first tensor. "
+        "same. “Corrected”: all settings as this book has them, and the masks of all clips that have some; the "
+        "release's only are those of its ten that are at hand. “First stored”: the look-up of the first tensor. "
         f"{run.caption}",
     )
 

@@ -28,29 +28,32 @@ def verdicts() -> pd.DataFrame:
 def in_short() -> None:
     """Show four sentences to repeat."""
     table = verdicts()
-    points, counts = table.set_index("id")["points"], table["direction"].value_counts()
+    claimed, counts = table.set_index("id"), table["direction"].value_counts()
     told = ", ".join(f"{counts.get(direction, 0)} {direction}" for direction in judging.DIRECTIONS)
     full = (table["word"] == "full").sum()
-    lines = [f"Of {len(table)} published claims {told}; {full or 'none'} of these verdicts at full strength."]
+    lines = [f"Of {len(table)} published claims, by our runs: {told}. At full strength: {full or 'none'}."]
     seen = []
     for name, claim in MAPS.items():
-        ours, control = ([point.value for point in points[claim] if point.who == who] for who in ("ours", "control"))
+        points, lacks = claimed["points"][claim], claimed["strength"][claim].partition(": ")[2]
+        ours, control = ([point.value for point in points if point.who == who] for who in ("ours", "control"))
         if control:  # an IoU, which has none, stands behind
-            seen.append(f"{name} {mean(ours[: len(control)]):.2f} and {mean(control):.2f}")
+            scores = f"{name} {mean(ours[: len(control)]):.2f} and {mean(control):.2f}"
+            seen.append(scores + f" ({lacks})" * bool(lacks))
     if seen:
         lines.append(
-            "By the paper's rule the pixel AUROC of trained networks' maps, and of the same ones' before their first "
-            f"step, is {'; '.join(seen)} ([more](sanity.md))."
+            "The paper's maps of trained networks, and of the same ones before their first step, have a mean pixel "
+            "AUROC (the chance that an anomalous pixel is brighter than a normal one) of "
+            f"{'; '.join(seen)} ([more](sanity.md))."
         )
     least, spread = min(seeds.paper_differences().values()), next(iter(seeds.spreads().values()))
     lines.append(
-        f"The gain in disentanglement that the paper draws, some {least:.2f} at the least, is about as large as what "
-        f"chance does to single runs: to see it takes about {power.seeds_needed(least, spread.sd)} seeds of each model "
+        f"The paper's gain in disentanglement, some {least:.2f} at the least, is about what chance does to single "
+        f"runs: to see it takes about {power.seeds_needed(least, spread.sd)} seeds of each model "
         "([more](disentanglement.md))."
     )
     found = forensics.slips()
     lines.append(
-        "Published code does other things than the texts beside it say, or than the paper: "
+        "Published code departs from the texts beside it, or from the paper, by "
         f"{(found['commit'] != '').sum()} slips or choices, each with its file and commit ([more](forensics.md))."
     )
     display(Markdown("**In short.**\n\n" + "\n".join(f"{place}. {line}" for place, line in enumerate(lines, 1))))
@@ -83,14 +86,18 @@ def _figure(table: pd.DataFrame) -> Figure:
 
 
 def table() -> None:
-    """Show the claims in short, with badges and the pages that have the evidence."""
+    """Show the claims in short under their names in the figure, with badges and the pages that have the evidence."""
     lines = verdicts()
     shown = pd.DataFrame(
-        {"Claim": lines["claim"], "Verdict": lines["direction"], "Strength": lines["word"], "Page": lines["chapter"]}
+        {
+            "Claim": lines["id"] + ":\n" + lines["claim"],
+            "Verdict": lines["direction"] + " (" + lines["word"] + ")",
+            "Page": lines["chapter"],
+        }
     )
     report.show(
         shown,
-        "Every claim, judged by code from the stored runs. Evidence, criteria and what would decide it "
-        "stand at the end of the pages.",
+        "Judged by code from the stored runs. A verdict leads to its evidence, its criterion and the command that "
+        "would decide it.",
         pages="Page",
     )

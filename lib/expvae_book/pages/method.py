@@ -19,8 +19,8 @@ def in_short(job: Job) -> None:
         "paper keeps the positive part of each latent's map and takes the mean over latents. The authors' code adds "
         f"latents up first: in the image below **{run.text(CANCELLED, form='.0%')}** of their maps cancels, where "
         f"independent maps would lose **{_independent(run)}**. And it divides the gradient by its size over the batch: "
-        "between batches of different sizes the pixel AUROC of the same model on the same images varies by "
-        f"**{_spread(run)[BY_BATCH]:.4f}**. {report.extent(run)}"
+        "between batches of different sizes the [pixel AUROC](method.md#how-maps-are-measured) of the same "
+        f"model on the same images varies by **{_spread(run)[BY_BATCH]:.4f}**. {report.extent(run)}"
     )
     panels = (
         "Above, from left to right, on a scale each: the image; $\\sum_c \\alpha_c A_c$ for latent "

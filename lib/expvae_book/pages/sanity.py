@@ -50,7 +50,7 @@ def pictured(run: Run) -> str:
 
 def in_short() -> None:
     """Show for each training what its maps are worth beside those of the network that it started from; a figure."""
-    lines = []
+    lines, orders = [], []
     for run in followed():
         layer, _ = SHOWN[run.chapter]
         parts = []
@@ -58,12 +58,18 @@ def in_short() -> None:
             pair = (DIFFERENCE, f"{layer}, {preset} − {UNTRAINED}", LAST)
             if run.text(*pair, lacking=""):
                 score, order = run.text(AUROC, f"{layer}, {preset}", LAST), runs.order(run.metric(*pair), 0.0)
+                orders.append(order)
                 order = f"{WORDS.get(order, order)} before the first step ({run.text(*pair, form='+.3f')})"
                 parts.append(f"by the {rule} {score}, {order}")
         if parts:
             lines.append(f"- *{named(run)}*: {'; '.join(parts)}. {report.extent(run)}{_restores_little(run)}")
-    text = "**In short.** What did training add to the pixel AUROC of maps?\n\n"
-    display(Markdown(text + ("\n".join(lines) or "*No run of ours says it yet.*")), courses("mnist"))
+    counts = (orders.count(order) for order in ("above", "below", "not told apart from"))
+    told = (
+        " Of {} cases, each a training and a [rule](method.md#the-paper-and-its-code), it was higher after it than "
+        "before in {}, lower in {}, and not told apart in {}.\n\n".format(len(orders), *counts)
+    )
+    text = "**In short.** What did training add to the [pixel AUROC](method.md#how-maps-are-measured) of maps?"
+    display(Markdown(text + (told + "\n".join(lines) if lines else " *No run of ours says it yet.*")), courses("mnist"))
 
 
 def _restores_little(run: Run) -> str:
@@ -148,7 +154,7 @@ def explained() -> None:
     report.show(
         pd.DataFrame(lines),
         "R² of the maps of untrained networks by least squares, on the half of the images that the fit has not seen; "
-        "mean over the networks, which differ. Below 0 the fit is worse than a constant. *Position* is the mean map of "
+        "mean over the networks, which differ. Below 0 the fit is worse than a constant. “Position” is the mean map of "
         "the other half; maps that are exchanged among images keep nothing else.",
     )
 

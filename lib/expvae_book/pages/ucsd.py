@@ -59,13 +59,19 @@ def _published() -> pd.DataFrame:
     return publications.select(publications.read(), dataset="UCSD Ped1", metric=AUROC)
 
 
-def published() -> None:
-    """Show the published pixel AUROC by layer and source."""
+def published(run: Run | None) -> None:
+    """Show the published pixel AUROC by layer and source, and ours by the paper's rule."""
     table = _published().pivot_table(
         "published", "setting", "source", aggfunc=lambda texts: ", ".join(dict.fromkeys(texts))
     )
     table = table.rename(columns=publications.SOURCES).rename_axis(columns=None).rename_axis("Layer").reset_index()
-    report.show(table, "UCSD Ped1: the published pixel AUROC by layer.")
+    caption = "UCSD Ped1: the published pixel AUROC by layer."
+    if run is not None:
+        maps = {layer: f"{layer}, liu2020_paper" for layer in LAYERS}
+        for name, subset in {"Ours": TEST, f"Ours, {LAST}": LAST}.items():
+            table[name] = [run.text(AUROC, maps.get(layer, ""), subset, lacking="") for layer in table["Layer"]]
+        caption += f" Ours by the paper's rule; verdicts judge the {LAST} of the training. {run.caption}"
+    report.show(table, caption)
 
 
 def in_short(job: Job, layer: str, preset: str) -> None:

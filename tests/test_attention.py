@@ -790,6 +790,46 @@ def test_layer_as_module_and_encoder_as_function():
     torch.testing.assert_close(attention(lambda x: tiny(x), tiny.conv, X).alpha_BIC, ALPHA)
 
 
+@dataclasses.dataclass
+class Posterior:
+    """What an encoder may put out; its means need not come first."""
+
+    logvar: torch.Tensor | None
+    mean: torch.Tensor
+
+
+POSTERIORS = {
+    "tuple": lambda mu, logvar: (mu, logvar),
+    "list": lambda mu, logvar: [mu, logvar, "more"],
+    "dict": lambda mu, logvar: {"log_var": logvar, "mu": mu},
+    "dataclass": lambda mu, logvar: Posterior(logvar, mu),
+    "Normal": lambda mu, logvar: torch.distributions.Normal(mu, (0.5 * logvar).exp()),
+    "Independent": lambda mu, logvar: torch.distributions.Independent(
+        torch.distributions.Normal(mu, (0.5 * logvar).exp()), 1
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", POSTERIORS)
+@pytest.mark.parametrize("preset", ["liu2020_paper", "brongers2021_disentanglement"])
+def test_the_encoder_may_put_out_its_posterior_in_any_usual_form(vae, x_BCYX, kind, preset):
+    def maps(encode):
+        return attention(encode, vae.encoder.conv2, x_BCYX, preset, generator=torch.Generator().manual_seed(2))
+
+    found, expected = maps(lambda x: POSTERIORS[kind](*vae.encode(x))), maps(vae.encode)
+    torch.testing.assert_close(found.map_BIYX, expected.map_BIYX)
+    torch.testing.assert_close(found.encoded[:2], expected.encoded)
+
+
+def test_means_alone_do_where_nothing_is_sampled(vae, x_BCYX):
+    expected = attention(vae.encode, "encoder.conv2", x_BCYX).map_BYX
+    for output in (lambda mu: mu, lambda mu: (mu,), lambda mu: {"loc": mu}, lambda mu: Posterior(None, mu)):
+        encode = lambda x, o=output: o(vae.encode(x)[0])  # noqa: E731
+        torch.testing.assert_close(attention(encode, vae.encoder.conv2, x_BCYX).map_BYX, expected)
+        with pytest.raises(ValueError, match=r"needs an encoder that gives \(mu, logvar\)"):
+            attention(encode, vae.encoder.conv2, x_BCYX, Method(score="each_sample"), generator=torch.Generator())
+
+
 def test_errors(vae, x_BCYX):
     with pytest.raises(
         ValueError, match=r"'conv9' is unknown; convolutions of this model: encoder.conv1, encoder.conv2"
@@ -810,13 +850,17 @@ def test_errors(vae, x_BCYX):
         attention(vae.encode, "encoder.conv1", x_BCYX[:0])
     with pytest.raises(ValueError, match="highest=7 is more than the 6 scores"):
         attention(vae.encode, "encoder.conv1", x_BCYX, Method(highest=7))
-    for output in (
-        lambda mu: {"mu": mu},
-        lambda mu: torch.distributions.Normal(mu, 1),
-        lambda mu: mu[:, 0],
-        lambda mu: [mu[..., None]],
+    for output, got in (
+        (lambda mu: {"latents": mu}, "dict"),
+        (lambda mu: {"mu": mu[:, 0]}, r"\[3\]"),
+        (lambda mu: torch.distributions.Laplace(mu, 1), "Laplace"),
+        (lambda mu: torch.distributions.Normal(mu[..., None], 1), r"\[3, 6, 1\]"),
+        (lambda mu: mu[:, 0], r"\[3\]"),
+        (lambda mu: [mu[..., None]], r"\[3, 6, 1\]"),
+        (lambda mu: (), "tuple"),
+        (lambda mu: None, "NoneType"),
     ):
-        with pytest.raises(TypeError, match=r"encode must put out latents \[B, D\]"):
+        with pytest.raises(TypeError, match=rf"encode must put out latents \[B, D\].*got {got}: wrap it"):
             attention(lambda x, o=output: o(vae.encode(x)[0]), vae.encoder.conv1, x_BCYX)
     tiny = Tiny()
     with pytest.raises(ValueError, match="is reached 2 times"):

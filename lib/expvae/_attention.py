@@ -24,7 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeVar, get_args, overload
+from typing import Any, Literal, TypeVar, get_args, overload
 
 import torch
 from jaxtyping import Float, Int64
@@ -121,7 +121,7 @@ class Attention:
         alpha_BIC: Weight of each channel for each score.
         values_BCHW: The tensor that is weighted: the layer's output, or that of the activation after it.
         latents_BD: The values that the scores are made of: means, samples or differences of all latents.
-        encoded: All that the encoder put out, as a VAE's (mu, logvar).
+        encoded: What the encoder put out, as a VAE's (mu, logvar).
         method: How the maps are made.
         size: Height and width of the images.
         route: The way that α was computed.
@@ -130,7 +130,7 @@ class Attention:
     alpha_BIC: Float[Tensor, "b i c"]
     values_BCHW: Float[Tensor, "b c h w"]
     latents_BD: Float[Tensor, "b d"]
-    encoded: tuple[Tensor, ...]
+    encoded: tuple[Any, ...]
     method: Method
     size: tuple[int, int]
     route: Route
@@ -202,7 +202,7 @@ class Attention:
 
 @overload
 def attention(
-    encode: Callable[[Tensor], Tensor | tuple[Tensor, ...]],
+    encode: Callable[[Tensor], Any],
     layer: str | nn.Module,
     x_BCYX: Float[Tensor, "b c y x"],
     method: str | Method = ...,
@@ -217,7 +217,7 @@ def attention(
 
 @overload
 def attention(
-    encode: Callable[[Tensor], Tensor | tuple[Tensor, ...]],
+    encode: Callable[[Tensor], Any],
     layer: str | nn.Module,
     x_BCYX: Float[Tensor, "b c y x"],
     method: Mapping[Name, str | Method],
@@ -231,7 +231,7 @@ def attention(
 
 
 def attention(
-    encode: Callable[[Tensor], Tensor | tuple[Tensor, ...]],
+    encode: Callable[[Tensor], Any],
     layer: str | nn.Module,
     x_BCYX: Float[Tensor, "b c y x"],
     method: str | Method | Mapping[Name, str | Method] = "liu2020_paper",
@@ -251,8 +251,9 @@ def attention(
     with this method alone and the generator in the same state.
 
     Args:
-        encode: Maps images to latents [B, D], or to a tuple that starts with them, as a VAE's (mu, logvar). Scores that
-            are sampled need the tuple. Activations in place, residual connections and half precision are fine.
+        encode: Maps images to latents [B, D]; to a tuple that starts with them, as a VAE's (mu, logvar); to a dict or
+            dataclass with mu (or mean, loc) and logvar (or log_var); or to a Normal of torch.distributions. Scores
+            that are sampled need both. Activations in place, residual connections and half precision are fine.
         layer: The module whose output is explained, or its dotted path inside `encode`; for a path, `encode` has to
             be a module or a method of one.
         x_BCYX: Images.
@@ -286,7 +287,7 @@ def attention(
 
 
 def attentions(
-    encode: Callable[[Tensor], Tensor | tuple[Tensor, ...]],
+    encode: Callable[[Tensor], Any],
     wanted: Mapping[Name, tuple[str | nn.Module, str | Method]],
     x_BCYX: Float[Tensor, "b c y x"],
     *,

@@ -8,14 +8,16 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
+from itertools import takewhile
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.distributions import Independent, Normal
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -23,6 +25,7 @@ from expvae._gradients import Flow
 
 Score = Literal["each_mean", "sum_of_means", "each_sample", "normal_difference", "most_deviant"]
 SAMPLED = ("each_sample", "normal_difference")
+PARTS = (("mu", "mean", "loc"), ("logvar", "log_var"))  # names of what an encoder puts out by name
 
 
 @dataclass(frozen=True)
@@ -114,15 +117,31 @@ def through(
             raise ValueError(f"{names[layer]} {times} on the way from the images to the latents; it must be once{here}")
         if not isinstance(found[0], Output):
             raise ValueError(f"{names[layer]} puts out {found[0]}, not the [B, C, H, W] of a convolution")
-    encoded = (encoded,) if isinstance(encoded, Tensor) else encoded
-    first = encoded[0] if isinstance(encoded, tuple | list) and len(encoded) else encoded
+    parts = _parts(encoded)
+    first = parts[0] if parts else encoded
     if not isinstance(first, Tensor) or first.ndim != 2:
         got = list(first.shape) if isinstance(first, Tensor) else type(first).__name__
         raise TypeError(
-            f"encode must put out latents [B, D], or a tuple that starts with them, as (mu, logvar); got {got}: "
-            "wrap it in a function that picks them, and give the layer as a module"
+            "encode must put out latents [B, D], a tuple that starts with them, as (mu, logvar), a dict or dataclass "
+            f"with mu and logvar, or a Normal; got {got}: wrap it in a function that picks them, and give the layer as "
+            "a module"
         )
-    return {layer: output for layer, (output,) in outputs.items()}, tuple(encoded)
+    return {layer: output for layer, (output,) in outputs.items()}, parts
+
+
+def _parts(encoded: object) -> tuple:
+    """What an encoder put out, beginning with the means and, where it has them, the logarithms of the variances."""
+    if isinstance(encoded, Tensor | tuple | list):
+        return (encoded,) if isinstance(encoded, Tensor) else tuple(encoded)
+    if isinstance(encoded, Independent):
+        encoded = encoded.base_dist
+    if isinstance(encoded, Normal):
+        return encoded.loc, 2 * encoded.scale.log()
+    if is_dataclass(encoded) and not isinstance(encoded, Mapping):
+        encoded = {field.name: getattr(encoded, field.name) for field in fields(encoded)}
+    named = encoded if isinstance(encoded, Mapping) else {}
+    found = (next((named[name] for name in names if name in named), None) for names in PARTS)
+    return tuple(takewhile(lambda part: part is not None, found))
 
 
 def noise(encoded: tuple, scores: Iterable[Score], generator: torch.Generator | None) -> Float[Tensor, "b d"] | None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         upsample as upsample,
     )
     from expvae._encoder import Score as Score
+    from expvae._gradcam import LatentGradCAM as LatentGradCAM
     from expvae._gradients import RMS_EPSILON as RMS_EPSILON, Normaliser as Normaliser
     from expvae._input_attention import gradient_times_input as gradient_times_input
     from expvae._losses import (
@@ -53,6 +54,7 @@ __getattr__, __all__ = attach(
             "upsample",
         ],
         "_encoder": ["Score"],
+        "_gradcam": ["LatentGradCAM"],
         "_gradients": ["RMS_EPSILON", "Normaliser"],
         "_input_attention": ["gradient_times_input"],
         "_losses": [

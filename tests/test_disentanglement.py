@@ -1,15 +1,22 @@
 """The grid of the disentanglement chapter, what is measured of a model, and the tables of what was measured."""
 
+import json
+import re
+import sys
 from dataclasses import replace
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
+import expvae.__main__
+import expvae_book.__main__
 from expvae import attention
 from expvae.models import DSPRITES_LAYERS, DSpritesVAE, discriminator
-from expvae_book import chapters, disentanglement, factorvae, figures, recipes, runs
+from expvae_book import chapters, disentanglement, example, factorvae, figures, recipes, runs
 from expvae_book.chapters import Job
 from expvae_book.data import dsprites
 from expvae_book.factorvae import VARIANTS, Candidate, Curves, Trained
@@ -284,6 +291,43 @@ def test_the_first_seed_keeps_its_weights_and_the_maps_along_its_traversals(mode
     assert worst == pytest.approx(float(peak), rel=1e-4)
     for name, value in vae.state_dict().items():
         np.testing.assert_array_equal(kept[f"weights/{name}"], value.half().numpy())
+
+
+def test_a_run_becomes_the_example_that_the_command_explains(models, sprites, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(expvae_book.__main__.places, "repository", lambda: tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["expvae_book", "example", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        expvae_book.__main__.main()
+    assert str(models[0].folder) in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["expvae_book", "example", str(models[0].folder)])
+    expvae_book.__main__.main()
+    file = tmp_path / "examples" / "dsprites" / "vae.safetensors"
+    assert capsys.readouterr().out == f"{file}\n"
+    weights = load_file(file)
+    assert {name: value.dtype for name, value in weights.items()} == dict.fromkeys(weights, torch.float16)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    assert metadata["run"] == models[0].label
+    assert json.loads(metadata["recipe"])["source"] == "second report, Table 1"
+    assert metadata["licence"] == "MIT"
+
+    (lines,) = re.findall(r"python -m expvae (explain .*\n.*)", expvae.__main__.EXAMPLE)
+    monkeypatch.setattr(sys, "argv", ["expvae", *lines.replace("\\\n", "").split()])
+    expvae.__main__.main()
+    vae = DSpritesVAE().eval()
+    vae.load_state_dict(weights)
+    x_BCYX = sprites.images(torch.from_numpy(models[0].arrays["shown"])).float()
+    expected = attention(vae.encode, "encoder.conv2", x_BCYX).map_BYX.numpy()
+    found = np.stack([np.load(tmp_path / "maps" / f"sprite{number}.npy") for number in range(1, len(x_BCYX) + 1)])
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.max())
+
+
+def test_a_run_without_weights_is_no_example(models, tmp_path):
+    one = replace(models[0])
+    vars(one)["arrays"] = {"shown": models[0].arrays["shown"]}
+    with pytest.raises(ValueError, match="keeps no weights"):
+        example.save(one, tmp_path)
 
 
 # Tables and figures

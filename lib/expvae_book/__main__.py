@@ -1,10 +1,13 @@
-"""The command line: `verify` holds stored runs against the code as it is, `site` packs the rendered book."""
+"""The command line: `verify` holds stored runs against the code as it is, `site` packs the rendered book.
+
+`example` takes the VAE in examples/ from a stored run.
+"""
 
 import argparse
 import sys
 from pathlib import Path
 
-from expvae_book import places, probes, provenance, runs, site
+from expvae_book import example, places, probes, provenance, runs, site
 
 
 def main() -> None:
@@ -16,14 +19,28 @@ def main() -> None:
     packing = commands.add_parser("site", help="pack the rendered book, with a notice of the licences, in one zip file")
     packing.add_argument("html", type=Path, help="the folder that jupyter-book has made")
     packing.add_argument("archive", type=Path, help="the file to write")
+    taken = commands.add_parser("example", help="write a stored run's weights, and sprites, into examples/dsprites")
+    taken.add_argument("run", nargs="?", type=Path, help="folder of the run; needed where several keep their weights")
     arguments = parser.parse_args()
     if arguments.command == "verify":
         verify(arguments.chapters, command)
+    elif arguments.command == "example":
+        take_example(arguments.run, taken)
     else:
         try:
             site.pack(arguments.html, arguments.archive)
         except OSError as error:
             packing.error(str(error))
+
+
+def take_example(folder: Path | None, command: argparse.ArgumentParser) -> None:
+    """Write the example of a stored run, by default of the only one that keeps its weights."""
+    known = {run.folder.resolve(): run for run in example.candidates()}
+    chosen = list(known) if folder is None else [folder.resolve()]
+    if len(chosen) != 1 or chosen[0] not in known:
+        names = "\n".join(map(str, known)) or "there is none"
+        command.error(f"give the folder of one of the runs that keep their weights:\n{names}")
+    print(example.save(known[chosen[0]], places.repository() / "examples" / "dsprites"))
 
 
 def verify(asked: list[str], command: argparse.ArgumentParser) -> None:

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from expvae.models import DSPRITES_LAYERS, DSpritesVAE, SideBySide, discriminator
-from expvae.models._layers import ToPixels, to_pixels
+from expvae.models import DSPRITES_LAYERS, DSpritesVAE, ToPixels, discriminator, to_pixels
+from expvae_book.side_by_side import SideBySide
 from expvae_book.training import build
 
 # Channels in, channels out and kernel of each convolution: the first report's Figure 5c, with D latents.

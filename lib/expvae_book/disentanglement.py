@@ -12,11 +12,12 @@ from torch import Tensor
 
 from expvae import attention, elbo_terms, kl_divergence, metrics, overlap, sample_latents, total_correlation
 from expvae.metrics import active_units
-from expvae.models import DSpritesVAE, SideBySide
+from expvae.models import DSpritesVAE
 from expvae_book import factorvae, names, runs
 from expvae_book.data import dsprites
 from expvae_book.factorvae import VARIANTS, Trained
 from expvae_book.measures import halved
+from expvae_book.side_by_side import SideBySide
 from expvae_book.training import hold_out
 
 BATCH = 512

@@ -19,11 +19,12 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from expvae import kl_divergence, permute_latents, reconstruction_loss
-from expvae.models import DSpritesVAE, SideBySide, discriminator
+from expvae.models import DSpritesVAE, discriminator
 from expvae_book import devices, protocols, weights
 from expvae_book.checkpoints import State, adam, run, weights_of
 from expvae_book.factorvae_losses import SIDE, VARIANTS, AttentionPenalty, attention_loss, discriminate
 from expvae_book.recipes import StepRecipe
+from expvae_book.side_by_side import SideBySide
 from expvae_book.training import build
 
 Draw = Callable[[Int64[Tensor, " b"]], UInt8[Tensor, "b 1 64 64"]]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from expvae import PRESETS as MAPS
 from expvae import Method, discriminator_loss, overlap, total_correlation, upsample
-from expvae.models import DSPRITES_LAYERS, SideBySide
+from expvae.models import DSPRITES_LAYERS
+from expvae_book.side_by_side import SideBySide
 
 Pairs = Literal["consecutive", "all", "random"]
 Alpha = Literal["second_order", "constant"]

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from expvae.models._dsprites import (
         DSPRITES_LAYERS as DSPRITES_LAYERS,
         DSpritesVAE as DSpritesVAE,
-        SideBySide as SideBySide,
         discriminator as discriminator,
     )
+    from expvae.models._layers import ToPixels as ToPixels, to_pixels as to_pixels
     from expvae.models._mnist import MNISTVAE as MNISTVAE
     from expvae.models._mvtec import (
         BrongersMVTecVAE as BrongersMVTecVAE,
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 __getattr__, __all__ = attach(
     __name__,
     {
-        "_dsprites": ["DSPRITES_LAYERS", "DSpritesVAE", "SideBySide", "discriminator"],
+        "_dsprites": ["DSPRITES_LAYERS", "DSpritesVAE", "discriminator"],
+        "_layers": ["ToPixels", "to_pixels"],
         "_mnist": ["MNISTVAE"],
         "_mvtec": ["BrongersMVTecVAE", "MVTecVAE", "Report2MVTecVAE", "imagenet_weights"],
         "_rbm": [

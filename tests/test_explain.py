@@ -45,7 +45,7 @@ def place(tmp_path, monkeypatch):
 
 GIVEN = {
     "--model": "expvae.models:DSpritesVAE",
-    "--arguments": "latent_dim=4",
+    "--argument": "latent_dim=4",
     "--weights": "vae.safetensors",
     "--layer": "encoder.conv2",
     "--out": "maps",
@@ -121,7 +121,7 @@ def test_an_encoder_of_ones_own_by_any_name(place, explain):
     own = Coloured(4, bias=False).eval()
     save_file(own.state_dict(), "own.safetensors")
     given = {"model": "test_explain.Coloured", "weights": "own.safetensors", "layer": "conv", "encode": "posterior"}
-    assert "3 maps are in maps" in explain(**given, arguments='{"width": 4, "bias": false, "name": "x"}')
+    assert "3 maps are in maps" in explain(**given, argument='{"width": 4, "bias": false, "name": "x"}')
     x_BCYX = torch.from_numpy(np.asarray(Image.open("images/b.png").convert("RGB")) / np.float32(255))
     found = attention(own.posterior, own.conv, x_BCYX.permute(2, 0, 1)[None])
     np.testing.assert_allclose(np.load("maps/b.npy"), found.map_BYX[0].numpy(), rtol=1e-4, atol=1e-6)
@@ -167,11 +167,11 @@ def nothing(_place):
         (nothing, {"model": "nowhere:VAE"}, r"--model nowhere:VAE cannot be made from .*: No module named 'nowhere'"),
         (nothing, {"model": "expvae.models:VAE"}, "--model expvae.models:VAE cannot .* has no attribute 'VAE'"),
         (nothing, {"model": "VAE"}, "--model VAE cannot be made from"),
-        (nothing, {"arguments": "width=3"}, r"from \{'width': 3\}: .*unexpected keyword argument 'width'"),
-        (nothing, {"arguments": "{latent_dim: 4}"}, r"--arguments \{latent_dim: 4\}: Expecting property name"),
+        (nothing, {"argument": "width=3"}, r"from \{'width': 3\}: .*unexpected keyword argument 'width'"),
+        (nothing, {"argument": "{latent_dim: 4}"}, r"--argument \{latent_dim: 4\}: Expecting property name"),
         (
             nothing,
-            {"arguments": "latent_dim=5"},
+            {"argument": "latent_dim=5"},
             r"--weights vae\.safetensors do not fit .*: size mismatch for en",
         ),
         (nothing, {"model": "expvae.models:MNISTVAE"}, r"do not fit .*: MNISTVAE: (size mismatch|Missing key)"),

@@ -4,13 +4,11 @@ import argparse
 import json
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from operator import attrgetter
 from pathlib import Path
-from textwrap import shorten
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +23,7 @@ try:
     from safetensors.torch import load_model
     from tqdm import tqdm
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}; what this command needs comes with the extra cli: pip install '.[cli]'")
+    raise SystemExit(f"{error}; what this command needs comes with the extra cli: pip install '.[cli]'") from None
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 JSON = re.compile(r'true|false|null|-?\d.*|[\["{].*')  # how what is no plain text begins
@@ -55,7 +53,7 @@ def main() -> None:
     option = command.add_argument
     option("images", type=Path, help="folder of images, whose values go into the model as numbers between 0 and 1")
     option("--model", required=True, help="class of the VAE, as package.module:Class")
-    option("--arguments", nargs="*", default=[], metavar="NAME=VALUE", help="of its constructor, or one JSON object")
+    option("--argument", action="append", default=[], metavar="NAME=VALUE", help="of its constructor; or a JSON object")
     option("--weights", type=Path, required=True, help="its weights, a safetensors file")
     option("--encode", default="encode", help="its method that maps images to latents; default %(default)s")
     option("--layer", required=True, help="path inside the model of the layer that is explained, as encoder.conv2")
@@ -84,7 +82,7 @@ def explain(asked: argparse.Namespace) -> str:
         raise ValueError("--batch must be 1 or more" if asked.batch < 1 else f"--out {asked.out} is there already")
     model = _model(asked)
     with _said(f"--encode {asked.encode} of {asked.model}"):
-        encode = attrgetter(asked.encode)(model)
+        encode = getattr(model, asked.encode)
     convolved = (module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
     mode = "L" if (asked.channels or next(convolved, 3)) == 1 else "RGB"
     files, highest, generator = _images(asked.images, asked.size), 0.0, torch.Generator().manual_seed(0)
@@ -109,9 +107,9 @@ def explain(asked: argparse.Namespace) -> str:
 
 def _model(asked: argparse.Namespace) -> nn.Module:
     """The model with its weights, on its device, in evaluation mode."""
-    arguments, (module, _, name) = {}, asked.model.replace(":", ".").rpartition(".")
-    with _said(f"--arguments {' '.join(asked.arguments)}"):
-        for text in asked.arguments:
+    arguments, (module, _, name) = dict[str, Any](), asked.model.replace(":", ".").rpartition(".")
+    with _said(f"--argument {' '.join(asked.argument)}"):
+        for text in asked.argument:
             key, _, value = text.partition("=")
             read = json.loads(value) if JSON.fullmatch(value) else value
             arguments |= json.loads(text) if text.startswith("{") else {key: read}
@@ -164,7 +162,7 @@ def _said(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         said = " ".join(str(error).split()).removeprefix("Error(s) in loading state_dict for ")
-        raise ValueError(f"{what}: {shorten(said or type(error).__name__, 300)}") from error
+        raise ValueError(f"{what}: {(said or type(error).__name__)[:300]}") from error
 
 
 if __name__ == "__main__":

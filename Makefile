@@ -1,5 +1,5 @@
 # make reproduce   runs every chapter on the data it finds and builds the book
-# make test        checks the style and runs the tests
+# make test        checks the style and the types, and runs the tests
 # make book        builds the book from the stored runs
 # make site        packs it in one archive, _build/site.zip, that opens without a network
 # make plan        lists the published runs that are missing or outdated, and how long they take
@@ -69,6 +69,7 @@ ablations: mnist-1 mnist-3
 test: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 # Pages read and draw; on threads of their own they would but wait for each other.

@@ -5,6 +5,7 @@ which all differ. Nothing here knows of VAEs: an encoder is a callable from imag
 inside it.
 
 Notation, as suffixes of tensor names:
+
     B  batch                    C  channels of the layer
     H W  resolution of the layer    Y X  resolution of the image
     D  latents                  I  index of the score (a latent, or one for their sum)
@@ -24,7 +25,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, TypeVar, get_args, overload
+from typing import Any, Literal, TypeVar, cast, get_args, overload
 
 import torch
 from jaxtyping import Float, Int64
@@ -192,7 +193,8 @@ class Attention:
             return upsample(map_B1HW, self.size, method.align_corners).squeeze(1)
         at_once = max(1, CHUNK_BYTES // (4 * b * self.size[0] * self.size[1]))
         parts = [slice(start, start + at_once) for start in range(0, i, at_once)]
-        return sum(_weighted(weight_BI[:, None, part], self._enlarged(part)) for part in parts).squeeze(1)
+        summed = (_weighted(weight_BI[:, None, part], self._enlarged(part)) for part in parts)
+        return sum(summed, weight_BI.new_zeros(())).squeeze(1)
 
     def _enlarged(self, part: slice) -> Tensor:
         if self.method.channels == "abs_of_sum":
@@ -280,7 +282,7 @@ def attention(
         TypeError: If a path is given and `encode` is no module, or if `encode` puts out no latents [B, D].
     """
     wanted = {name: (layer, one) for name, one in (method if isinstance(method, Mapping) else {None: method}).items()}
-    found = attentions(
+    found: dict[Any, Attention] = attentions(
         encode, wanted, x_BCYX, latents=latents, normal=normal, generator=generator, graph=graph, route=route
     )
     return found if isinstance(method, Mapping) else found[None]
@@ -311,10 +313,10 @@ def attentions(
             raise ValueError(f"{name}={value!r} is unknown; choose one of: {', '.join(get_args(kind))}")
     if len(x_BCYX) == 0:
         raise ValueError("x_BCYX must hold at least one image, got none")
-    alike = defaultdict(dict)
+    alike: defaultdict[Score, dict[Any, tuple[str | nn.Module, Method]]] = defaultdict(dict)
     for name, (layer, one) in methods.items():
         alike[one.score][name] = layer, one
-    results, size = {}, tuple(x_BCYX.shape[-2:])
+    results, size = {}, (x_BCYX.shape[2], x_BCYX.shape[3])
     with torch.inference_mode(False), torch.enable_grad():
         x_BCYX = x_BCYX.clone() if x_BCYX.is_inference() else x_BCYX
         outputs, encoded = through(encode, [layer for layer, _ in methods.values()], x_BCYX, attached=graph != "none")
@@ -333,7 +335,7 @@ def attentions(
                 values.append(widened(values_BCHW))
             # Where the encoder runs under autocast, the sums here keep their digits.
             with torch.autocast(x_BCYX.device.type, enabled=False):
-                alphas = mean_gradients(flows, route, second_order=graph == "second_order")
+                alphas = mean_gradients(flows, cast(Route, route), second_order=graph == "second_order")
             for (name, (layer, one)), values_BCHW, (alpha_BIC, taken) in zip(
                 sharing.items(), values, alphas, strict=True
             ):

@@ -12,6 +12,7 @@ In comments and annotations, N counts the I · B of a stack, and below means nea
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -25,10 +26,10 @@ Rule = Callable[[Tensor], Tensor]
 # Activations, by the name of their node in the graph: the values after them from those before them.
 ACTIVATIONS: dict[str, Callable[[Tensor, Node], Tensor]] = {
     "ReluBackward0": lambda before, _node: before.relu(),
-    "LeakyReluBackward0": lambda before, node: F.leaky_relu(before, node._saved_negative_slope),
-    "LeakyReluBackward1": lambda before, node: F.leaky_relu(before, node._saved_negative_slope),  # in place
+    "LeakyReluBackward0": lambda before, node: F.leaky_relu(before, saved(node, "negative_slope")),
+    "LeakyReluBackward1": lambda before, node: F.leaky_relu(before, saved(node, "negative_slope")),  # in place
     "SiluBackward0": lambda before, _node: F.silu(before),
-    "GeluBackward0": lambda before, node: F.gelu(before, approximate=node._saved_approximate),
+    "GeluBackward0": lambda before, node: F.gelu(before, approximate=saved(node, "approximate")),
     "SigmoidBackward0": lambda before, _node: before.sigmoid(),
     "TanhBackward0": lambda before, _node: before.tanh(),
 }
@@ -93,11 +94,21 @@ def shape_of(edge: GradientEdge) -> torch.Size:
     return torch.Size(edge.node._input_metadata[edge.output_nr].shape)
 
 
+def entry_of(node: Node, place: int) -> GradientEdge:
+    """The edge of the tensor that comes in at a place where gradients are recorded."""
+    return GradientEdge(*cast(tuple[Node, int], node.next_functions[place]))
+
+
+def saved(node: Node, name: str, *default: Any) -> Any:
+    """What autograd keeps at an operation for its backward pass, of which PyTorch's types do not tell."""
+    return getattr(node, f"_saved_{name}", *default)
+
+
 def elementwise(node: Node, place: int) -> bool:
     """Whether each value out comes from the one at its place in that input, and others that no image changes."""
     name = node.name()
     if name in NORMALISATIONS:
-        return place == 0 and not node._saved_training
+        return place == 0 and not saved(node, "training")
     return name in ACTIVATIONS or name in COPIES or name == "AddBackward0"
 
 
@@ -151,12 +162,12 @@ def _folds(node: Node, ends: Collection[Node], users: Users) -> bool:
 
 
 def _has_rule(node: Node, place: int) -> bool:
-    output, entry = shape_of(GradientEdge(node, 0)), shape_of(GradientEdge(*node.next_functions[place]))
+    output, entry = shape_of(GradientEdge(node, 0)), shape_of(entry_of(node, place))
     if entry[:1] != output[:1] or not entry:
         return False
     match node.name():
         case "ConvolutionBackward0":
-            return place == 0 and len(entry) == 4 and not node._saved_transposed
+            return place == 0 and len(entry) == 4 and not saved(node, "transposed")
         case "AddBackward0":
             return entry == output
         case "AddmmBackward0":
@@ -176,17 +187,17 @@ def _rule(node: Node, place: int, users: Users, folded: Collection[Node]) -> Rul
         users: As for the graph.
         folded: Batch normalisations whose scale is in the weights of the convolution below them.
     """
-    below = GradientEdge(*node.next_functions[place])
+    below = entry_of(node, place)
     entry, dtype = shape_of(below)[1:], below.node._input_metadata[below.output_nr].dtype
     match node.name():
         case "ConvolutionBackward0":
             above = GradientEdge(users[node][0][0], 0)
             return _convolution(node, entry, derivative(above, GradientEdge(node, 0)) if above.node in folded else None)
         case "AddBackward0":
-            alpha = node._saved_alpha if place else 1
+            alpha = saved(node, "alpha") if place else 1
             return lambda gradient_N: (gradient_N if alpha == 1 else alpha * gradient_N).to(dtype)
         case "AddmmBackward0" | "MmBackward0":
-            weight, alpha = node._saved_mat2.mT, getattr(node, "_saved_alpha", 1)
+            weight, alpha = saved(node, "mat2").mT, saved(node, "alpha", 1)
             return lambda gradient_N: gradient_N @ weight if alpha == 1 else alpha * (gradient_N @ weight)
         case "MaxPool2DWithIndicesBackward0":
             return _max_pool(node, entry)
@@ -199,11 +210,12 @@ def _rule(node: Node, place: int, users: Users, folded: Collection[Node]) -> Rul
 
 
 def _convolution(node: Node, entry: torch.Size, scale_BKHW: Tensor | None) -> Rule:
-    weight, stride, dilation = node._saved_weight.detach(), node._saved_stride, node._saved_dilation
+    weight, stride, dilation = saved(node, "weight").detach(), saved(node, "stride"), saved(node, "dilation")
+    groups, around = saved(node, "groups"), saved(node, "padding")
     if scale_BKHW is not None:
         weight = weight * scale_BKHW[0, :, :1, :1].unsqueeze(1).to(weight.dtype)
-    padding = [d * (k - 1) - p for k, p, d in zip(weight.shape[2:], node._saved_padding, dilation, strict=True)]
-    if set(stride) == {1} and node._saved_groups == 1 and min(padding) >= 0:
+    padding = [d * (k - 1) - p for k, p, d in zip(weight.shape[2:], around, dilation, strict=True)]
+    if set(stride) == {1} and groups == 1 and min(padding) >= 0:
         # A convolution itself, which is faster where it is taken as one.
         turned = _laid(weight.flip(2, 3).transpose(0, 1))
         return lambda gradient_N: F.conv2d(gradient_N, turned, padding=padding, dilation=dilation)
@@ -212,22 +224,21 @@ def _convolution(node: Node, entry: torch.Size, scale_BKHW: Tensor | None) -> Ru
     def rule(gradient_N: Tensor) -> Tensor:
         shape = gradient_N.new_empty(1).expand(len(gradient_N), *entry)
         return torch.ops.aten.convolution_backward(
-            gradient_N, shape, weight, None, stride, node._saved_padding, dilation, False, (0, 0), node._saved_groups,
-            (True, False, False),
-        )[0]  # fmt: skip
+            gradient_N, shape, weight, None, stride, around, dilation, False, (0, 0), groups, (True, False, False)
+        )[0]
 
     return rule
 
 
 def _max_pool(node: Node, entry: torch.Size) -> Rule:
-    indices_B = node._saved_result1
-    window = (node._saved_kernel_size, node._saved_stride, node._saved_padding, node._saved_dilation)
+    indices_B = saved(node, "result1")
+    window = (saved(node, "kernel_size"), saved(node, "stride"), saved(node, "padding"), saved(node, "dilation"))
 
     def rule(gradient_N: Tensor) -> Tensor:
         shape = _laid(gradient_N.new_empty((len(gradient_N), *entry)))
         indices_N = _laid(indices_B.repeat(len(gradient_N) // len(indices_B), 1, 1, 1))
         return torch.ops.aten.max_pool2d_with_indices_backward(
-            gradient_N, shape, *window, node._saved_ceil_mode, indices_N
+            gradient_N, shape, *window, saved(node, "ceil_mode"), indices_N
         )
 
     return rule

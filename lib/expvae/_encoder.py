@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from itertools import takewhile
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -78,7 +78,7 @@ class Output:
             return flow
         base = self.tensor._base
         others = [] if base is None or not base.requires_grad else flow.users.get(get_gradient_edge(base).node, [])
-        read_too = len(flow.users[self.edge.node]) > 1 or others
+        read_too = len(flow.users[flow.target.node]) > 1 or others
         if self.tensor._version != self.version or (self.copy._version and read_too):
             raise ValueError(
                 f"{self.named}: its output shares memory with a tensor that is read or changed in place beside it; "
@@ -161,7 +161,7 @@ def latents_of(
 ) -> Float[Tensor, "b d"]:
     """The means, a sample, or a sample of the normal difference distribution."""
     mu_BD = encoded[0]
-    if score not in SAMPLED:
+    if score not in SAMPLED or epsilon_BD is None:
         return mu_BD
     logvar_BD = encoded[1]
     if score == "each_sample":
@@ -228,7 +228,7 @@ def _outputs(
     modules: Mapping[str | nn.Module, nn.Module], names: Mapping[str | nn.Module, str], attached: bool
 ) -> Iterator[dict[str | nn.Module, list]]:
     """Collect what each module puts out."""
-    outputs, here = {layer: [] for layer in modules}, threading.get_ident()
+    outputs, here = {layer: list[Any]() for layer in modules}, threading.get_ident()
 
     def keep(layer: str | nn.Module, _module: nn.Module, _inputs: tuple, output: object) -> object:
         if threading.get_ident() != here:  # another thread uses the same model

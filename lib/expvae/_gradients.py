@@ -49,6 +49,8 @@ from expvae._backward import (
     Users,
     derivative,
     elementwise,
+    entry_of,
+    saved,
     shape_of,
 )
 
@@ -87,10 +89,10 @@ class _Entry:
 
     def gate(self, target: GradientEdge) -> Float[Tensor, "b c h w"] | None:
         """g: the derivative of each value by the one of A that it comes from; None where that is one."""
-        slope_BCHW = 1.0
+        slope_BCHW = torch.ones(())
         for pool in self.pools:
-            place_BCHW = pool._saved_result1
-            before_BCHW = slope_BCHW * derivative(GradientEdge(*pool.next_functions[0]), target)
+            place_BCHW = saved(pool, "result1")
+            before_BCHW = slope_BCHW * derivative(entry_of(pool, 0), target)
             slope_BCHW = before_BCHW.flatten(2).gather(2, place_BCHW.flatten(2)).reshape(place_BCHW.shape)
             target = GradientEdge(pool, 0)
         if self.gated:
@@ -104,10 +106,8 @@ def without_scores(node: Node, weight: Tensor, gate_BCHW: Tensor) -> Float[Tenso
     weight = weight.detach().to(gate_BCHW.dtype)
     if weight.ndim == 2:
         return torch.bmm(gate_BCHW.flatten(2).transpose(0, 1), weight.reshape(c, h * w, -1)).transpose(0, 1)
-    kernel = tuple(weight.shape[2:])
-    window_BCTP = F.unfold(
-        gate_BCHW.reshape(b * c, 1, h, w), kernel, node._saved_dilation, node._saved_padding, node._saved_stride
-    ).reshape(b, c, kernel[0] * kernel[1], -1)
+    window = (tuple(weight.shape[2:]), *(saved(node, name) for name in ("dilation", "padding", "stride")))
+    window_BCTP = F.unfold(gate_BCHW.reshape(b * c, 1, h, w), *window).reshape(b, c, weight[0, 0].numel(), -1)
     return torch.matmul(weight.transpose(0, 1).flatten(2), window_BCTP).flatten(2)
 
 
@@ -224,7 +224,7 @@ class Flow:
             weight = _weight(node, place, shape_of(edge), shape)
             if weight is not None:
                 linears.append((node, weight))
-            elif node.name() == "AddBackward0" and (place == 0 or node._saved_alpha == 1):
+            elif node.name() == "AddBackward0" and (place == 0 or saved(node, "alpha") == 1):
                 sums.append(node)
             else:
                 return None
@@ -243,7 +243,7 @@ class Flow:
         images = _at_once(c * k * len(linears)) if len(gate_BCHW) > 1 else b
         alphas = []
         for start in range(0, b, images):
-            part, alpha_BIC = slice(start, start + images), 0
+            part, alpha_BIC = slice(start, start + images), like.new_zeros(())
             for linear, G_IB in zip(linears, gradients, strict=False):
                 G_BIK = G_IB[:, part].flatten(2).transpose(0, 1).to(gate_BCHW.dtype)
                 V_BCK = without_scores(*linear, gate_BCHW[part])
@@ -352,11 +352,11 @@ def widened(tensor: Tensor) -> Tensor:
 def _weight(node: Node, place: int, entry: torch.Size, shape: torch.Size) -> Tensor | None:
     """The weight of a plain convolution, or a fully connected layer, of an input with A's values; None of all else."""
     if (node.name(), place) == ("ConvolutionBackward0", 0):
-        plain = not node._saved_transposed and node._saved_groups == 1 and entry == shape
-        return node._saved_weight if plain else None
+        plain = not saved(node, "transposed") and saved(node, "groups") == 1 and entry == shape
+        return saved(node, "weight") if plain else None
     if (node.name(), place) in (("AddmmBackward0", 1), ("MmBackward0", 0)):
-        plain = entry == (shape[0], shape[1:].numel()) and getattr(node, "_saved_alpha", 1) == 1
-        return node._saved_mat2 if plain else None
+        plain = entry == (shape[0], shape[1:].numel()) and saved(node, "alpha", 1) == 1
+        return saved(node, "mat2") if plain else None
     return None
 
 

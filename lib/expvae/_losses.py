@@ -3,9 +3,11 @@
 Suffixes as in expvae.attention; M models side by side.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 
@@ -35,7 +37,7 @@ def sample_latents(
 
 
 def elbo_terms(
-    model: nn.Module, x_BCYX: Float[Tensor, "b c y x"], generator: torch.Generator
+    model: Any, x_BCYX: Float[Tensor, "b c y x"], generator: torch.Generator
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
     """The two terms of the negative ELBO of each image, with one sample of z.
 

@@ -87,15 +87,15 @@ def with_masks(
     score_NYX = as_array(score_NYX)
     if score_NYX.ndim == 0:
         raise ValueError("score must have its first axis count images, got a single number.")
-    if hasattr(truth, "shape"):
+    if not isinstance(truth, Sequence):
         return *checked(score_NYX, truth), np.arange(len(score_NYX))
     if len(truth) != len(score_NYX):
         raise ValueError(f"truth must hold one mask or None per image, got {len(truth)} for {len(score_NYX)} images.")
     kept_M = np.flatnonzero([mask is not None or without_mask == "normal" for mask in truth])
     truth_MYX = np.zeros((len(kept_M), *score_NYX.shape[1:]), dtype=bool)
-    for mask_YX, image in zip(truth_MYX, kept_M, strict=True):
-        if truth[image] is not None:
-            mask_YX[...] = checked(score_NYX[image], truth[image])[1]
+    for mask_YX, image in zip(truth_MYX, kept_M.tolist(), strict=True):
+        if (mask := truth[image]) is not None:
+            mask_YX[...] = checked(score_NYX[image], mask)[1]
     return *checked(score_NYX[kept_M], truth_MYX), kept_M
 
 

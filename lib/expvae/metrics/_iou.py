@@ -225,11 +225,11 @@ def _resampled(
     counts = [count.astype(np.float64) for count in counts]
     pooled = [summed(count) for count in counts]
     # Of images that do not count the IoU may be 0/0, which no weight of 0 would remove.
-    each = {classes: np.nan_to_num(_iou(*counts, classes)) for classes in get_args(Classes)}
-    found = {}
+    each = {classes: np.nan_to_num(_iou(*counts, classes=classes)) for classes in get_args(Classes)}
+    found: dict[tuple[Average, Classes], np.ndarray] = {}
     for average, classes in CONVENTIONS:
         if average == "pooled":
-            found[average, classes] = _iou(*pooled, classes)
+            found[average, classes] = _iou(*pooled, classes=classes)
             continue
         counting_N1 = np.ones_like(counts[2]) if average == "per image" else (counts[2] > 0).astype(np.float64)
         if counting_N1.all() and ("per image", classes) in found:
@@ -245,6 +245,7 @@ def _iou(
     fp: Float[np.ndarray, "m t"],
     positive: Float[np.ndarray, "m 1"],
     negative: Float[np.ndarray, "m 1"],
+    *,
     classes: Classes,
 ) -> Float[np.ndarray, "m t"]:
     """IoU of the anomalous class, or the mean over the classes that are not 0/0; NaN where all are."""

@@ -53,9 +53,9 @@ class PixelScores:
     best_mean_iou: float
     best_mean_iou_threshold: float
     grid_iou: float
-    aupro: float | None
-    iou: float | None
-    mean_iou: float | None
+    aupro: float | None = None
+    iou: float | None = None
+    mean_iou: float | None = None
 
 
 def auroc_of_counts(
@@ -99,9 +99,7 @@ def from_counts(
     highest_1 = np.array([score_K[occurs_K][-1] if highest is None else highest], dtype=np.float64)
     region_1K = None if region_K is None else region_K[None]
     found = of_resamples(score_K, negative_K[None], positive_K[None], region_1K, highest_1, threshold)
-    return PixelScores(
-        **dict.fromkeys(("aupro", "iou", "mean_iou")) | {name: float(of_1[0]) for name, of_1 in found.items()}
-    )
+    return PixelScores(**{name: float(of_1[0]) for name, of_1 in found.items()})
 
 
 def of_resamples(

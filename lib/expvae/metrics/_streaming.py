@@ -132,7 +132,7 @@ class PixelMetrics:
             unit_P = np.repeat(self._indices(unit_U.tolist())[place_M], pixels_M)
         key_P = histogram.keys(score_P, truth_P, unit_P)
         self._waiting.append(key_P)
-        if self.regions:
+        if size_A is not None:
             shares = histogram.Histogram(
                 key_P[truth_P] + (1 << histogram.CLASS_BIT), np.rint(SHARE / size_A).astype(np.int64), 0
             )
@@ -297,15 +297,15 @@ def auroc_difference(
     require_resampling(resamples, level)
     value, units = first.compute().auroc - second.compute().auroc, len(first._unit_index)
     truths = [counts._by_sorted_unit().truth_2U(len(counts._unit_index)) for counts in (first, second)]
-    if first._unit_index.keys() != second._unit_index.keys() or not np.array_equal(*truths):
+    if first._unit_index.keys() != second._unit_index.keys() or not np.array_equal(truths[0], truths[1]):
         raise ValueError("first and second must hold the same units with the same truth.")
     auroc_R = first.resampled_aurocs(seed, resamples) - second.resampled_aurocs(seed, resamples)
     return percentile_interval(value, auroc_R[1:], level, units, value - auroc_R[0])
 
 
 def _unit_names(unit: Shaped[Array, " b"] | Sequence[Unit], images: int) -> Shaped[np.ndarray, " b"]:
-    names = as_array(unit) if hasattr(unit, "shape") else np.asarray(unit, dtype=None if len(unit) else int)
-    mixed = not hasattr(unit, "shape") and len({isinstance(name, str) for name in unit}) > 1
+    names = np.asarray(unit, dtype=None if len(unit) else int) if isinstance(unit, Sequence) else as_array(unit)
+    mixed = isinstance(unit, Sequence) and len({isinstance(name, str) for name in unit}) > 1
     if mixed or names.shape != (images,) or names.dtype.kind not in "iuU":
         raise ValueError(
             f"unit must hold one whole number or name per image, got {names.dtype} of shape {names.shape} "

@@ -1,6 +1,6 @@
 """Transposed convolutions of the decoders, on a CPU faster than PyTorch's own, and equal to them to rounding."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -16,10 +16,11 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     that it is takes less than one.
     """
 
-    def forward(self, x_BCYX: Float[Tensor, "b c y x"]) -> Float[Tensor, "b k v u"]:
+    # A decoder asks for no size of the output.
+    def forward(self, x_BCYX: Float[Tensor, "b c y x"]) -> Float[Tensor, "b k v u"]:  # type: ignore[override]
         """The weighted inputs, spread out by the stride, and the bias."""
-        spread_BCYX = F.conv_transpose2d(x_BCYX, self.weight, None, self.stride, self.padding)
-        return spread_BCYX.add_(self.bias[:, None, None])
+        spread_BCYX = F.conv_transpose2d(x_BCYX, self.weight, None, self.stride, cast(tuple[int, int], self.padding))
+        return spread_BCYX.add_(cast(Tensor, self.bias)[:, None, None])
 
 
 def to_pixels(
@@ -47,9 +48,10 @@ def to_pixels(
 class ToPixels(nn.ConvTranspose2d):
     """The last layer of a decoder of grey images: kernel 4, stride 2, padding 1, one channel; see `to_pixels`."""
 
-    def forward(self, x_BCHW: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 y x"]:
+    # As of every decoder.
+    def forward(self, x_BCHW: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 y x"]:  # type: ignore[override]
         """Logits of the pixels."""
-        return to_pixels(x_BCHW, self.weight, self.bias)
+        return to_pixels(x_BCHW, self.weight, cast(Tensor, self.bias))
 
 
 class _ToPixels(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import cast
 from urllib.error import URLError
 
 import torch
@@ -45,9 +46,9 @@ class MVTecVAE(nn.Module):
     Args:
         latent_dim: Number of latents, D.
         weights: Where the ResNet starts: None at random, otherwise at these tensors by torchvision's names, such as
-            :func:`imagenet_weights` gives. Those of the classifier are not used and, like the counters of batches, may
+            `imagenet_weights` gives. Those of the classifier are not used and, like the counters of batches, may
             be absent. ImageNet's were trained on images normalised by ImageNet's mean and standard deviation, and with
-            weights :meth:`encode` normalises its images likewise.
+            weights `encode` normalises its images likewise.
         frozen: Whether the ResNet stays as it starts, so that only the linear layers of the encoder and the decoder
             are trained. Its weights are then buffers instead of parameters, and its batch normalisation always uses the
             stored means and variances.
@@ -103,7 +104,7 @@ class MVTecVAE(nn.Module):
         return self.mu(hidden).float(), self.logvar(hidden).float()
 
     def _resnet(self) -> nn.Sequential:
-        return self.encoder[: list(dict(self.encoder.named_children())).index("flatten")]
+        return cast(nn.Sequential, self.encoder[: list(dict(self.encoder.named_children())).index("flatten")])
 
     def decode(self, z_BI: Float[Tensor, "b i"]) -> Float[Tensor, "b 3 256 256"]:
         """Logits of the pixels given the latents; their sigmoid is the image in (0, 1)."""
@@ -117,7 +118,7 @@ class BrongersMVTecVAE(nn.Module):
     pooling and one linear layer 512→2D. Images are standardised first with the mean and the standard deviation that its
     code gives for MVTec AD. Decoder: that of the first report with ReLU after the linear layers too.
 
-    Layers are named as in :class:`MVTecVAE`; ``encoder.layer2.1.conv1``, the one that its code explains, is 128x64x64
+    Layers are named as in `MVTecVAE`; ``encoder.layer2.1.conv1``, the one that its code explains, is 128x64x64
     here.
 
     Source: github.com/FrankBrongers/Reproducing_expVAE, ``models/resnet18_3.py``.
@@ -163,7 +164,7 @@ class Report2MVTecVAE(nn.Module):
     For the categories whose images are grey the code has one channel, and leaves them in [0, 1]; here they have three
     equal ones, and are treated as the others.
 
-    Layers are named as in :class:`MVTecVAE`; ``encoder.layer1.0.conv2``, the one that its code explains, is 64x64x64.
+    Layers are named as in `MVTecVAE`; ``encoder.layer1.0.conv2``, the one that its code explains, is 64x64x64.
 
     Source: github.com/Carmoondedraak/FACT-2021, ``expVAE_pl/vae_model.py``, whose networks are ``resnet18_encoder`` and
     ``resnet18_decoder`` of github.com/Lightning-Universe/lightning-bolts with ``first_conv`` and ``maxpool1``.

@@ -24,7 +24,8 @@ of a convolutional one.
 """
 
 import math
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Literal, cast, get_args
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -106,6 +107,8 @@ class Machine(nn.Module):
     weight: nn.Parameter
     visible_bias: nn.Parameter
     hidden_bias: nn.Parameter
+    hidden_fields: Callable[[Tensor], Tensor]
+    visible_fields: Callable[[Tensor], Tensor]
 
     def __init__(
         self,
@@ -117,7 +120,7 @@ class Machine(nn.Module):
         super().__init__()
         if units not in get_args(Units):
             raise ValueError(f"units={units!r} is unknown; choose one of: {', '.join(get_args(Units))}")
-        self.units: Units = units
+        self.units = cast(Units, units)
         self.step = 1.0 if units == "binary" else 2.0
         self.visible_shape, self.hidden_shape = visible_shape, hidden_shape
         self.weight = nn.Parameter(torch.empty(weight_shape).normal_(std=INITIAL_DEVIATION))
@@ -186,14 +189,16 @@ class Machine(nn.Module):
                 outside the range of means of the units, or NaN.
         """
         require_means("v", v, self.units)
-        if (temperature is None) != (generator is None):
-            raise ValueError("temperature and generator belong together; give both for relaxed units, none for means")
-        fields = self.hidden_fields(v)
-        if temperature is None:
-            return fields
+        if temperature is None or generator is None:
+            if temperature is not None or generator is not None:
+                raise ValueError(
+                    "temperature and generator belong together; give both for relaxed units, none for means"
+                )
+            return self.hidden_fields(v)
         if not temperature > 0:
             raise ValueError(f"temperature={temperature} must be positive")
         # A product, not a quotient, is what expvae._gradients knows how to take for many scores at once.
+        fields = self.hidden_fields(v)
         return (fields + logistic_noise(fields, generator) / self.step) * (1 / temperature)
 
     def activate(self, fields: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

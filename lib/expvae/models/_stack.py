@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -39,7 +40,7 @@ class Stack(nn.Module):
                     f"layers[{index}] has visible units of shape {list(layer.visible_shape)}, but what is below it has "
                     f"{list(below)}"
                 )
-        self.layers = nn.ModuleList(layers)
+        self.layers = cast(Sequence[Machine], nn.ModuleList(layers))
         self.maps = nn.ModuleList(
             nn.Identity() if len(layer.hidden_shape) == 3 else nn.Unflatten(1, (1, *_grid(layer.hidden_shape[0])))
             for layer in layers

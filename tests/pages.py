@@ -12,8 +12,9 @@ from expvae_book import render
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BOOK = REPOSITORY / "book"
-PAGES = [entry["file"] for entry in yaml.safe_load((BOOK / "_toc.yml").read_text())["chapters"]]
-PAGES += [yaml.safe_load((BOOK / "_toc.yml").read_text())["root"]]
+CONTENTS = yaml.safe_load((BOOK / "_toc.yml").read_text())
+PAGES = [one["file"] for entry in CONTENTS["chapters"] for one in (entry, *entry.get("sections", ()))]
+PAGES += [CONTENTS["root"]]
 
 HEADER = """\
 ---

@@ -1,6 +1,7 @@
 """The rendered book: the real one, and small ones that show what happens to missing runs and to errors."""
 
 import ast
+import inspect
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -16,6 +18,7 @@ import jupytext
 import pytest
 from bs4 import BeautifulSoup
 
+import expvae
 from expvae_book import render, runs
 from expvae_book.data.card import DataCard
 from expvae_book.protocols import VERSIONS
@@ -26,6 +29,8 @@ RUN_CELLS = ("chapters.run(", "chapters.job(", "chapters.jobs(", "page.jobs(")
 LACKING = "The stored run lacks what this page shows from here on."
 MISSING = "No stored run of this chapter"
 UNSTORED = "No outputs of this page are stored"
+LIBRARY = ("library", "library-measures", "library-models")
+PACKAGES = ("expvae", "expvae.metrics", "expvae.models")
 
 
 def notebooks() -> dict[str, object]:
@@ -118,6 +123,32 @@ def test_internal_links_lead_somewhere(soups, html):
                 assert unquote(address.fragment) in targets[name], f"{page}: {link['href']}"
             count += 1
     assert count > len(PAGES)
+
+
+def test_the_pages_on_the_library_describe_all_that_it_exports(soups):
+    shown = [tag["id"] for page in LIBRARY for tag in soups[page].select("article dt[id]")]
+    names = [f"{package}.{name}" for package in PACKAGES for name in import_module(package).__all__]
+    assert len(shown) == len(set(shown))
+    # What is nested belongs to a class: its public methods and properties.
+    assert set(names) == {name for name in shown if name.rpartition(".")[0] in PACKAGES}
+    assert "expvae.Attention.map_BIYX" in shown
+    assert not any("._" in name for name in shown)
+
+
+def test_a_docstring_is_shown_with_its_shapes_equations_and_sections(soups):
+    described = soups["library"].find(id="expvae.attention").parent
+    signature = described.dd.pre.get_text()
+    assert (
+        '    x_BCYX: Float[Tensor, "b c y x"],\n    method: str | Method | Mapping[Name, str | Method] = ' in signature
+    )
+    assert signature.endswith(") -> Attention | dict[Name, Attention]\n")
+    titles = [tag.get_text() for tag in described.select("dd > p > strong")]
+    assert titles == ["Arguments", "Returns", "Raises"]
+    terms = [tag.get_text() for tag in described.select("dd > dl > dt")]
+    assert terms == [*inspect.signature(expvae.attention).parameters, "ValueError", "TypeError"]
+    text = "\n".join(soups[page].article.get_text() for page in LIBRARY)
+    assert "α_ic   = 1/(HW) Σ_hw ∂s_i/∂A_chw" in text
+    assert not re.search(r":(func|class|meth|mod):|\b(Args|Raises|Returns|Attributes):", text)
 
 
 def test_run_is_the_last_statement_of_its_cell():

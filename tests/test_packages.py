@@ -101,6 +101,19 @@ print({"torch", "torchvision", "sklearn"} & set(sys.modules))
     assert done.stdout == "set()\n", done.stderr
 
 
+def test_the_pages_on_the_library_import_nothing_of_it():
+    code = """
+import sys
+from expvae_book import api
+shown = {package: api.exported(package) for package in ("expvae", "expvae.metrics", "expvae.models")}
+for one in shown["expvae"].values():
+    assert list(api.described(one, 6))
+print({"expvae", "torch"} & set(sys.modules), sorted(map(len, shown.values()))[0] > 9)
+"""
+    done = run(code)
+    assert done.stdout == "set() True\n", done.stderr
+
+
 def test_the_handler_of_chapters_needs_nothing_but_click():
     # Papermill loads it in every environment where the package is installed, whatever else is.
     code = """

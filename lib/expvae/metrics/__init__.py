@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from expvae.metrics._disentanglement import (
         PUBLISHED as PUBLISHED,
         REFERENCE as REFERENCE,
+        Dci as Dci,
+        FactorVaeScore as FactorVaeScore,
         Protocol as Protocol,
         dci as dci,
         draw_votes as draw_votes,
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from expvae.metrics._inputs import Array as Array, as_array as as_array
     from expvae.metrics._iou import (
         CONVENTIONS as CONVENTIONS,
+        Confusion as Confusion,
         confusion as confusion,
         iou_intervals as iou_intervals,
         ious as ious,
@@ -51,6 +54,8 @@ __getattr__, __all__ = attach(
         "_disentanglement": [
             "PUBLISHED",
             "REFERENCE",
+            "Dci",
+            "FactorVaeScore",
             "Protocol",
             "dci",
             "draw_votes",
@@ -60,7 +65,7 @@ __getattr__, __all__ = attach(
             "perfect_code",
         ],
         "_inputs": ["Array", "as_array"],
-        "_iou": ["CONVENTIONS", "confusion", "iou_intervals", "ious", "thresholds"],
+        "_iou": ["CONVENTIONS", "Confusion", "confusion", "iou_intervals", "ious", "thresholds"],
         "_latent": ["active_by_kl", "active_by_variance", "active_units", "total_correlation"],
         "_pixel": ["auroc", "auroc_interval", "auroc_per_image", "fraction_interval"],
         "_segmentation": ["PixelScores"],

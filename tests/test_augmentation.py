@@ -8,8 +8,9 @@ import torch
 from scipy import stats
 from torchvision.transforms.functional import InterpolationMode, hflip, rotate, vflip
 
-from expvae_book.augmentation import AUGMENTATIONS, MOTIFS, augment, draw, transform, turned_at_load
+from expvae_book.augmentation import AUGMENTATIONS, augment, draw, transform, turned_at_load
 from expvae_book.data import mvtec
+from expvae_book.data.catalogue import MOTIFS
 
 SIDE = 64
 FLIPS = list(product([False, True], repeat=2))
@@ -78,9 +79,10 @@ def test_the_table_has_every_category_with_a_reason():
     assert all(MOTIFS[category].fills for category in mvtec.TEXTURES)
 
 
-@pytest.mark.parametrize("category", mvtec.CATEGORIES)
+@pytest.mark.parametrize("category", [*mvtec.CATEGORIES, "my_part"])
 def test_flags_are_drawn_only_where_mirroring_is_allowed(category):
-    for augmentation, allowed in {"paper": ALLOWED[category], "brongers2021": (True, True)}.items():
+    # A user's own part is mirrored by what mirrors everything, and by no table.
+    for augmentation, allowed in {"paper": ALLOWED.get(category, (False, False)), "brongers2021": (True, True)}.items():
         _, *drawn = draw(category, augmentation, 2000, seed=3)
         for flag_N, permitted in zip(drawn, allowed, strict=True):
             assert 0.46 < flag_N.float().mean() < 0.54 if permitted else not flag_N.any()
@@ -235,7 +237,7 @@ def test_what_is_turned_at_load_is_torchvisions_with_black_corners():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"category": "bottles"}, rf"^category must be one of {', '.join(MOTIFS)}; got 'bottles'$"),
+        ({"category": "a/b"}, rf"^name must be one of .*{', '.join(MOTIFS)} or a folder of your own; got 'mvtec/a/b'$"),
         ({"augmentation": "Paper"}, rf"^augmentation must be one of {', '.join(AUGMENTATIONS)}; got 'Paper'$"),
         ({"count": 0}, "^count must be 1 or more; got 0$"),
         ({"count": -3}, "^count must be 1 or more; got -3$"),

@@ -241,7 +241,17 @@ def test_source_by_name():
     assert (pill.name, pill.folder, pill.title) == ("mvtec/pill", "mvtec/pill", "MVTec AD pill")
     assert pill.official == {"train": 267, "test": 167, "masks": 141, "test good": 26}
     assert pill.patterns.keys() == pill.official.keys()
-    for name in ("cifar", "mvtec/cap", "pill", "ucsd/pill", ""):
+    for name in (
+        "cifar",
+        "mvtec/a cap",
+        "mvtec/",
+        "mvtec/.cap",
+        "mvtec/../MNIST",
+        "mvtec/a,b",
+        "pill",
+        "ucsd/pill",
+        "",
+    ):
         with pytest.raises(ValueError, match=r"mnist, ucsd, .* mvtec/ and one of bottle, .*; got "):
             catalogue.source(name)
 

@@ -120,9 +120,9 @@ def test_opaque_alpha_is_dropped(suffix, channels, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["LA", "RGBA", "P", "PA", "L", "RGB", "1"])
-def test_transparency_is_refused(form, tmp_path):
+def test_transparent_pixels_lie_on_black(form, tmp_path):
     alpha_YX = np.full(SHAPE, 255, np.uint8)
-    alpha_YX[5, 5] = 254
+    alpha_YX[5:9, 5] = 0, 1, 128, 254
     file, options = tmp_path / "x.png", {}
     image = {
         "LA": lambda: Image.fromarray(np.dstack([noise(), alpha_YX])),
@@ -138,7 +138,13 @@ def test_transparency_is_refused(form, tmp_path):
     if form in key:
         options["transparency"] = key[form]
     image.save(file, **options)
-    refused(file, "must be opaque; some of its pixels are transparent")
+    with Image.open(file) as image:
+        x_YXC = np.array(image.convert("RGBA")).astype(float)
+    expected_YXC = x_YXC[..., :3] * x_YXC[..., 3:] / 255
+    assert (x_YXC[..., 3] < 255).any()
+    assert abs(np.array(images.read(file, "RGB")) - expected_YXC).max() <= 1
+    sure_YX = abs(expected_YXC.max(-1) - 0.5) > 0.5  # what rounding does not decide
+    np.testing.assert_array_equal(images.read_mask(file)[sure_YX], expected_YXC.max(-1)[sure_YX] > 0)
 
 
 def test_unused_transparency_is_none(tmp_path):
@@ -146,16 +152,39 @@ def test_unused_transparency_is_none(tmp_path):
     assert images.read(tmp_path / "x.png", "RGB").getpixel((0, 0)) in ((255, 0, 0), (0, 0, 255))
 
 
+def deep():
+    """Sixteen bits that use their whole range."""
+    return np.random.default_rng(0).integers(0, 2**16, SHAPE).astype(np.uint16)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_sixteen_bits_are_refused(suffix, tmp_path):
-    Image.fromarray(noise().astype(np.uint16) * 200).save(tmp_path / f"x{suffix}")
-    refused(tmp_path / f"x{suffix}", "must be grey or RGB with 8 bits per channel; its mode is I;16")
+def test_of_sixteen_bits_the_upper_eight_are_taken_and_a_mask_counts_all(suffix, order, tmp_path):
+    file = tmp_path / f"x{suffix}"
+    Image.fromarray(deep().astype(f"{order}u2")).save(file)
+    np.testing.assert_array_equal(images.read(file, "L"), deep() // 256)
+    np.testing.assert_array_equal(images.read(file, "RGB"), np.dstack([deep() // 256] * 3))
+    Image.fromarray((half() // 255).astype(f"{order}u2")).save(file)
+    np.testing.assert_array_equal(images.read_mask(file), half() > 0)
 
 
-@pytest.mark.parametrize(("colour", "channels", "mode"), [(2, 3, "RGB;16B"), (4, 2, "LA;16B"), (6, 4, "RGBA;16B")])
-def test_sixteen_bit_colours_are_refused(colour, channels, mode, tmp_path):
-    (tmp_path / "x.png").write_bytes(png(16, colour, [struct.pack(f">{channels}H", *[1] * channels)], 1))
-    refused(tmp_path / "x.png", f"8 bits per channel; its mode is {mode}")
+@pytest.mark.parametrize(("colour", "channels"), [(2, 3), (4, 2), (6, 4)])
+def test_of_sixteen_bit_colours_the_upper_eight_are_taken(colour, channels, tmp_path):
+    x_YXC = np.dstack([np.roll(deep(), channel) for channel in range(channels)])
+    if colour > 2:
+        x_YXC[..., -1] = 2**16 - 1
+    rows = [row.astype(">u2").tobytes() for row in x_YXC]
+    (tmp_path / "x.png").write_bytes(png(16, colour, rows, SHAPE[1]))
+    grey_or_colours = x_YXC[..., :3] if channels > 2 else np.dstack([x_YXC[..., 0]] * 3)
+    np.testing.assert_array_equal(images.read(tmp_path / "x.png", "RGB"), grey_or_colours // 256)
+    with pytest.raises(ValueError, match=r"x\.png is a mask in colours of 16 bits, of which low ones would be lost"):
+        images.read_mask(tmp_path / "x.png")
+
+
+def test_twelve_bits_in_sixteen_are_refused(tmp_path):
+    Image.fromarray(deep() // 16).save(tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"x\.png has 16 bits per channel and no value above 4095: .*multiply the val"):
+        images.read(tmp_path / "x.png", "L")
 
 
 @pytest.mark.parametrize(
@@ -169,7 +198,7 @@ def test_other_modes_are_refused(form, suffix, tmp_path):
     else:
         image = image.convert("L" if form in "FI" else "RGB").convert(form)
     image.save(tmp_path / f"x{suffix}")
-    refused(tmp_path / f"x{suffix}", f"must be grey or RGB with 8 bits per channel; its mode is {form}")
+    refused(tmp_path / f"x{suffix}", f"must be grey or RGB with 8 or 16 bits per channel; its mode is {form}")
 
 
 @pytest.mark.parametrize(("suffix", "kind"), [(".tif", "TIFF"), (".png", "PNG"), (".png", "GIF")])

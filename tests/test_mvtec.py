@@ -828,7 +828,7 @@ def test_categories_are_chosen_by_name_or_all_of_the_protocol(monkeypatch, tmp_p
 @pytest.mark.parametrize("categories", ["bottel", "bottle,metal nut", "", ","])
 def test_unknown_categories_are_refused_in_one_sentence(categories):
     with pytest.raises(
-        ValueError, match=r"^categories must be all, or some of bottle, cable, .*, zipper; got '"
+        ValueError, match=r"^categories must be all, or some of bottle, cable, .*, zipper, or a folder .* none\); got '"
     ) as error:
         chosen("mvtec15", categories)
     assert "\n" not in str(error.value)

@@ -12,6 +12,7 @@ from expvae_book.data import catalogue, mvtec
 from expvae_book.data.card import survey
 from expvae_book.data.generated import workpieces
 
+NO_TEST = "No test images: training only. Maps are made of the images in test/good and test/DEFECT."
 COUNTS = {"train": 3, "test": 5, "masks": 3, "test good": 2, "test defective": 3}
 TESTS = {"broken": ("000", "004"), "good": ("000", "001"), "stained": ("000",)}
 SHAPE = (70, 90)
@@ -251,7 +252,7 @@ def test_some_masks(bottle):
     (bottle / "ground_truth/broken/004_mask.png").unlink()
     loaded = load(bottle)
     assert [mask_YX is None for mask_YX in loaded.test_mask] == [False, True, False, False, False]
-    assert (loaded.card.kind, loaded.card.note) == ("partial", "1 of 3 defective images have no mask.")
+    assert (loaded.card.kind, loaded.card.note) == ("partial", "1 of 3 defective images have no mask: broken/004.png.")
 
 
 @pytest.mark.parametrize(
@@ -259,7 +260,7 @@ def test_some_masks(bottle):
     [
         ("test/good", ["broken", "broken", "stained"], "No normal test images: pixel measures only."),
         (("test/good", "ground"), ["broken", "broken", "stained"], "No normal test images and no masks: no measures."),
-        (("test", "ground"), [], "No test images: training only."),
+        (("test", "ground"), [], NO_TEST),
         (("test/b", "test/s", "ground"), ["good", "good"], "No defective test images: nothing to detect."),
     ],
 )
@@ -307,12 +308,6 @@ def test_damaged_file_is_named(place, damage, bottle):
     fails(bottle, ValueError, f"{file} is damaged or no image")
 
 
-@pytest.mark.parametrize("place", ["train/good/001", "test/broken/004", "ground_truth/broken/000_mask"])
-def test_sixteen_bits_are_refused(place, bottle):
-    file = save(bottle / f"{place}.png", noise(1, channels=1)[:, :, 0].astype(np.uint16) * 200)
-    fails(bottle, ValueError, file, "must be grey or RGB with 8 bits per channel; its mode is I;16")
-
-
 @pytest.mark.parametrize("place", ["broken/001_mask", "broken/000", "other/000_mask", "good/002_mask"])
 def test_orphan_mask_is_named(place, bottle):
     file = save(bottle / f"ground_truth/{place}.png", blob(0))
@@ -327,7 +322,7 @@ def test_masks_of_normal_images(bottle):
     assert torch.equal(torch.stack(loaded.test_mask), torch.stack(complete.test_mask))
     assert (loaded.card.counts["masks"], loaded.card.kind, loaded.card.note) == (5, "partial", "")
     (bottle / "ground_truth/broken/004_mask.png").unlink()
-    assert load(bottle).card.note == "1 of 3 defective images have no mask."
+    assert load(bottle).card.note == "1 of 3 defective images have no mask: broken/004.png."
     for other in ("broken/000", "stained/000"):
         (bottle / f"ground_truth/{other}_mask.png").unlink()
     assert load(bottle).card.note == "No masks: image-level measures only."
@@ -356,7 +351,7 @@ def test_image_in_two_formats(place, bottle):
 @pytest.mark.parametrize("category", ["", "Bottle", "metal nut", "../MNIST", "mvtec/bottle"])
 @pytest.mark.parametrize("call", [mvtec.load, mvtec.sample])
 def test_unknown_category(call, category, bottle):
-    with pytest.raises(ValueError, match=f"must be .*one of bottle, cable, .*, zipper; got '(mvtec/)?{category}'$"):
+    with pytest.raises(ValueError, match=f"must be .*one of bottle, cable, .*, zipper.*; got '{category}'$"):
         call(category)
 
 

@@ -7,11 +7,16 @@ import pytest
 import torch
 from captum.attr import LayerGradCam
 from monai.networks.nets import VarAutoEncoder
+from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn import functional as F
 
 from expvae import Method, attention
+from expvae_book import names
 from expvae_book.chapters import BOOK
+from expvae_book.data.generated import workpieces
+from expvae_book.jobs import reuse
+from expvae_book.pages import reuse as page
 
 CELLS = [cell.source for cell in jupytext.read(BOOK / "reuse.md", fmt="md:myst").cells if cell.cell_type == "code"]
 
@@ -19,11 +24,48 @@ CELLS = [cell.source for cell in jupytext.read(BOOK / "reuse.md", fmt="md:myst")
 @pytest.fixture(scope="module")
 def chapter():
     """Names that the chapter's own cells define."""
-    names = {"torch": torch, "nn": nn, "attention": attention, "Method": Method}
+    known = {"torch": torch, "nn": nn, "attention": attention, "Method": Method}
     for source in CELLS:
         if any(start in source for start in ("class VAE(", "def explain(", "def share_kept(")):
-            exec(source, names)
-    return names
+            defined, *_ = source.split("\n\n\nchecks = ")
+            exec(defined, known)
+    return known
+
+
+def test_a_drawn_part_goes_the_way_of_ones_own_images(chapter, monkeypatch):
+    shown = []
+    monkeypatch.setattr(reuse, "PART_EPOCHS", 1)
+    for images, count in {"TRAINING": 5, "GOOD": 2, "EACH": 1}.items():
+        monkeypatch.setattr(workpieces, images, count)
+    monkeypatch.setattr(reuse.imagenet, "load", lambda: None)
+    monkeypatch.setattr(page.report, "show", lambda table, caption: shown.append((table, caption)))
+    monkeypatch.setattr(page, "display", lambda text: shown.append(text.data))
+    known = chapter | {"page": page, "reuse": reuse, "seed": 0, "latents": reuse.RECIPE.latent_dim}
+    for source in CELLS:
+        if any(part in source for part in ("workpieces.write(", "reuse.scores(")):
+            exec(source, known)
+    part, drawn = known["part"], workpieces.draw("metal_nut", 0)
+    assert part.card.kind == "user's own"
+    assert part.card.note.splitlines()[0] == "Generated workpieces of this book, no photographs."
+    assert sorted(part.test_defect) == sorted(drawn.test_defect)
+    assert all(
+        mask_YX.any() == (kind != "good") for mask_YX, kind in zip(part.test_mask, part.test_defect, strict=True)
+    )
+    (folders, _), (table, caption), said = shown
+    assert (
+        folders["files"].sum()
+        == 1 + len(drawn.train_NYXC) + len(drawn.test_NYXC) + (drawn.test_mask_NYX.any((1, 2))).sum()
+    )
+    assert caption.startswith("A generated part: 5 images to train on")
+    names_of = ["attention", names.ERROR, "PaDiM, random features"]
+    assert list(known["maps"]) == table["map"].tolist() == names_of
+    truth_NYX = torch.stack(part.test_mask)
+    for name, map_NYX in known["maps"].items():
+        text = table.set_index("map").loc[name, names.AUROC]
+        assert float(text.partition(" ")[0]) == pytest.approx(
+            roc_auc_score(truth_NYX.flatten(), map_NYX.flatten()), abs=6e-4
+        )
+    assert said.startswith("By the pixel AUROC of these images, *PaDiM, random features* is ")
 
 
 def packaged(**options):

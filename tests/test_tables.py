@@ -96,6 +96,15 @@ def test_a_category_of_the_other_protocol_has_no_published_number(found):
     assert table.iloc[-1]["pixel AUROC, Report 1"] == "0.780"
 
 
+def test_a_part_of_ones_own_has_a_line_and_counts_in_no_mean(found, monkeypatch):
+    monkeypatch.setitem(AUROC, "my_part", 0.9)
+    table = tables.results("R2", found | {"my_part": shown(make_run("my_part"))}).set_index("Category")
+    line = table.loc["my part"]
+    assert line["pixel AUROC, ours"] == "0.900 [0.850, 0.950]"
+    assert not line[["pixel AUROC, Liu et al. 2020", "IoU, Report 2"]].any()
+    assert table.loc["mean of 2", "pixel AUROC, ours"] == "0.500"
+
+
 def test_a_category_without_masks_says_so(found):
     found["bottle"] = make_run("bottle", masks=False)
     table = tables.results("R2", found).set_index("Category")

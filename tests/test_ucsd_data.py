@@ -207,38 +207,6 @@ def test_masks_of_ones(ped1):
 # What is wrong with the data
 
 
-@pytest.mark.parametrize("name", ["Train/Train001/002.tif", "Test/Test012/001.tif", "Test/Test003_gt/002.bmp"])
-@pytest.mark.parametrize("damage", [lambda content: content[:2000], lambda content: b"", lambda content: b"text"])
-def test_damaged_image_is_named(name, damage, ped1):
-    (ped1 / name).write_bytes(damage((ped1 / name).read_bytes()))
-    fails(ped1, ValueError, ped1 / name, "is damaged or no image")
-
-
-def test_16_bits_are_refused(ped1):
-    file = save(ped1 / "Train/Train001/011.tif", noise(0).astype(np.uint16) * 256)
-    fails(ped1, ValueError, file, "8 bits per channel", "I;16")
-
-
-def test_frames_of_a_camera_on_its_side(ped1):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned clockwise
-    for name in ("Train/Train001/002", "Test/Test003/002"):
-        (ped1 / f"{name}.tif").unlink()
-        Image.fromarray(noise(9, (100, 100))).save(ped1 / f"{name}.png", exif=exif)
-    mask_YX = box(10, 20, shape=(100, 100))
-    save(ped1 / "Test/Test003_gt/002.bmp", np.rot90(mask_YX, -1))
-    loaded = load(ped1)
-    for frame_YX in (loaded.train_NYX[0], loaded.test_NYX[1]):
-        np.testing.assert_array_equal(frame_YX, np.rot90(noise(9, (100, 100)), -1))
-    np.testing.assert_array_equal(loaded.test_mask[1], np.rot90(mask_YX, -1) > 0)
-
-
-@pytest.mark.parametrize("name", ["Train/Train001/002.tif", "Test/Test012/001.tif", "Test/Test003_gt/002.bmp"])
-def test_transparency_is_refused(name, ped1):
-    Image.fromarray(np.dstack([box(10, 20), box(10, 20)])).save(ped1 / name, "PNG")
-    fails(ped1, ValueError, f"{ped1 / name} is damaged or no image that can be taken (it must be opaque; ")
-
-
 def test_ringing_of_a_jpeg_mask_stays_out(ped1):
     masks = ped1 / "Test/Test003_gt"
     (masks / "002.bmp").unlink()

@@ -4,7 +4,7 @@ AUGMENTATIONS multiply the images before the training, AT_LOAD has what changes 
 
 The paper turns the training images of a category by angles within ±30° and mirrors them where the object permits it,
 until there are 10 000 of each category. Which objects permit it, it does not say; MOTIFS (expvae_book.data.catalogue)
-has our reading.
+has our reading. A user's own images are mirrored where an augmentation mirrors all of them, and never by that table.
 """
 
 import math
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from expvae_book.data.catalogue import MOTIFS
+from expvae_book.data.catalogue import motif
 
 BATCH = 64
 
@@ -54,7 +54,7 @@ def augment(
 
     Args:
         x_NCYX: Training images.
-        category: A name in MOTIFS.
+        category: A category of MVTec AD, or a user's own.
         augmentation: A name in AUGMENTATIONS; with "none" the images are only repeated.
         count: How many to make, 1 or more.
         seed: Fixes order, angles and mirroring.
@@ -63,7 +63,7 @@ def augment(
         ValueError: If the category or the augmentation is unknown, or the count below 1.
     """
     drawn = draw(category, augmentation, count, seed)
-    padding = "reflection" if MOTIFS[category].fills else "border"
+    padding = "reflection" if motif(category).fills else "border"
     order = torch.Generator().manual_seed(seed)
     rounds = -(-count // len(x_NCYX))
     source_N = torch.cat([torch.randperm(len(x_NCYX), generator=order) for _ in range(rounds)])[:count]
@@ -85,14 +85,14 @@ def draw(
     Raises:
         ValueError: As for `augment`.
     """
-    for name, value, known in (("category", category, MOTIFS), ("augmentation", augmentation, AUGMENTATIONS)):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+    permits = motif(category)
+    if augmentation not in AUGMENTATIONS:
+        raise ValueError(f"augmentation must be one of {', '.join(AUGMENTATIONS)}; got {augmentation!r}")
     if count < 1:
         raise ValueError(f"count must be 1 or more; got {count}")
     how = AUGMENTATIONS[augmentation]
     allowed = {
-        "table": (MOTIFS[category].horizontal, MOTIFS[category].vertical),
+        "table": (permits.horizontal, permits.vertical),
         "always": (True, True),
         "never": (False, False),
     }[how.mirroring]

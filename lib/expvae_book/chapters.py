@@ -130,7 +130,7 @@ def _like(chapter: str, parameters: Mapping[str, Value]) -> str:
     minutes = [
         f"{sum(one.record['seconds'].values()) / 60:.0f} minutes on {one.record['device']}"
         for one in runs.find(chapter, **alike)
-        if one.card.kind != "sample" or one.card.mark == "rendered"
+        if one.card.published
     ]
     return f"One like it took {minutes[-1]}, on real data." if minutes else "Its training says how long it takes."
 

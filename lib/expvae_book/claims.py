@@ -48,7 +48,7 @@ def decide(claim: Claim, runs: Iterable[Run], reported: pd.DataFrame) -> Verdict
     store = STORES.get(claim.chapter, claim.chapter)
     # Sprites are drawn exactly from their factors: rendered ones count, and their cards say so.
     stores = ("ablations", "ucsd", "mvtec") if store == "ablations" else (store,)  # whose jobs store such rows
-    real = [run for run in runs if run.chapter in stores and (run.card.kind != "sample" or run.card.mark == "rendered")]
+    real = [run for run in runs if run.chapter in stores and run.card.published]
     if claim.chapter == "mvtec10":
         real = [run for run in real if run.parameters["category"] in TEN]
     if claim.judge is None or not real:

@@ -19,11 +19,12 @@ Number = tuple[float, float | None, float | None]  # value, low and high
 def comparable(runs: Iterable[Run]) -> list[Run]:
     """The runs that published numbers compare with, a job with many maps once for each that something is printed of.
 
-    None on generated samples, and no networks that were trained on the wrong class, which are a control.
+    None on generated samples or a user's own images, and no networks that were trained on the wrong class, which are a
+    control.
     """
     shown = []
     for run in runs:
-        if run.card.kind == "sample" or "trained_on" in run.parameters:
+        if not run.card.published or "trained_on" in run.parameters:
             continue
         pairs = [name.split(", ") for name in run.maps]
         pairs = [(layer, preset) for layer, preset in pairs if layer in LAYERS.get(run.chapter, ())]

@@ -154,7 +154,7 @@ def badges(*chapters: str) -> Markdown:
 
 
 def grouped(orders: Mapping[str, str]) -> str:
-    """What is above, below or not told apart from what, as "below a and b; above c".
+    """What is above, below or not told apart from what, as "below the a and the b; above the c".
 
     Args:
         orders: By the name of what is compared with: how `runs.order` says it.
@@ -162,7 +162,8 @@ def grouped(orders: Mapping[str, str]) -> str:
     found: dict[str, list[str]] = {}
     for other, order in orders.items():
         found.setdefault(order, []).append(other)
-    return "; ".join(f"{order} the {', the '.join(others)}" for order, others in found.items())
+    named = {order: [", the ".join(others[:-1]), others[-1]] for order, others in found.items()}
+    return "; ".join(f"{order} the {' and the '.join(filter(None, names))}" for order, names in named.items())
 
 
 def what_held(chapter: str) -> None:

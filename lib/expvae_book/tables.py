@@ -62,7 +62,7 @@ def printed(report: str, categories: Sequence[str]) -> pd.DataFrame:
 def results(report: str, found: Found) -> pd.DataFrame:
     """Per category: pixel AUROC and IoU of the paper, of a report and of our run, and what the run was made of.
 
-    The last line has the means over the categories that have a run of ours.
+    The last line has the means over the categories of MVTec AD that have a run of ours.
 
     Args:
         report: "R1" or "R2".
@@ -70,10 +70,10 @@ def results(report: str, found: Found) -> pd.DataFrame:
     """
     table, mean = pd.DataFrame(index=list(map(plain, found))), {}
     for metric, ours in PRINTED.items():
-        given, values = published(report, metric).reindex(table.index), numbers(found, ours)
+        given, values = published(report, metric).reindex(table.index), numbers(released(found), ours)
         for source in ("paper", report):
             name = f"{metric}, {publications.SOURCES[source]}"
-            table[name] = given[source].map("{:.3g}".format, na_action="ignore")
+            table[name] = ["" if np.isnan(value) else f"{value:.3g}" for value in given[source]]
             mean[name] = _decimals(given.loc[values.index, source].mean())
         table[f"{metric}, ours"] = [
             NO_RUN if run is None else run.text(ours, ATTENTION, lacking="no masks") for run in found.values()
@@ -81,7 +81,7 @@ def results(report: str, found: Found) -> pd.DataFrame:
         mean[f"{metric}, ours"] = _decimals(values.mean())
     table["Trained on"] = ["" if run is None else budget_text(run, ",") for run in found.values()]
     table["Data"] = ["" if run is None else run.card.mark or "complete" for run in found.values()]
-    number = len(numbers(found, AUROC))
+    number = len(numbers(released(found), AUROC))
     if number:
         table.loc[f"mean of {number}"] = pd.Series(mean)
     return table.fillna("").rename_axis("Category").reset_index()
@@ -225,10 +225,11 @@ def dear(found: Found) -> list[str]:
 def layers(found: Found) -> pd.DataFrame:
     """The pixel AUROC of every preset at every layer: means over the categories, with the least and the greatest."""
     lines = [
-        (*name.split(", "), run.at(*name.split(", ")).metric(AUROC, ATTENTION)["value"])
+        (*name.split(", "), run.metric(AUROC, name)["value"])
         for run in found.values()
         if run is not None
         for name in run.maps
+        if run.text(AUROC, name, lacking="")
     ]
     if not lines:
         return pd.DataFrame()
@@ -275,6 +276,11 @@ def literature() -> pd.DataFrame:
     columns = {"method": "Method", "year": "Year", "kind": "Kind", "image_auroc": "Image AUROC"}
     columns |= {"pixel_auroc": "Pixel AUROC", "aupro": "AUPRO", "where": "Read in", "note": "Note"}
     return table[list(columns)].rename(columns=columns)
+
+
+def released(found: Found) -> dict[str, Run | None]:
+    """The categories of MVTec AD among these, without a user's own images."""
+    return {name: run for name, run in found.items() if name in MOTIFS}
 
 
 def having(found: Found, metric: str, method: str = ATTENTION, subset: str = "") -> dict[str, Run]:

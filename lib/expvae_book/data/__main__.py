@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import expvae_book.data
 from expvae_book import places
-from expvae_book.data.card import DataCard, available, sha256, survey
+from expvae_book.data.card import DataCard, added, available, is_category, sha256, survey
 from expvae_book.data.catalogue import IMAGENET_FILE, MVTEC_OFFICIAL, SOURCES, Download, Source, source
 
 REASONS = (
@@ -79,12 +79,16 @@ def fetch(name: str, categories: list[str] | None, root: Path) -> None:
 def status(root: Path) -> int:
     """Print what is there of every data set; returns 1 where something is damaged, otherwise 0."""
     rows, remarks = [("data set", "state", "images", "digest", "licence", "folder")], []
-    for one in SOURCES.values():
+    taken = [source(f"mvtec/{name}") for name in added(root) if is_category(name, root)]
+    for one in [*SOURCES.values(), *taken]:
         looks, notes = _look(one, root)
         rows.append((one.name, *looks, one.licence, str(root / one.folder)))
         remarks += [f"{one.name}: {note}" for note in notes]
     names = available(root)
     remarks.append(f"mvtec: {len(names)} of {len(MVTEC_OFFICIAL)} categories at hand: {', '.join(names) or 'none'}.")
+    for name in added(root):
+        if not is_category(name, root):
+            remarks.append(f"mvtec: rename the folder {name!r} to use it: letters, digits and . _ + - alone.")
     weights = root / IMAGENET_FILE
     digest = f"SHA-256 {sha256(weights)}" if weights.is_file() else "absent, torchvision's are downloaded at first use"
     remarks.append(f"ImageNet's weights: {weights} ({digest}).")
@@ -246,13 +250,17 @@ def _look(source: Source, root: Path) -> tuple[tuple[str, str, str], list[str]]:
     except ValueError as error:
         return ("damaged", "", ""), [f"{error}."]
     if card is None:
-        return ("absent", "", ""), [f"`python -m expvae_book.data fetch {source.name}` fetches it."]
+        fetch = f"`python -m expvae_book.data fetch {source.name}` fetches it."
+        return ("absent", "", ""), [
+            fetch if source.downloads else "it holds no images in train/good, test or ground_truth."
+        ]
     return (card.kind, _counts(card), card.digest[:12]), card.note.splitlines()
 
 
 def _counts(card: DataCard) -> str:
     return ", ".join(
-        f"{number} {split}" + ("" if number == card.official[split] else f" (release: {card.official[split]})")
+        f"{number} {split}"
+        + ("" if number == card.official.get(split, number) else f" (release: {card.official[split]})")
         for split, number in card.counts.items()
     )
 

@@ -15,11 +15,13 @@ from typing import BinaryIO
 import numpy as np
 
 import expvae_book.data
-from expvae_book.data.catalogue import MVTEC_OFFICIAL, SOURCES, Source
+from expvae_book.data import catalogue
+from expvae_book.data.catalogue import MVTEC_OFFICIAL, OWN, OWN_NOTE, SOURCES, Source
 
 DATA = ("auto", "real", "sample")
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 NAMED = 6  # files or folders that a message names at most
+USERS = "user's own"  # the kind of images of which there is no release
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,9 @@ class DataCard:
         name: Data set, as in the catalogue.
         kind: "complete" (the official release), "re-encoded" (every image of it, encoded again), "partial" (less than
             it, or altered), "rendered" (every image of it, drawn anew from its factors), "sample" (embedded,
-            generated).
+            generated) or "user's own" (images of which there is no release).
         counts: How much there is, by part: images of a split, masks, clips.
-        official: The same counts of the official release.
+        official: The same counts of the official release; none of a user's own images.
         digest: SHA-256 of the data (hexadecimal).
         licence: Licence.
         credit: One line for figure captions.
@@ -63,6 +65,16 @@ class DataCard:
         """Whether the data were made by this book instead of read from files of the data set."""
         return self.kind in ("rendered", "sample")
 
+    @property
+    def own(self) -> bool:
+        """Whether they are a user's own images."""
+        return self.kind == USERS
+
+    @property
+    def published(self) -> bool:
+        """Whether they are of a data set of which something is in print, against which results may be held."""
+        return not self.own and self.kind != "sample"
+
 
 def survey(source: Source, root: Path) -> DataCard | None:
     """Look at what is there of a data set.
@@ -83,7 +95,7 @@ def survey(source: Source, root: Path) -> DataCard | None:
         ValueError: If a file is damaged; the message names it.
     """
     folder = root / source.folder
-    counted = {split: _count(folder, pattern) for split, pattern in source.patterns.items()}
+    counted = {split: _count(source, root, split) for split in source.patterns}
     counts = {split: sum(images.values()) for split, images in counted.items()}
     files = {path for images in counted.values() for path in images}
     files |= {folder / name for name in source.checksums if (folder / name).is_file()}
@@ -95,11 +107,11 @@ def survey(source: Source, root: Path) -> DataCard | None:
     notes = notes_in(folder)
     if altered and counts == source.official:
         notes.append(f"The counts are official, but these files differ from the release: {', '.join(altered)}.")
-    notes += _encoded_again(source, counted)
+    notes += _encoded_again(source, counted) if source.official else [OWN_NOTE]
     note = "\n".join(notes)
     return DataCard(
         name=source.name,
-        kind=kind_of(counts, source.official, note, bool(altered)),
+        kind=kind_of(counts, source.official, note, bool(altered)) if source.official else USERS,
         counts=counts,
         official=dict(source.official),
         digest=hashlib.sha256(listing.encode()).hexdigest(),
@@ -147,7 +159,7 @@ def takes_sample(
         present: Whether there are any, which "auto" then reads.
         missing: What the folder lacks, as the rest of a sentence about it; empty where it lacks nothing.
         stand_in: What is taken instead, for the same purpose.
-        remedy: What else helps than to fetch the data set.
+        remedy: What else helps than to fetch the data set, or what helps where there is nothing to fetch.
 
     Raises:
         ValueError: If `data` is none of these.
@@ -157,6 +169,7 @@ def takes_sample(
         raise ValueError(f"data must be one of {', '.join(DATA)}; got {data!r}")
     name = source.name.replace("/", " --categories ")
     command = f"`python -m expvae_book.data fetch {name} --root {shlex.quote(str(root))}` fetches {source.title}"
+    command = command if source.downloads else ""
     if data == "auto" and not present:
         # To the error stream: notebooks show it on a coloured ground, between code and results.
         print(
@@ -243,8 +256,28 @@ def available(root: Path | None = None) -> list[str]:
     Args:
         root: Data root; by default `expvae_book.data.root()`.
     """
-    folder = Path(root or expvae_book.data.root()) / SOURCES["mvtec"].folder
+    folder = _categories(root)
     return [name for name in MVTEC_OFFICIAL if any(map(is_image, (folder / name / "train/good").glob("*")))]
+
+
+def added(root: Path | None = None) -> list[str]:
+    """The other folders beside those of the categories of MVTec AD, in alphabetical order: a user's own images."""
+    folders = (path.name for path in _categories(root).glob("[!.]*") if path.is_dir())
+    return sorted(name for name in folders if name not in MVTEC_OFFICIAL)
+
+
+def is_category(name: str, root: Path | None = None) -> bool:
+    """Whether a name is that of a category of MVTec AD, or of a folder of a user's own that can be one."""
+    return name in MVTEC_OFFICIAL or (OWN.fullmatch(name) is not None and name in added(root))
+
+
+def categories(root: Path | None = None) -> str:
+    """The names that `is_category` takes, as a part of a sentence."""
+    names = ", ".join(added(root)) or "none"
+    return (
+        f"{', '.join(MVTEC_OFFICIAL)}, or a folder of your own in {_categories(root)}, named by letters, digits and "
+        f". _ + - alone (there: {names})"
+    )
 
 
 def generated(data: str) -> bool:
@@ -253,8 +286,12 @@ def generated(data: str) -> bool:
 
 
 def at_hand(category: str, data: str) -> bool:
-    """Whether a category can be computed."""
-    return generated(data) or category in available()
+    """Whether a category can be computed; a user's own always, and to load it says what it lacks."""
+    return category not in MVTEC_OFFICIAL or generated(data) or category in available()
+
+
+def _categories(root: Path | None) -> Path:
+    return Path(root or expvae_book.data.root()) / SOURCES["mvtec"].folder
 
 
 def _encoded_again(source: Source, counted: dict[str, dict[Path, int]]) -> list[str]:
@@ -270,9 +307,9 @@ def _encoded_again(source: Source, counted: dict[str, dict[Path, int]]) -> list[
     return remarks
 
 
-def _count(folder: Path, pattern: str) -> dict[Path, int]:
-    """The files that match, each with the number of images in it; files without images are left out."""
-    numbers = {path: _images_in(path) for path in folder.glob(pattern) if path.is_file()}
+def _count(source: Source, root: Path, split: str) -> dict[Path, int]:
+    """The files of a split, each with the number of images in it; files without images are left out."""
+    numbers = {path: _images_in(path) for path in catalogue.files(source, root, split)}
     return {path: number for path, number in numbers.items() if number}
 
 

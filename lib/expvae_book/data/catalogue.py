@@ -8,7 +8,9 @@ pin the file.
 before anything is installed: nothing is imported here that has to be.
 """
 
+import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,6 +50,7 @@ class Source:
         checksums: SHA-256 of files below the folder, where the release is told by them.
         downloads: What to fetch.
         suffix: Of all image files of the release, where files in another format are told by it.
+        parts: Folders below the folder in which the patterns are looked for.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Source:
     checksums: dict[str, str]
     downloads: tuple[Download, ...]
     suffix: str = ""
+    parts: tuple[str, ...] = ("",)
 
 
 def _mnist(file: str, sha256: str) -> Download:
@@ -118,33 +122,6 @@ UCSD = Source(
     ),
 )
 
-MVTEC = Source(
-    name="mvtec",
-    title="MVTec AD",
-    home="https://www.mvtec.com/company/research/datasets/mvtec-ad",
-    licence="CC BY-NC-SA 4.0",
-    credit="MVTec AD (Bergmann et al. 2019, CC BY-NC-SA 4.0)",
-    folder="mvtec",
-    patterns={"train": "*/train/good/*", "test": "*/test/*/*", "masks": "*/ground_truth/*/*"},
-    official={"train": 3_629, "test": 1_725, "masks": 1_258},
-    checksums={},
-    downloads=(
-        # MVTec moves its share links now and then; the older ones are kept in case it moves them back.
-        Download(
-            (
-                "https://www.mydrive.ch/shares/150996/b52ecdcbf521176e9db9c731f2304b27/download/"
-                "420938113-1629960298/mvtec_anomaly_detection.tar.xz",
-                "https://www.mydrive.ch/shares/38536/3830184030e49fe74747669442f0f283/download/"
-                "420938113-1629960298/mvtec_anomaly_detection.tar.xz",
-                "https://www.mydrive.ch/shares/38536/3830184030e49fe74747669442f0f282/download/"
-                "420938113-1629952094/mvtec_anomaly_detection.tar.xz",
-            ),
-            "cf4313b13603bec67abb49ca959488f7eedce2a9f7795ec54446c649ac98cd3d",
-        ),
-    ),
-    suffix=".png",
-)
-
 # Training images, normal and defective test images; every defective one has a mask (Bergmann et al. 2019, Table 1).
 MVTEC_OFFICIAL = {
     category: {"train": train, "test": good + defective, "masks": defective}
@@ -167,6 +144,34 @@ MVTEC_OFFICIAL = {
         ("zipper", 240, 32, 119),
     )
 }
+
+MVTEC = Source(
+    name="mvtec",
+    title="MVTec AD",
+    home="https://www.mvtec.com/company/research/datasets/mvtec-ad",
+    licence="CC BY-NC-SA 4.0",
+    credit="MVTec AD (Bergmann et al. 2019, CC BY-NC-SA 4.0)",
+    folder="mvtec",
+    patterns={"train": "train/good/*", "test": "test/*/*", "masks": "ground_truth/*/*"},
+    official={"train": 3_629, "test": 1_725, "masks": 1_258},
+    checksums={},
+    downloads=(
+        # MVTec moves its share links now and then; the older ones are kept in case it moves them back.
+        Download(
+            (
+                "https://www.mydrive.ch/shares/150996/b52ecdcbf521176e9db9c731f2304b27/download/"
+                "420938113-1629960298/mvtec_anomaly_detection.tar.xz",
+                "https://www.mydrive.ch/shares/38536/3830184030e49fe74747669442f0f283/download/"
+                "420938113-1629960298/mvtec_anomaly_detection.tar.xz",
+                "https://www.mydrive.ch/shares/38536/3830184030e49fe74747669442f0f282/download/"
+                "420938113-1629952094/mvtec_anomaly_detection.tar.xz",
+            ),
+            "cf4313b13603bec67abb49ca959488f7eedce2a9f7795ec54446c649ac98cd3d",
+        ),
+    ),
+    suffix=".png",
+    parts=tuple(MVTEC_OFFICIAL),  # and no folder that a user has put beside them
+)
 
 
 @dataclass(frozen=True)
@@ -206,6 +211,10 @@ MOTIFS = {
     "wood": Motif(True, True, "its grain runs up and down, mirrored or not", fills=True),
     "zipper": Motif(True, True, "both tapes are alike, and the chain shows no slider", fills=True),
 }
+# Of a user's own images: a reflection fits a texture, and an object on a plain ground whose edge is that ground.
+OWN_MOTIF = Motif(False, False, "nobody has said what your own images permit", fills=True)
+OWN = re.compile(r"[\w+-][\w.+-]*", re.ASCII)  # what the name of a run's folder may hold
+OWN_NOTE = "Not MVTec AD: the user's own images, in its layout."
 
 IMAGENET_FILE = "weights/resnet18_imagenet.safetensors"  # below the data root; no data set, but put beside them
 
@@ -238,7 +247,10 @@ SOURCES = {source.name: source for source in (MNIST, UCSD, MVTEC, DSPRITES)}
 
 
 def source(name: str) -> Source:
-    """The source of this name: one of `SOURCES`, or a category of MVTec AD, `mvtec/<category>`, as a source of its own.
+    """The source of this name: one of `SOURCES`, or a category, `mvtec/<category>`, as a source of its own.
+
+    A category is one of MVTec AD's, or any other folder beside those: a user's own images, of which there is no release
+    and so no official count, and nothing to download.
 
     Raises:
         ValueError: If there is none.
@@ -246,31 +258,46 @@ def source(name: str) -> Source:
     if name in SOURCES:
         return SOURCES[name]
     prefix, _, category = name.partition("/")
-    if prefix != "mvtec" or category not in MVTEC_OFFICIAL:
-        known = f"{', '.join(SOURCES)}, or mvtec/ and one of {', '.join(MVTEC_OFFICIAL)}"
+    if prefix != "mvtec" or not OWN.fullmatch(category):
+        known = f"{', '.join(SOURCES)}, or mvtec/ and one of {', '.join(MVTEC_OFFICIAL)} or a folder of your own"
         raise ValueError(f"name must be one of {known}; got {name!r}")
     # No pattern tells every folder but good/: the defective images are the rest of the test images.
-    patterns = {
-        "train": "train/good/*",
-        "test": "test/*/*",
-        "masks": "ground_truth/*/*",
-        "test good": "test/good/*",
-    }
     whole = SOURCES["mvtec"]
-    return replace(
+    made = replace(
         whole,
         name=name,
         title=f"{whole.title} {category}",
         folder=f"{whole.folder}/{category}",
-        patterns=patterns,
-        official={split: MVTEC_OFFICIAL[category][split] for split in patterns},
-        downloads=tuple(replace(download, inner=category) for download in whole.downloads),
+        patterns=whole.patterns | {"test good": "test/good/*"},
+        parts=("",),
     )
+    if category in MVTEC_OFFICIAL:
+        counts = {split: MVTEC_OFFICIAL[category][split] for split in made.patterns}
+        downloads = tuple(replace(download, inner=category) for download in whole.downloads)
+        return replace(made, official=counts, downloads=downloads)
+    own = {"title": category, "home": "", "licence": "their owner's", "credit": f"Images of {category}:"}
+    return replace(made, **own, official={}, downloads=(), suffix="")
+
+
+def motif(category: str) -> Motif:
+    """What the images of a category permit.
+
+    Raises:
+        ValueError: If there is no such category.
+    """
+    source(f"mvtec/{category}")
+    return MOTIFS.get(category, OWN_MOTIF)
+
+
+def files(source: Source, root: Path, split: str) -> Iterator[Path]:
+    """The files of a split of a data set below the root, whatever they are."""
+    folders = (root / source.folder / part for part in source.parts)
+    return (path for folder in folders for path in folder.glob(source.patterns[split]) if path.is_file())
 
 
 def is_at_hand(source: Source, root: Path) -> bool:
     """Whether there is a file of a data set below the root; none is opened."""
-    return any(path.is_file() for pattern in source.patterns.values() for path in (root / source.folder).glob(pattern))
+    return any(True for split in source.patterns for _ in files(source, root, split))
 
 
 def at_hand(root: Path) -> list[str]:

@@ -1,9 +1,9 @@
 """Image and mask files as a viewer shows them: what a data set of files holds is listed, read and resized here.
 
-A file is upright (its EXIF or TIFF orientation is applied), grey or RGB, and has 8 bits per channel; palettes become
-their colours and single bits 0 and 255. What a viewer shows in its own way, or only a part of, is refused: transparent
-pixels, for which it chooses the background; more than 8 bits, of which it drops some; CMYK and other spaces of colour,
-which it converts by a profile; and several frames. Colour profiles of RGB files are left aside.
+A file is upright (its EXIF or TIFF orientation is applied), grey or RGB; palettes become their colours and single bits
+0 and 255. Of 16 bits per channel the upper 8 are taken, and transparent pixels lie on black. What a viewer shows in its
+own way, or only a part of, is refused: more than 16 bits; CMYK and other spaces of colour, which it converts by a
+profile; and several frames. Colour profiles of RGB files are left aside.
 """
 
 import re
@@ -23,6 +23,8 @@ from expvae_book.data.card import is_image, listed
 CHANNELS = {"L": 1, "RGB": 3}
 GREY = ("1", "L", "LA")
 COLOUR = ("P", "PA", "RGB", "RGBA", "RGBX")
+DEEP = ("I;16", "I;16L", "I;16B", "I;16N")  # grey, of 16 bits
+DARK = 16  # of the 256 levels of the upper 8 bits: 12 bits or fewer reach none above
 LOSSLESS = ("PNG", "BMP", "DIB", "TIFF")
 LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")
 MASK_RESIZES = {"nearest": Image.Resampling.NEAREST, "truncated": Image.Resampling.BILINEAR}
@@ -147,9 +149,18 @@ def read(file: Path, mode: str) -> Image.Image:
         mode: "L" (grey by ITU-R 601 luma) or "RGB".
 
     Raises:
-        ValueError: If the file is damaged or is refused; the message names it and says why.
+        ValueError: If the file is damaged or is refused; the message names it and says why. Images of 16 bits are
+            refused that use 12 of them or fewer, as those of many cameras do: nothing says by how much to scale them.
     """
-    return _open(file)[0].convert(mode)
+    image, _, deep = _open(file)
+    if image.mode in DEEP:
+        image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+    if deep and np.array(image).max() < DARK:
+        raise ValueError(
+            f"{file} has 16 bits per channel and no value above {256 * DARK - 1}: of 16 bits the upper 8 are taken, so "
+            "multiply the values of all images by one number until they fill 16"
+        )
+    return image.convert(mode)
 
 
 def read_mask(file: Path) -> Bool[np.ndarray, "y x"]:
@@ -160,34 +171,40 @@ def read_mask(file: Path) -> Bool[np.ndarray, "y x"]:
     the ringing of its encoder.
 
     Raises:
-        ValueError: As for `read`.
+        ValueError: As for `read`; of 16 bits a mask must be grey.
     """
-    image, lossy = _open(file)
+    image, lossy, deep = _open(file)
+    if deep and image.mode not in DEEP:
+        raise ValueError(f"{file} is a mask in colours of 16 bits, of which low ones would be lost; it must have 8")
     value_YX = np.array(image)
     if value_YX.ndim == 3:
         value_YX = value_YX.max(axis=2)
     return value_YX > (value_YX.max() / 2 if lossy else 0)
 
 
-def _open(file: Path) -> tuple[Image.Image, bool]:
-    """A file in mode L or RGB, and whether its encoding is lossy."""
+def _open(file: Path) -> tuple[Image.Image, bool, bool]:
+    """A file in mode L, RGB or one of DEEP, whether its encoding is lossy, and whether it has 16 bits per channel."""
     try:
         # Of a file by its name Pillow maps an uncompressed TIFF with width and height already exchanged: garbage.
         with file.open("rb") as content, Image.open(content) as image:
             lossy = image.format not in LOSSLESS or image.info.get("compression") in LOSSY_TIFF
-            # Pillow's own mode hides that it cuts 16-bit colours off; BMP's BGR;16 are 16 bits for all three channels.
+            # Of 16-bit colours Pillow reads the upper 8, which its own mode hides; BMP's BGR;16 are 16 bits for all
+            # three channels.
             deep = re.search(r"\w+;16[BLN]", str(image.tile))
-            stored = deep[0] if deep else image.mode
-            if stored not in GREY + COLOUR:
-                raise ValueError(f"it must be grey or RGB with 8 bits per channel; its mode is {stored}")
+            if image.mode not in GREY + COLOUR + DEEP:
+                stored = deep[0] if deep else image.mode
+                raise ValueError(f"it must be grey or RGB with 8 or 16 bits per channel; its mode is {stored}")
             # The first of an MPO, as telephones write JPEG, is the photograph; the others are previews or depths.
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             if frames > 1:
                 raise ValueError(f"it must hold one image; it holds {frames}")
             upright = ImageOps.exif_transpose(image)
-            if image.has_transparency_data and upright.convert("RGBA").getextrema()[3][0] < 255:
-                raise ValueError("it must be opaque; some of its pixels are transparent")
-            return upright.convert("L" if stored in GREY else "RGB"), lossy
+            if image.mode in DEEP:
+                return upright, lossy, True
+            if image.has_transparency_data:
+                upright = upright.convert("RGBA")
+                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "black"), upright)
+            return upright.convert("L" if image.mode in GREY else "RGB"), lossy, deep is not None
     # Pillow's decoders answer damage with OSError, SyntaxError, ValueError, struct.error, KeyError and others.
     except Exception as error:
         reason = str(error).partition("\n")[0]

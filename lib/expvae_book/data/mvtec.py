@@ -1,4 +1,7 @@
-"""MVTec AD: photographs of one category in the official layout, or generated workpieces where they are absent."""
+"""MVTec AD: photographs of one category in the official layout, or generated workpieces where they are absent.
+
+Any other folder in that layout is a category too: a user's own images.
+"""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -11,7 +14,18 @@ from torch import Tensor
 
 import expvae_book.data
 from expvae_book.data import catalogue, images
-from expvae_book.data.card import DataCard, kind_of, notes_in, survey, takes_sample
+from expvae_book.data.card import (
+    IMAGES,
+    USERS,
+    DataCard,
+    categories,
+    is_category,
+    kind_of,
+    listed,
+    notes_in,
+    survey,
+    takes_sample,
+)
 from expvae_book.data.card import available as available
 from expvae_book.data.generated import workpieces
 
@@ -29,7 +43,7 @@ class Category:
     """One category in memory: square RGB images in the order of their folders and within a folder of their names.
 
     Attributes:
-        name: One of `CATEGORIES`.
+        name: One of `CATEGORIES`, or the name of a user's folder.
         train_NCYX: Training images, all normal.
         test_NCYX: Test images; there may be none.
         test_defect: For each test image "good" where it is normal, otherwise the name of its defect.
@@ -46,13 +60,18 @@ class Category:
     card: DataCard
 
     @property
+    def masked(self) -> bool:
+        """Whether a mask marks an anomaly."""
+        return any(mask_YX is not None and bool(mask_YX.any()) for mask_YX in self.test_mask)
+
+    @property
     def credit(self) -> str:
         """Whose images these are."""
         return f"{self.card.credit} {self.card.mark}".strip()
 
 
-def load(category: str, data: str = "auto", root: Path | None = None, size: int = 256) -> Category:
-    """Load one category from `ROOT/mvtec/<category>`, or its generated sample.
+def load(category: str, data: str = "auto", root: Path | str | None = None, size: int = 256) -> Category:
+    """Load one category from `ROOT/mvtec/<category>`, or the generated sample of one of MVTec AD's.
 
     Training images lie in train/good, test images in test/good and test/<defect>, masks in ground_truth/<defect>
     under the name of their image followed by `_mask`. Images and masks may have any size and any format of
@@ -68,8 +87,10 @@ def load(category: str, data: str = "auto", root: Path | None = None, size: int 
     The card is complete where all counts are official, all images and masks are PNG files as in the release and no
     NOTE.txt lies in `ROOT/mvtec`; it is re-encoded where the files alone are others.
 
+    Of a user's own images there is no release to be complete of; their card says whose they are.
+
     Args:
-        category: One of `CATEGORIES`.
+        category: One of `CATEGORIES`, or the name of a folder beside theirs.
         data: "real" (the files), "sample" (generated images) or "auto" (the files where there are any).
         root: Data root; by default `expvae_book.data.root()`.
         size: Pixels along either side of an image and of its mask, 32 or more.
@@ -80,7 +101,13 @@ def load(category: str, data: str = "auto", root: Path | None = None, size: int 
             or has none; the message names the file.
     """
     root = Path(root or expvae_book.data.root())
-    source = catalogue.source(f"mvtec/{category}")
+    if not is_category(category, root):
+        raise ValueError(f"category must be one of {categories(root)}; got {category!r}")
+    source, own = catalogue.source(f"mvtec/{category}"), category not in OFFICIAL
+    if own and data == "sample":
+        raise ValueError(
+            f"data='sample' draws MVTec AD's categories only, and {category} is your own; give data='real'"
+        )
     folder = root / source.folder
     train = images.files(folder / "train/good") if data != "sample" else []
     if takes_sample(
@@ -91,6 +118,7 @@ def load(category: str, data: str = "auto", root: Path | None = None, size: int 
         present=folder.exists(),
         missing="" if train else "holds no images",
         stand_in="using a generated SAMPLE of drawn workpieces",
+        remedy=f"put normal images there to train on ({', '.join(sorted(IMAGES))})" if own else "",
     ):
         return sample(category, size=size)
     by_defect = {defect.name: images.files(defect) for defect in _folders(folder / "test")}
@@ -112,7 +140,7 @@ def load(category: str, data: str = "auto", root: Path | None = None, size: int 
         test_NCYX=test.x_NCYX,
         test_defect=defects,
         test_mask=[empty_YX.clone() if mask_YX is None and kind == "good" else mask_YX for mask_YX, kind in masks_of],
-        card=_card(source, root, sum(file.parent.name != "good" for file in masks)),
+        card=_card(source, root, [file for file in tests if file.parent.name != "good" and file not in masks]),
     )
 
 
@@ -151,17 +179,22 @@ def sample(category: str, seed: int = 0, size: int = 256) -> Category:
     return Category(category, train.x_NCYX, test.x_NCYX, drawn.test_defect, test.mask, card)
 
 
-def _card(source: catalogue.Source, root: Path, masks: int) -> DataCard:
-    """What is at hand of a category, this many masks of defects among it, and what that rules out."""
+def _card(source: catalogue.Source, root: Path, unmasked: list[Path]) -> DataCard:
+    """What is at hand of a category, these defective images without masks among it, and what that rules out."""
     card = survey(source, root)
-    official = OFFICIAL[source.name.removeprefix("mvtec/")]
+    official = OFFICIAL.get(source.name.removeprefix("mvtec/"), {})
     good = card.counts["test good"]
     defective = card.counts["test"] - good
+    masks = defective - len(unmasked)
     counts = card.counts | {"test defective": defective}
-    notes = notes_in(root / catalogue.MVTEC.folder) + ([card.note] if card.note else [])
-    kind = kind_of(counts, official, "\n".join(notes), altered=bool(notes))
+    notes = (notes_in(root / catalogue.MVTEC.folder) if official else []) + ([card.note] if card.note else [])
+    kind = kind_of(counts, official, "\n".join(notes), altered=bool(notes)) if official else USERS
     limits = [
-        ("No test images: training only.", not good + defective),
+        (
+            "No test images: training only. Maps are made of the images in test/good and test/DEFECT.",
+            not card.counts["test"],
+        ),
+        ("One test image: maps, but no measures.", card.counts["test"] == 1),
         ("No defective test images: nothing to detect.", not defective),
         ("No normal test images and no masks: no measures.", not good + masks),
         ("No normal test images: pixel measures only.", not good),
@@ -169,7 +202,8 @@ def _card(source: catalogue.Source, root: Path, masks: int) -> DataCard:
     ]
     notes += [limit for limit, holds in limits if holds][:1]
     if 0 < masks < defective:
-        notes.append(f"{defective - masks} of {defective} defective images have no mask.")
+        lacking = listed([f"{file.parent.name}/{file.name}" for file in unmasked])
+        notes.append(f"{len(unmasked)} of {defective} defective images have no mask: {lacking}.")
     return replace(card, kind=kind, counts=counts, official=dict(official), note="\n".join(notes))
 
 

@@ -93,7 +93,11 @@ class Subject:
 
 
 def subject(parameters: Mapping[str, Any]) -> Subject:
-    """The data that the parameters name: dataset, digit or category, recipe and data."""
+    """The data that the parameters name: dataset, digit or category, recipe and data.
+
+    Raises:
+        ValueError: If a category has no masks, or as the loaders do.
+    """
     return {"mnist": _digits, "ucsd": _footage, "mvtec": _category}[parameters["dataset"]](parameters)
 
 
@@ -154,6 +158,8 @@ def _footage(parameters: Mapping[str, Any]) -> Subject:
 def _category(parameters: Mapping[str, Any]) -> Subject:
     recipe, category = name_of(parameters), load_category(parameters["category"], parameters["data"])
     seen = defects.Seen.of(category, torch.arange(len(category.test_NCYX)))
+    if not seen.masked:
+        raise ValueError(f"category={category.name!r} has no masks of defects, and this chapter measures pixels")
     own = recipe in mvtec.OWN_NETWORKS
     starts = ["random"] if own or imagenet.load() is None else ["random", "imagenet"]
     few = [(presets, layers, defects.THIRD) for presets, layers in defects.FOLLOWED + defects.FOLLOWED_LATE]

@@ -1,6 +1,8 @@
 """MVTec AD: train on a category's normal images, and measure how the maps of every layer find the defects.
 
-A job trains one model of one category and stores what any page will ask of it; both chapters share the store.
+A job trains one model of one category and stores what any page will ask of it; both chapters share the store. Of a
+user's own images it leaves out what claims alone ask for: the course of the training, and what randomised layers and
+other choices of a rule change.
 """
 
 import time
@@ -38,7 +40,7 @@ from expvae_book.names import LAYERS, PRIOR
 
 OWN_NETWORKS = {"brongers2021": BrongersMVTecVAE, "report2_code": Report2MVTecVAE}  # always from random weights
 NETWORK = ("recipe", "initial", "encoder")  # parameters that say which
-HELD_OUT = 0.2  # of the training images, as in the first report
+HELD_OUT, LEAST = 0.2, 3  # share of the training images, as in the first report; fewer images leave none to hold out
 SHOWN = 4  # defects in a panel
 PICTURED = LAYERS[1:2] + LAYERS[3:]  # whose maps of the defects shown are kept; larger ones would fill the record
 
@@ -47,20 +49,29 @@ def load(job: Job) -> mvtec.Category:
     """The images of a job's category.
 
     Raises:
-        ValueError: As for `network`, before anything is read.
+        ValueError: As for `network`, before anything is read; or if there are too few images to train on.
     """
     network(*(job.parameters[name] for name in NETWORK))
-    return mvtec.load(job.parameters["category"], job.parameters["data"])
+    category = mvtec.load(job.parameters["category"], job.parameters["data"])
+    if (count := len(category.train_NCYX)) < LEAST:
+        raise ValueError(
+            f"train/good of {category.name} holds {count} images; it takes {LEAST} or more, because a fifth is held out"
+        )
+    return category
 
 
 def strip(category: mvtec.Category) -> Figure:
-    """Training images, and the defects that are shown everywhere, with their masks."""
-    chosen = shown(category)
-    rows = {"training": category.train_NCYX[: len(chosen)], "test": category.test_NCYX[chosen]}
-    pictures: dict[str, figures.Images] = {name: coloured(x_BCYX) for name, x_BCYX in rows.items()}
-    pictures["mask"] = [category.test_mask[i].float() for i in chosen]
-    titles = [category.test_defect[i].replace("_", " ") for i in chosen]
-    return figures.image_rows(pictures, maps=[], titles=titles, label="", credit=category.credit, grey="gray")
+    """Training images, and the test images that are shown everywhere, with their masks."""
+    chosen = shown(category)[: len(category.train_NCYX)]
+    x_BCYX = category.train_NCYX[: len(chosen) or SHOWN]
+    rows = {"training": coloured(x_BCYX), **(pictures(category, chosen, "test") if chosen else {})}
+    titles = titles_of(category, chosen) or [""] * len(x_BCYX)
+    return figures.image_rows(rows, maps=[], titles=titles, label="", credit=category.credit, grey="gray")
+
+
+def titles_of(category: mvtec.Category, chosen: Sequence[int]) -> list[str]:
+    """What these test images are, as figures head them."""
+    return [category.test_defect[i].replace("_", " ") for i in chosen]
 
 
 def coloured(x_BCYX: UInt8[Tensor, "b c y x"]) -> list[Float[Tensor, "y x c"]]:
@@ -160,7 +171,7 @@ def fit(job: Job, category: mvtec.Category) -> steps.Fit:
     batch = recipes.MVTEC[wanted["recipe"]].batch_size
     places = baselines.places(split(category)[0], int(seen.known_N.sum()))
     for done, trained in measures.stages(train, wanted["epochs"]):
-        if not seen.masked:
+        if category.card.own or not seen.masked:
             continue
         # Batch normalisation has seen no image before the first step.
         model = trained.model if done else randomised.settle(trained.model, split(category)[0])
@@ -230,14 +241,13 @@ def panel(
     scale = float(np.quantile(map_NYX.numpy(), 0.99)) or 1.0
     return figures.image_rows(
         {
-            "image": coloured(category.test_NCYX[chosen]),
-            "mask": [category.test_mask[i].float() for i in chosen],
+            **pictures(category, chosen),
             "reconstruction": [restored_NCYX[i].permute(1, 2, 0) for i in chosen],
             "attention": [map_NYX[i] / scale for i in chosen],
             "thresholded": [(map_NYX[i] >= flagged).float() for i in chosen],
         },
         maps=["attention"],
-        titles=[category.test_defect[i].replace("_", " ") for i in chosen],
+        titles=titles_of(category, chosen),
         label="attention / its 99th percentile",
         credit=category.credit,
         grey="gray",
@@ -245,9 +255,11 @@ def panel(
 
 
 def shown(category: mvtec.Category) -> list[int]:
-    """Four defects drawn at random, the same for every job."""
+    """Four defects drawn at random, the same for every job: with a mask, or without where none has one, or normal."""
     masked = [i for i, mask_YX in enumerate(category.test_mask) if mask_YX is not None and mask_YX.any()]
-    return [masked[i] for i in defects.some_of(len(masked), least=SHOWN)]
+    defective = [i for i, defect in enumerate(category.test_defect) if defect != "good"]
+    among = masked or defective or range(len(category.test_NCYX))
+    return [among[i] for i in defects.some_of(len(among), least=SHOWN)]
 
 
 def explain(job: Job, fit: steps.Fit, category: mvtec.Category) -> dict[str, np.ndarray]:
@@ -271,13 +283,15 @@ def explain(job: Job, fit: steps.Fit, category: mvtec.Category) -> dict[str, np.
     return arrays
 
 
-def pictures(category: mvtec.Category) -> dict[str, figures.Images]:
-    """Those defects, and their masks."""
-    chosen = shown(category)
-    return {
-        "image": coloured(category.test_NCYX[chosen]),
-        "mask": [category.test_mask[i].float() for i in chosen],
-    }
+def pictures(
+    category: mvtec.Category, chosen: Sequence[int] | None = None, name: str = "image"
+) -> dict[str, figures.Images]:
+    """Some test images, by default those that are shown, and their masks; no row of masks where one has none."""
+    chosen = shown(category) if chosen is None else chosen
+    masks = [category.test_mask[i] for i in chosen]
+    known = not any(mask_YX is None for mask_YX in masks)
+    images: dict[str, figures.Images] = {name: coloured(category.test_NCYX[chosen])}
+    return images | ({"mask": [mask_YX.float() for mask_YX in masks]} if known else {})
 
 
 def flagged_counts(category: mvtec.Category, map_NYX: Float[Tensor, "n y x"]) -> dict[str, np.ndarray]:
@@ -300,7 +314,7 @@ def measure(job: Job, fit: steps.Fit, category: mvtec.Category) -> runs.Run:
     started, parameters, trained = time.monotonic(), job.parameters, fit.trained
     recipe, known = recipes.MVTEC[parameters["recipe"]], facts(category, parameters)
     rows, arrays, drawn, maps = evaluate(trained.model, category, parameters)
-    if drawn:
+    if parameters["seed"] == 0:
         arrays |= explain(job, fit, category)
     for course in fit.courses:
         rows, arrays = rows + course.rows(), arrays | course.arrays()
@@ -342,17 +356,19 @@ def evaluate(
     simple[PRIOR] = baselines.position_prior(train_NCYX).expand(len(everything_NCYX), -1, -1)
     normal, batch = explanation.normal_posterior(model, train_NCYX), recipes.MVTEC[parameters["recipe"]].batch_size
     measured, further, kept = defects.evaluate(model, category, held_out_NCYX, simple, normal, batch)
-    of_cascade, compared = cascade(model, category, parameters)
-    rows += measured.rows + further + defects.change_rows(model, category, normal, batch) + of_cascade
+    rows += measured.rows + further
+    if not category.card.own:
+        of_cascade, compared = cascade(model, category, parameters)
+        rows += defects.change_rows(model, category, normal, batch) + of_cascade
+        arrays |= compared
     maps = [name for name in measured.measured if ", " in name and not name.startswith("mean of ")]
     few = [measures.map_name(*pair) for case in defects.CASES if not case[2] for pair in product(case[1], case[0])]
     named = [*maps, *(name for name in simple if name in measured.measured)]
     arrays |= measured.replicates(name for name in named if name not in few)  # no interval is paired with those
-    arrays |= compared
     if parameters["seed"] == 0 and shown(category):
         map_NYX, flagged = kept[measures.map_name(*defects.SHOWN_MAP)]
         drawn["defects"] = panel(category, map_NYX, restored_NCYX, flagged)
-        arrays |= flagged_counts(category, map_NYX)
+        arrays |= flagged_counts(category, map_NYX) if category.masked else {}
     return rows, arrays, drawn, maps
 
 

@@ -1,4 +1,7 @@
-"""Networks that are not the book's: train each for a short while on one digit, and look at its maps at every layer."""
+"""Networks that are not the book's: train each for a short while on one digit, and look at its maps at every layer.
+
+Also on images that are not the book's: a folder in MVTec AD's layout.
+"""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -7,19 +10,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from IPython.display import Image
 from jaxtyping import Float, Int64, UInt8
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from expvae import attention
 from expvae.metrics import active_units
-from expvae_book import devices, explanation, figures, recipes, runs, training
+from expvae_book import baselines, devices, explanation, features, figures, measures, recipes, runs, training
 from expvae_book.chapters import Job
-from expvae_book.data import mnist
+from expvae_book.data import imagenet, mnist
 from expvae_book.data.card import DataCard
-from expvae_book.names import ACTIVE, MASS, PICTURES
+from expvae_book.data.mvtec import Category
+from expvae_book.jobs import mvtec
+from expvae_book.names import ACTIVE, AUROC, ERROR, MASS, PICTURES
 
 RECIPE = recipes.MNIST["liu2020"]
+PART_EPOCHS = 60  # passes over the few images of a part
+FEATURES = {"imagenet": "PaDiM, ImageNet's features", "random": "PaDiM, random features"}
 Explained = tuple[Tensor, Tensor, Tensor]  # maps, the latents of highest response, and their maps
 
 
@@ -192,4 +200,59 @@ def panel(model: nn.Module, images: Images, found: Explained) -> Figure:
         titles=[f"{number}\n{', '.join(map(str, latents))}" for number, latents in numbers],
         label="map / 99th percentile of its kind",
         credit=f"{images.card.credit} {images.card.mark}".strip(),
+    )
+
+
+# A folder of images ---------------------------------------------------------------------------------------------------
+
+
+def train(make: Callable[[], nn.Module], part: Category, seed: int) -> nn.Module:
+    """A VAE for colour images of the part's size, trained for a short while on its normal images."""
+    model = training.build(make, seed)
+    training.train(model, *mvtec.split(part), RECIPE, epochs=PART_EPOCHS, seed=seed)
+    return model
+
+
+def without_attention(model: nn.Module, part: Category, seed: int) -> dict[str, Float[Tensor, "n y x"]]:
+    """Maps of the test images that need no attention: the model's reconstruction error, and PaDiM.
+
+    PaDiM takes the features of a ResNet-18 with ImageNet's weights, or with random ones where those cannot be had; its
+    name says which.
+    """
+    train_NCYX, _ = mvtec.split(part)
+    restored_NCYX = explanation.reconstruct(model, part.test_NCYX)
+    start = "imagenet" if imagenet.load() else "random"
+    network = features.backbone(start, train_NCYX, seed)
+    return {
+        ERROR: baselines.reconstruction_error(training.to_unit(part.test_NCYX), restored_NCYX),
+        FEATURES[start]: features.padim(train_NCYX, part.test_NCYX, network, seed=seed),
+    }
+
+
+def scores(part: Category, maps: Mapping[str, Float[Tensor, "n y x"]]) -> list[dict]:
+    """Rows on how well maps find defects, by pixel and by image, and how the last map compares with the others.
+
+    Args:
+        part: Images, all with masks.
+        maps: Maps of its test images by name.
+    """
+    measured, image_N = measures.Measured(), torch.arange(len(part.test_NCYX))
+    truth = measures.Truth(torch.stack(part.test_mask), image_N)
+    defective = measures.Truth(truth.truth_NYX.flatten(1).any(1), image_N)
+    for name, map_NYX in maps.items():
+        measured.pixels(name, map_NYX, truth, {"auroc": AUROC})
+        measured.images(name, map_NYX, defective)
+    *others, last = maps
+    return measured.rows + measured.differences([last], others)
+
+
+def defects(part: Category, maps: Mapping[str, Float[Tensor, "n y x"]]) -> Image:
+    """Some defects of a part with their masks, and the maps of them."""
+    chosen = mvtec.shown(part)
+    return figures.examples(
+        mvtec.pictures(part),
+        {name: map_NYX[chosen] for name, map_NYX in maps.items()},
+        titles=mvtec.titles_of(part, chosen),
+        credit=part.card.note.splitlines()[0],
+        grey="gray",
     )

@@ -55,7 +55,7 @@ def _subject(run: Run) -> tuple[str, str]:
 
 def found(jobs: Sequence[Job]) -> list[Run]:
     """The runs of the jobs, and the one that counts of every model of the other data sets."""
-    others = judges.ablated(run for run in runs.find() if run.card.kind != "sample")
+    others = judges.ablated(run for run in runs.find() if run.card.published)
     ours = [job.run for job in jobs if job.run is not None]
     return ours + [one for name in judges.ABLATION_DATA_SETS[1:] for (of, _), one in others.items() if of == name]
 

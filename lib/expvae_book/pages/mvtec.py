@@ -1,6 +1,8 @@
 """What the two chapters on MVTec AD draw and say of their runs; `expvae_book.tables` has the tables."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,19 +22,20 @@ from expvae_book.names import (
     IMAGE_AUROC,
     METHODS,
     MISSED,
-    RULES,
     SSIM,
     TEN,
     plain,
 )
+from expvae_book.pages.mvtec_short import REPORTS, has_pixels
+from expvae_book.pages.mvtec_short import in_short as in_short
 from expvae_book.publications import SOURCES
 from expvae_book.runs import Run
 
-REPORTS = {"mvtec10": "R1", "mvtec15": "R2"}  # whose protocol a chapter follows
 PROTOCOLS = {"mvtec10": TEN, "mvtec15": tuple(MOTIFS)}
 
 Jobs = Mapping[str, Job]
 Found = Mapping[str, Run | None]
+NO_PIXELS = Markdown("*No category of this page has a mask of a defect: no pixel is measured.*")
 
 
 def jobs(chapter: str, categories: str, parameters: Mapping[str, chapters.Value], again: bool) -> Jobs:
@@ -52,8 +55,8 @@ def jobs(chapter: str, categories: str, parameters: Mapping[str, chapters.Value]
         # What is drawn takes as long as photographs do and says nothing of them: one category shows both chapters' way.
         alone = not runs.reading() and card.generated(str(parameters["data"]))
         names = list(TEN[:1] if alone else PROTOCOLS[chapter])
-    if not names or not set(names) <= set(MOTIFS):
-        raise ValueError(f"categories must be all, or some of {', '.join(MOTIFS)}; got {categories!r}")
+    if not names or not (runs.reading() or all(map(card.is_category, names))):
+        raise ValueError(f"categories must be all, or some of {card.categories()}; got {categories!r}")
     resolved = dict(parameters)
     resolved["epochs"] = parameters["epochs"] or recipes.MVTEC[parameters["recipe"]].epochs
     keeps = parameters["augmentation"] in recipes.KEPT
@@ -80,76 +83,17 @@ def at(jobs: Jobs, layer: str, preset: str) -> Found:
     return {name: job.run and (job.run.at(layer, preset) if job.run.maps else job.run) for name, job in jobs.items()}
 
 
-def in_short(chapter: str, found: Found, layer: str, preset: str) -> None:
-    """Show the findings in a few sentences, the verdicts, and the figure that says most."""
-    ours = tables.numbers(found, AUROC)
-    if ours.empty:
-        display(report.NOT_YET)
-        return
-    given = tables.published(REPORTS[chapter], AUROC).reindex(ours.index)
-    printed = "; ".join(f"{SOURCES[source]}: {given[source].mean():.3f}" for source in ("paper", REPORTS[chapter]))
-    control = pd.Series(
-        {
-            plain(name): tables.untrained_values(AUROC, layer, preset, dataset="mvtec", category=name).mean()
-            for name, run in found.items()
-            if run is not None
-        }
-    ).dropna()
-    both = ours.index.intersection(control.index)
-    before = (
-        f" Networks that were never trained have {control[both].mean():.3f}"
-        + (f" over {len(both)} of these, and the trained ones {ours[both].mean():.3f}" * (len(both) < len(ours)))
-        + "."
-        if len(both)
-        else ""
-    )
-    orders = [runs.order(run.metric(AUROC, ATTENTION), 0.5) for run in tables.having(found, AUROC).values()]
-    sample = any(run.card.kind == "sample" for run in found.values() if run)
-    scope = "These are generated workpieces, and no number here compares with a published one. " if sample else ""
-    one = len(ours) == 1
-    whose = ours.index[0] if one else f"{len(ours)} categories"
-    told = (
-        f", which is {orders[0]} chance (one half)"
-        if one
-        else f" on average (from {ours.min():.3f} to {ours.max():.3f}; one half is chance); in {orders.count('above')} "
-        f"of them the map is above chance, in {orders.count('below')} below"
-    )
-    text = (
-        f"**In short.** By the rule *{RULES[preset]}* at {layer} the maps of {whose} have a pixel AUROC of "
-        f"**{ours.mean():.3f}**{told}. Published for the same, in the mean: {printed}. {scope}{before} The "
-        f"reconstruction error has {tables.numbers(found, AUROC, ERROR).mean():.3f}. {extent(found)} Verdicts judge "
-        "the rule that a claim speaks of, which need not be the one shown."
-    )
-    display(Markdown(text), figures.show(_by_category(chapter, found, layer, preset)), report.badges(chapter))
+def by_pixel(show: Callable[..., Any]) -> Callable[..., Any]:
+    """Let what is shown of some runs, its last argument, say in a word where none of them has a pixel measured."""
 
+    @wraps(show)
+    def shown(*arguments: Any) -> Any:
+        found = arguments[-1]
+        if any(found.values()) and not any(run is not None and has_pixels(run) for run in found.values()):
+            return display(NO_PIXELS)
+        return show(*arguments)
 
-def _by_category(chapter: str, found: Found, layer: str, preset: str) -> figures.Figure:
-    """Published pixel AUROCs by category, ours, and those of untrained networks."""
-    given, points = tables.published(REPORTS[chapter], AUROC), []
-    for category, run in tables.having(found, AUROC).items():
-        for source in ("paper", REPORTS[chapter]):
-            if category in given.index:
-                points.append({"method": category, "group": SOURCES[source], "value": given.loc[category, source]})
-        points.append({"method": category, "group": "ours, trained"} | report.ends(run.metric(AUROC, ATTENTION)))
-        control = tables.untrained_point(AUROC, layer, preset, dataset="mvtec", category=run.parameters["category"])
-        points.append({"method": category, "group": "ours, never trained"} | control)
-        points.append(
-            {"method": category, "group": "ours, reconstruction error"} | report.ends(run.metric(AUROC, ERROR))
-        )
-    table = pd.DataFrame(points, columns=["method", "group", "value", "low", "high"]).dropna(subset="value")
-    return figures.intervals(table, label="pixel AUROC", chance=0.5)
-
-
-def extent(found: Found) -> str:
-    """What data the runs saw, and how much of their budgets they used."""
-    done = [run for run in found.values() if run is not None]
-    marks = dict.fromkeys(run.card.mark or "complete" for run in done)
-    shares = [run.record["budget"]["used"] / run.record["budget"]["asked"] for run in done]
-    share = " to ".join(dict.fromkeys(f"{end:.2%}" for end in (min(shares), max(shares))))
-    return (
-        f"Data: {len(done)} of {len(found)} categories of MVTec AD, {' and '.join(marks)}; budget: {share} of the "
-        f"images that the recipe asks for, one training each (seed {done[0].parameters['seed']})."
-    )
+    return shown
 
 
 def published(chapter: str) -> None:
@@ -190,20 +134,27 @@ def walk(run: Run, layer: str, preset: str) -> None:
     """Show every map of one category by every measure of pixels and of images, beside untrained networks."""
     shown = [AUROC, "average precision", "AUPRO", BEST_IOU]
     run = run.at(layer, preset) if run.maps else run
-    names = [name for name in METHODS if run.text(AUROC, name, lacking="")]
+    image = (IMAGE_AUROC, "maximum")
+    names = [
+        name for name in METHODS if run.text(AUROC, name, lacking="") or run.text(image[0], name, image[1], lacking="")
+    ]
+    if not names:
+        display(Markdown(f"*Nothing is measured: {run.card.note}*"))
+        return
     lines = [
         {"method": name}
         | {title: run.text(title, name, lacking="–") for title in shown}
-        | {"image AUROC (maximum)": run.text(IMAGE_AUROC, name, "maximum", lacking="–")}
+        | {"image AUROC (maximum)": run.text(image[0], name, image[1], lacking="–")}
         for name in names
     ]
     subject = {"dataset": "mvtec", "category": run.parameters["category"]}
     untrained = {title: tables.untrained_text(title, layer, preset, **subject) for title in shown}
     if untrained[AUROC] != tables.NOT_MEASURED:
         lines.append({"method": "never trained"} | untrained)
-    share = run.text("anomalous pixels", form=".2%", lacking="none")
-    name = plain(run.parameters["category"]).capitalize()
-    report.show(pd.DataFrame(lines), f"{name}: {share} of the pixels are anomalous; 95 % intervals over images.")
+    share = run.text("anomalous pixels", form=".2%", lacking="")
+    name, told = plain(run.parameters["category"]).capitalize(), "no mask says which pixels are anomalous"
+    told = f"{share} of the pixels are anomalous" if share else told
+    report.show(pd.DataFrame(lines), f"{name}: {told}; 95 % intervals over images.")
 
 
 def notices(found: Found) -> None:
@@ -213,11 +164,15 @@ def notices(found: Found) -> None:
     if "sample" in kinds:
         said = "**Generated workpieces, not MVTec AD: no number on this page compares with a published one.**"
         chapters.notice(said, "warning")
+    for run in done:
+        if run.card.own:
+            said = f"**{plain(run.parameters['category']).capitalize()}.** {' '.join(run.card.note.splitlines())}"
+            chapters.notice(f"{said} No published number compares with it, and no claim counts it.")
     if kinds & {"partial", "re-encoded"}:
-        notes = dict.fromkeys(line for run in done for line in run.card.note.splitlines())
+        notes = dict.fromkeys(line for run in done if not run.card.own for line in run.card.note.splitlines())
         said = "These data are not the official release, and the results are not its protocol. "
         chapters.notice(said + " ".join(notes))
-    missing = [name for name, run in found.items() if run is None]
+    missing = [name for name, run in tables.released(found).items() if run is None]
     if missing:
         fetch = f"python -m expvae_book.data fetch mvtec --categories {','.join(missing)}"
         chapters.notice(
@@ -238,13 +193,8 @@ def results(chapter: str, jobs: Jobs, layer: str, preset: str) -> None:
 
 def methods(found: Found) -> None:
     """Show the attention beside every baseline, by category."""
-    report.show(
-        tables.methods(found, AUROC), "Pixel AUROC of the attention and of every baseline; 95 % intervals over images."
-    )
-    report.show(
-        tables.methods(found, "AUPRO"),
-        "AUPRO, overlap per defect up to a false positive rate of 0.3, of the same maps.",
-    )
+    _by_pixel_methods(found)
+    whole = tables.having(found, AUROC) | tables.having(found, IMAGE_AUROC, ATTENTION, "maximum")
     lines = [
         {"Category": category}
         | {
@@ -252,11 +202,23 @@ def methods(found: Found) -> None:
             for name in (ATTENTION, ERROR, SSIM)
             for how in ("mean", "maximum")
         }
-        for category, run in tables.having(found, AUROC).items()
+        for category, run in whole.items()
     ]
     report.show(pd.DataFrame(lines), "AUROC of whole images, by the mean and by the maximum of the map.")
 
 
+@by_pixel
+def _by_pixel_methods(found: Found) -> None:
+    report.show(
+        tables.methods(found, AUROC), "Pixel AUROC of the attention and of every baseline; 95 % intervals over images."
+    )
+    report.show(
+        tables.methods(found, "AUPRO"),
+        "AUPRO, overlap per defect up to a false positive rate of 0.3, of the same maps.",
+    )
+
+
+@by_pixel
 def orders(found: Found) -> None:
     """Show in how many categories the attention is above each baseline."""
     report.show(
@@ -273,8 +235,13 @@ def panels(found: Found) -> None:
             display(Markdown(f"**{plain(category).capitalize()}**"), figures.kept(run, "defects"))
 
 
+@by_pixel
 def conventions(chapter: str, found: Found) -> None:
     """Show the IoU of the same maps by every convention, and which is nearest to the published ones."""
+    found = tables.released(found)
+    if not found:
+        display(Markdown("*The images of this page are a user's own: no published number compares with theirs.*"))
+        return
     table = tables.conventions(found, REPORTS[chapter])
     report.show(
         table,
@@ -300,6 +267,7 @@ def conventions(chapter: str, found: Found) -> None:
         display(Markdown(f"Over {categories}, {'; '.join(said)}. {close}"))
 
 
+@by_pixel
 def trivial(found: Found) -> None:
     """Show what maps get that have not looked, beside the second report's IoU."""
     table = tables.trivial(found, "R2")
@@ -313,7 +281,7 @@ def trivial(found: Found) -> None:
         f"The second report's {len(theirs)} IoUs lie between {theirs.min():.2f} and {theirs.max():.2f}, around one "
         "half, whatever the category and its AUROC."
     )
-    if len(table):
+    if set(table.get("Category", ())) & set(theirs.index):
         floor = table.set_index("Category")["Both classes, nothing flagged, defective images"].astype(float)
         near = (theirs.reindex(floor.index) - floor).dropna()
         spread = f" on average (from {near.min():+.3f} to {near.max():+.3f})" if len(near) > 1 else ""
@@ -324,6 +292,7 @@ def trivial(found: Found) -> None:
     display(Markdown(said))
 
 
+@by_pixel
 def failures(found: Found) -> None:
     """Show how many maps miss the defect, and what they follow instead."""
     report.show(
@@ -334,6 +303,7 @@ def failures(found: Found) -> None:
     )
 
 
+@by_pixel
 def follow(found: Found) -> Markdown:
     """In how many categories the maps say something of the image at hand."""
     there = tables.having(found, AUROC)
@@ -350,6 +320,7 @@ def follow(found: Found) -> Markdown:
     )
 
 
+@by_pixel
 def missed(found: Found) -> Markdown:
     """How many maps miss the defect, beside what the first report counted."""
     row = publications.select(publications.read(), source="R1", metric=MISSED).iloc[0]
@@ -381,9 +352,13 @@ def learned(found: Found) -> None:
 
 
 def layers(jobs: Jobs) -> None:
-    """Show the pixel AUROC by layer and preset."""
+    """Show the pixel AUROC by layer and preset, where pixels were measured."""
+    table = tables.layers({name: job.run for name, job in jobs.items()})
+    if table.empty and any(job.run for job in jobs.values()):
+        display(NO_PIXELS)
+        return
     report.show(
-        tables.layers({name: job.run for name, job in jobs.items()}),
+        table,
         "Pixel AUROC by layer and rule: mean over the categories, least and greatest. The paper's rule at the first "
         "three layers is measured on some images only. To take the best of these after the fact would be to tune on "
         "the test set.",

@@ -1,6 +1,8 @@
 """What the chapter on VAEs of one's own draws, tabulates and says of its run."""
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -8,7 +10,22 @@ from IPython.display import Markdown, display
 
 from expvae_book import figures, report
 from expvae_book.chapters import Job
-from expvae_book.names import ACTIVE, KEPT_SHARE, KL, MASS, OFF_CAPTUM, OWN, PACKAGED, PARAMETERS, RECONSTRUCTION
+from expvae_book.data.card import DataCard
+from expvae_book.names import (
+    ACTIVE,
+    AUROC,
+    DIFFERENCE,
+    IMAGE_AUROC,
+    KEPT_SHARE,
+    KL,
+    MASS,
+    OFF_CAPTUM,
+    OWN,
+    PACKAGED,
+    PARAMETERS,
+    RECONSTRUCTION,
+)
+from expvae_book.rows import order
 from expvae_book.runs import Run
 
 BOTH = (OWN, PACKAGED)
@@ -112,6 +129,38 @@ def shown(run: Run) -> Markdown:
     return Markdown("At the layers whose maps are shown above, the mean over space keeps\n\n" + "\n".join(lines))
 
 
+def folders(root: str) -> None:
+    """Show what lies below a folder: every folder with files, how many they are, and the first."""
+    files = sorted(path.relative_to(root) for path in Path(root).rglob("*") if path.is_file())
+    count = Counter(path.parent for path in files)
+    first = {path.parent: path.name for path in reversed(files)}
+    lines = [{"folder": folder.as_posix(), "files": count[folder], "the first": first[folder]} for folder in count]
+    report.show(pd.DataFrame(lines), "A generated part in the layout of a category.")
+
+
+def beside(card: DataCard, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Show how well maps of a part find its defects, and how the last compares with the others.
+
+    Args:
+        card: What the part is.
+        rows: As `expvae_book.jobs.reuse.scores` gives them.
+    """
+    found = {(row["metric"], row["subset"], row["method"]): row for row in rows}
+    *others, last = (name for metric, _, name in found if metric == AUROC)
+    columns = {AUROC: (AUROC, ""), f"{IMAGE_AUROC}, by the map's maximum": (IMAGE_AUROC, "maximum")}
+    lines = [
+        {"map": name} | {title: _text(found[*of, name]) for title, of in columns.items()} for name in (*others, last)
+    ]
+    counts = card.counts
+    report.show(
+        pd.DataFrame(lines),
+        f"A generated part: {counts['train']} images to train on, of which a fifth is held out, and to test "
+        f"{counts['test good']} normal and {counts['test defective']} defective ones; 95 % intervals over images.",
+    )
+    orders = {other: order(found[DIFFERENCE, "", f"{last} − {other}"], 0.0) for other in others}
+    display(Markdown(f"By the pixel AUROC of these images, *{last}* is {report.grouped(orders)}."))
+
+
 def holds(found: Any) -> None:
     """Show what an Attention holds."""
     shapes = [" × ".join(map(str, getattr(found, name).shape)) for name in ABOUT]
@@ -128,6 +177,10 @@ def answers(mistakes: Mapping[str, Callable[[], Any]]) -> None:
         except (TypeError, ValueError) as error:
             said.append(f"{type(error).__name__}: {error}")
     report.show(pd.DataFrame({"mistake": list(mistakes), "answer": said}), "What the library says.")
+
+
+def _text(row: Mapping[str, Any]) -> str:
+    return f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
 
 
 def _by_chance(run: Run, name: str, layer: str) -> float:

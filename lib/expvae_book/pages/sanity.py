@@ -30,7 +30,7 @@ def followed() -> list[Run]:
         run
         for store in SHOWN
         for run in runs.find(store)
-        if run.card.kind != "sample"
+        if run.card.published
         and not (run.outdated or run.differs)
         and any(name.startswith("course/") for name in run.arrays)
     ]
@@ -142,7 +142,7 @@ def explained() -> None:
     lines = []
     for run in runs.find("sanity", control="untrained"):
         rows = run.metrics[run.metrics["metric"] == EXPLAINED]  # none in records of the first version
-        rows = rows[rows["subset"].str.startswith("random") & (run.card.kind != "sample")]
+        rows = rows[rows["subset"].str.startswith("random") & run.card.published]
         if rows.empty:
             continue
         by = rows["subset"].str.rsplit("; ", n=1).str[-1]

@@ -6,11 +6,14 @@ Only sums, products, quotients, square roots and comparisons of float64 decide a
 draws the same bytes.
 """
 
+from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from numpy.random import Generator
+from PIL import Image
 
 SIZE = 256
 TRAINING, GOOD, EACH = 24, 4, 2  # images for training, good test images, and test images with each kind of defect
@@ -83,6 +86,32 @@ def draw(category: str, seed: int = 0) -> Drawn:
     drawn = [_draw(category, kind, (*key, i)) for i, kind in enumerate(["good"] * TRAINING + defects)]
     images, masks = (np.stack(arrays) for arrays in zip(*drawn, strict=True))
     return Drawn(images[:TRAINING], images[TRAINING:], defects, masks[TRAINING:])
+
+
+def write(folder: Path | str, category: str, seed: int = 0) -> None:
+    """Write the images of `draw` into a folder in MVTec AD's layout, as PNG files, with a note that says what they are.
+
+    Args:
+        folder: The folder, which becomes a category by its name where it lies in `ROOT/mvtec`.
+        category: As for `draw`.
+        seed: As for `draw`.
+
+    Raises:
+        ValueError: As for `draw`.
+    """
+    drawn, number = draw(category, seed), Counter()
+    images = [(f"train/good/{i:03}", x_YXC) for i, x_YXC in enumerate(drawn.train_NYXC)]
+    for x_YXC, kind, mask_YX in zip(drawn.test_NYXC, drawn.test_defect, drawn.test_mask_NYX, strict=True):
+        name = f"{kind}/{number[kind]:03}"
+        number[kind] += 1
+        images.append((f"test/{name}", x_YXC))
+        if kind != "good":
+            images.append((f"ground_truth/{name}_mask", mask_YX))
+    for name, array in images:
+        file = Path(folder, f"{name}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(file, compress_level=1)  # noise hardly shrinks
+    Path(folder, "NOTE.txt").write_text("Generated workpieces of this book, no photographs.\n", encoding="utf-8")
 
 
 def _draw(

@@ -159,7 +159,10 @@ def reuse() -> Numbers:
     """One epoch of the VAE that the chapter writes; that of MONAI is not this book's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "monai", types.SimpleNamespace(__version__=""))  # takes seconds to import
-        return chapter("reuse", SAMPLE | {"epochs": 1}, ONE_EPOCH, {"networks": "{OWN: networks[OWN]}"}, "")
+        # Also where its module has been imported before.
+        (recipe,) = [made["liu2020"] for made in ONE_EPOCH.values()]
+        patches = ONE_EPOCH | {"expvae_book.jobs.reuse.RECIPE": recipe}
+        return chapter("reuse", SAMPLE | {"epochs": 1}, patches, {"networks": "{OWN: networks[OWN]}"}, "")
 
 
 def walkway() -> Numbers:

@@ -242,6 +242,15 @@ def test_what_there_is_of_a_part_is_measured_and_what_is_not_has_a_word(walked):
     assert not any(array.startswith(("course/", "judged/", "compared/")) for array in found["my_part"].arrays)
 
 
+def test_no_table_stands_empty_under_its_caption(walked, monkeypatch):
+    chapter = Chapter(monkeypatch)
+    found = walked[0].names["found"]
+    page.methods({name: found[name] for name in ("no_test", "one_image")})
+    assert chapter.texts == [page.NO_PIXELS.data]
+    page.methods({"no_masks": found["no_masks"]})
+    assert "AUROC of whole images" in chapter.texts[-1]
+
+
 def test_maps_are_kept_also_where_there_is_nothing_to_measure_them_by(walked):
     chapter, *_ = walked
     kept = {

@@ -204,7 +204,8 @@ def methods(found: Found) -> None:
         }
         for category, run in whole.items()
     ]
-    report.show(pd.DataFrame(lines), "AUROC of whole images, by the mean and by the maximum of the map.")
+    if lines:
+        report.show(pd.DataFrame(lines), "AUROC of whole images, by the mean and by the maximum of the map.")
 
 
 @by_pixel

@@ -334,11 +334,11 @@ def power_curves(lines: Mapping[str, pd.DataFrame], *, target: float, marks: Map
 
 
 @styled
-def curves(panels: Mapping[str, Mapping[str, Line]], *, x: str, levels: bool = False) -> Figure:
+def curves(panels: Mapping[str, Mapping[str, Line | list[Line]]], *, x: str, levels: bool = False) -> Figure:
     """Lines over a common axis, a panel for each quantity.
 
     Args:
-        panels: Name of the quantity -> name of the line -> the line.
+        panels: Name of the quantity -> name of the line -> the line, or several that look alike.
         x: What runs along x.
         levels: Whether the panels have one scale, and each line's first value is drawn across as well.
     """
@@ -346,8 +346,9 @@ def curves(panels: Mapping[str, Mapping[str, Line]], *, x: str, levels: bool = F
     rows = -(-len(panels) // 2)
     figure, axes = _panels(7.4, 2.1 * rows + 0.6, rows, 2, squeeze=False, sharex=True, sharey=levels)
     axes, handles = list(axes.flat), {}
-    for axis, (title, lines) in zip(axes, panels.items(), strict=False):
-        for name, (along, values) in lines.items():
+    for axis, (title, named) in zip(axes, panels.items(), strict=False):
+        lines = [(name, *line) for name, of in named.items() for line in (of if isinstance(of, list) else [of])]
+        for name, along, values in lines:
             index = names.index(name)
             (handles[name],) = axis.plot(
                 along,
@@ -362,9 +363,11 @@ def curves(panels: Mapping[str, Mapping[str, Line]], *, x: str, levels: bool = F
             if levels:
                 axis.axhline(values[0], color=handles[name].get_color(), linestyle=":", linewidth=1)
         axis.set(title=title)
+        if all(isinstance(value, int) for _, along, _ in lines for value in along):
+            axis.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
         if not levels:
             # The first of a training are several times as high and would flatten the rest.
-            settled = np.concatenate([values[len(values) // 10 :] for _, values in lines.values()])
+            settled = np.concatenate([values[len(values) // 10 :] for *_, values in lines])
             axis.set(ylim=(settled.min() - (margin := 0.06 * np.ptp(settled) or 1), settled.max() + margin))
     for axis in axes[len(panels) :]:
         axis.set_visible(False)

@@ -165,7 +165,7 @@ def cascade(
 
     Returns:
         Rows of the pixel AUROC and of the rank correlation with the trained map, and the trained maps of some images,
-        by which runs that differ in the seed are compared (`expvae_book.tables.cascade`).
+        by which runs that differ in the seed are compared (`expvae_book.pages.sanity.cascade`).
     """
     where, trained = next(model.parameters()).device, explain(model)
     one, two = (settle(network.to(where), train_NCYX) for network in random)

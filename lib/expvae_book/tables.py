@@ -1,11 +1,9 @@
 """The tables of the MVTec chapters: published numbers beside ours, by category. Nothing here computes a result."""
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 
 import numpy as np
 import pandas as pd
-from scipy.stats import spearmanr
 
 from expvae.metrics import CONVENTIONS
 from expvae_book import names, publications, runs
@@ -373,35 +371,3 @@ def best_stage(run: Run, name: str, lacking: str = "") -> str:
     """The highest of `stages`, as a choice on the test masks would have it."""
     found = stages(run, name)
     return lacking if found is None or not len(found) else f"{found.max():.3f}"
-
-
-def cascade(runs_: Sequence[Run]) -> pd.DataFrame:
-    """What is left of a map where layers are random, by run: pixel AUROC, and rank correlation with the trained map.
-
-    Beside it how far the maps of two trained seeds are alike on the images that both keep, and those of two random
-    networks.
-
-    Args:
-        runs_: Runs that differ in the seed alone.
-    """
-    lines = []
-    for run in runs_:
-        ranks, seed = run.rows(names.KEPT_RANKS), run.parameters["seed"]
-        for name in ranks["method"].unique():
-            if trained := run.text(AUROC, name, "random nothing", lacking=""):  # kept by later records only
-                lines.append({"Map": name, "Seed": seed, "Random": "nothing", AUROC: trained, "Rank correlation": ""})
-        for row in ranks.itertuples():
-            score = run.text(AUROC, row.method, row.subset, lacking="")
-            label = {"Map": row.method, "Seed": seed, "Random": row.subset.removeprefix("random ")}
-            lines.append(label | {AUROC: score, "Rank correlation": f"{row.value:+.2f}"})
-    for one, other in combinations(runs_, 2):
-        for name in one.arrays.keys() & other.arrays.keys():
-            if name.startswith("compared/") and not name.endswith(", peak"):
-                pairs = zip(one.arrays[name], other.arrays[name], strict=True)
-                ranks = [
-                    spearmanr(a_YX, b_YX, axis=None).statistic for a_YX, b_YX in pairs if a_YX.std() and b_YX.std()
-                ]
-                seeds = f"{one.parameters['seed']} and {other.parameters['seed']}"
-                label = {"Map": name.removeprefix("compared/"), "Seed": seeds, "Random": "nothing: two trained seeds"}
-                lines.append(label | {AUROC: "", "Rank correlation": f"{np.mean(ranks):+.2f}"})
-    return pd.DataFrame(lines).sort_values("Map", kind="stable", ignore_index=True)

@@ -1,7 +1,12 @@
 """What the chapter on untrained networks draws, tabulates and says: does training matter?"""
 
+from collections import Counter
+from itertools import combinations
+
+import numpy as np
 import pandas as pd
 from IPython.display import Image, Markdown, display
+from scipy.stats import spearmanr
 
 from expvae_book import figures, judging, report, runs, tables
 from expvae_book.data.catalogue import source
@@ -10,6 +15,7 @@ from expvae_book.names import (
     BEST_STAGE,
     DIFFERENCE,
     EXPLAINED,
+    FLOOR,
     KEPT_RANKS,
     LAST,
     OUTLIERS,
@@ -42,53 +48,89 @@ def named(run: Run) -> str:
     return f"{pictured(run)}, {run.parameters['recipe']}, seed {run.parameters['seed']}{wrong}"
 
 
+def kinds(store: str = "") -> dict[str, list[Run]]:
+    """Those runs, of one chapter or of all, by what was trained: seeds, and categories of MVTec AD, together."""
+    kinds: dict[str, list[Run]] = {}
+    for run in followed():
+        given = run.parameters
+        if run.chapter == "mvtec":
+            start = f"{given['initial']} weights at the start"
+            words = ["MVTec AD", given["recipe"], start, f"augmentation: {given['augmentation']}"]
+        else:
+            words = [pictured(run), given["recipe"]]
+        words += [f"{given['epochs']} epochs"] + ["trained on the wrong digits"] * ("trained_on" in given)
+        if run.chapter.startswith(store):
+            kinds.setdefault(", ".join(words), []).append(run)
+    return kinds
+
+
 def pictured(run: Run) -> str:
     """The data set of a run, with the category or the digit."""
     digit = f", digit {run.parameters['digit']}" if "digit" in run.parameters else ""
     return source(run.card.name).title + digit
 
 
+def spread(of: list[Run], metric: str, method: str, form: str = ".3f", subset: str = LAST) -> str:
+    """A number with its interval where one run has it, and where several do their mean, least and greatest."""
+    having = [run for run in of if run.text(metric, method, subset, lacking="")]
+    if len(having) < 2:
+        return having[0].text(metric, method, subset, form) if having else ""
+    values = [run.metric(metric, method, subset)["value"] for run in having]
+    return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
 def in_short() -> None:
-    """Show for each training what its maps are worth beside those of the network that it started from; a figure."""
+    """Show for each kind of training what its maps are worth beside those of the networks that it started from."""
     lines, orders = [], []
-    for run in followed():
-        layer, _ = SHOWN[run.chapter]
-        parts = []
+    for kind, of in kinds().items():
+        layer, parts = SHOWN[of[0].chapter][0], []
         for rule, preset in RULES.items():
             pair = (DIFFERENCE, f"{layer}, {preset} − {UNTRAINED}", LAST)
-            if run.text(*pair, lacking=""):
-                score, order = run.text(AUROC, f"{layer}, {preset}", LAST), runs.order(run.metric(*pair), 0.0)
-                orders.append(order)
-                order = f"{WORDS.get(order, order)} before the first step ({run.text(*pair, form='+.3f')})"
-                parts.append(f"by the {rule} {score}, {order}")
+            found = Counter(runs.order(run.metric(*pair), 0.0) for run in of if run.text(*pair, lacking=""))
+            if found:
+                orders += found.elements()
+                told = ", ".join(
+                    f"{WORDS.get(order, order)} before the first step" + f" in {count}" * (found.total() > 1)
+                    for order, count in found.items()
+                )
+                score, difference = spread(of, AUROC, f"{layer}, {preset}"), spread(of, *pair[:2], "+.3f")
+                parts.append(f"by the {rule} {score}, {told} ({difference})")
         if parts:
-            lines.append(f"- *{named(run)}*: {'; '.join(parts)}. {report.extent(run)}{_restores_little(run)}")
+            lines.append(f"- *{kind}*: {'; '.join(parts)}. {_extents(of)}{_restores_little(of)}")
     counts = (orders.count(order) for order in ("above", "below", "not told apart from"))
     told = (
         " Of {} cases, each a training and a [rule](method.md#the-paper-and-its-code), it was higher after it than "
-        "before in {}, lower in {}, and not told apart in {}.\n\n".format(len(orders), *counts)
+        "before in {}, lower in {}, and not told apart in {}. Where there are several trainings of a kind: mean, least "
+        "and greatest.\n\n".format(len(orders), *counts)
     )
     text = "**In short.** What did training add to the [pixel AUROC](method.md#how-maps-are-measured) of maps?"
     display(Markdown(text + (told + "\n".join(lines) if lines else " *No run of ours says it yet.*")), courses("mnist"))
 
 
-def _restores_little(run: Run) -> str:
-    """That a network restores images no better than their mean does, as a sentence."""
-    rows = run.metrics[run.metrics["metric"].str.startswith(f"{RECONSTRUCTION}, mean ")]
-    if len(rows) and run.metric(RECONSTRUCTION)["value"] >= rows["value"].iloc[0]:
-        return " This network restores images no better than their mean does, and says nothing of a finished one."
+def _extents(of: list[Run]) -> str:
+    marks = ", ".join(sorted({run.card.mark or "complete" for run in of}))
+    shares = sorted({f"{run.record['budget']['used'] / run.record['budget']['asked']:.0%}" for run in of}, key=len)
+    return f"Data: {marks}; trainings: {len(of)}; of the budget used: {', '.join(shares)}."
+
+
+def _restores_little(of: list[Run]) -> str:
+    """That networks restore images no better than their mean does, as a sentence."""
+    for run in of:
+        rows = run.metrics[run.metrics["metric"].str.startswith(f"{RECONSTRUCTION}, mean ")]
+        if len(rows) and run.metric(RECONSTRUCTION)["value"] >= rows["value"].iloc[0]:
+            return f" That of {named(run)} restores images no better than their mean does: it is not finished."
     return ""
 
 
 def courses(store: str) -> Image | Markdown:
-    """The pixel AUROC of maps over the training, from the untrained network on, by rule; a line for each run."""
+    """The pixel AUROC of maps over the training, from the untrained network on, by rule; kinds differ in colour."""
     layer, panels = SHOWN[store][0], {}
     for rule, preset in RULES.items():
         lines = {}
-        for run in followed():
-            course = run.arrays.get(f"course/{layer}, {preset}")
-            if run.chapter == store and course is not None:
-                lines[named(run)] = course[:, 0].tolist(), course[:, 1].tolist()
+        for kind, of in kinds(store).items():
+            drawn = [run.arrays[name] for run in of if (name := f"course/{layer}, {preset}") in run.arrays]
+            if drawn:
+                lines[kind] = [(course[:, 0].tolist(), course[:, 1].tolist()) for course in drawn]
         if lines:
             panels[f"{AUROC}, {rule}"] = lines
     if not panels:
@@ -99,60 +141,58 @@ def courses(store: str) -> Image | Markdown:
 def differences() -> None:
     """Show the differences of trained maps from those of the untrained network and of a map that sees nothing."""
     lines = []
-    for run in followed():
-        layer, nothing = SHOWN[run.chapter]
+    for kind, of in kinds().items():
+        layer, nothing = SHOWN[of[0].chapter]
         for rule, preset in RULES.items():
             name = f"{layer}, {preset}"
-            if not run.text(AUROC, name, LAST, lacking=""):
-                continue
-            line = {
-                "Training": named(run),
-                "Map": f"{layer}, {rule}",
-                "Trained": run.text(AUROC, name, LAST),
-            }
-            for other in (UNTRAINED, nothing):
-                line[f"Minus {other}"] = run.text(DIFFERENCE, f"{name} − {other}", LAST, "+.3f", lacking="")
-            line[BEST_STAGE.capitalize()] = tables.best_stage(run, name)
-            lines.append(line)
+            trained = spread(of, AUROC, name)
+            if trained:
+                line = {"Training": kind, "Map": f"{layer}, {rule}", "Trained": trained}
+                for other in (UNTRAINED, nothing):
+                    line[f"Minus {other}"] = spread(of, DIFFERENCE, f"{name} − {other}", "+.3f")
+                best = [float(found) for run in of if (found := tables.best_stage(run, name))]
+                line[BEST_STAGE.capitalize()] = f"{np.mean(best):.3f}" if best else ""
+                lines.append(line | {"Trainings": len(of)})
     if lines:
-        table = pd.DataFrame(lines).fillna("")
         caption = (
-            f"Pixel AUROC, {LAST} of the training, and paired differences. Intervals (95 %) are over test images, "
+            f"Pixel AUROC, {LAST} of the training, and paired differences. Of one training with intervals (95 %) over "
+            "test images, or clips: another seed may give what lies outside of them. Of several: mean, least, greatest."
         )
-        report.show(table, caption + "or clips, of one training: another seed may give what lies outside of them.")
+        report.show(pd.DataFrame(lines), caption)
 
 
 def wrong_class() -> None:
     """Show what maps find of networks trained on the wrong digits, beside those trained on the right ones."""
-    lines, digits = [], [run for run in followed() if run.chapter == "mnist"]
-    if not any("trained_on" in run.parameters for run in digits):
+    digits = kinds("mnist")
+    if not any("trained_on" in run.parameters for of in digits.values() for run in of):
         display(Markdown("*No network that was trained on the wrong digits is stored yet.*"))
         return
-    for run in digits:
+    lines = []
+    for training, of in digits.items():
         for rule, preset in RULES.items():
             name = f"conv2, {preset}"
             kind = "attention, paper" if preset == "liu2020_paper" else "attention, authors' code"
-            line = {"Training": named(run), "Map": rule, "Foreign ink": run.text(AUROC, name, OUTLIERS, lacking="")}
-            lines.append(line | {"Within ink": run.text(WITHIN_INK, kind, OUTLIERS, lacking="")})
-    report.show(pd.DataFrame(lines), "Pixel AUROC with 95 % intervals over images.")
+            line = {"Training": training, "Map": rule, "Foreign ink": spread(of, AUROC, name, subset=OUTLIERS)}
+            lines.append(line | {"Within ink": spread(of, WITHIN_INK, kind, subset=OUTLIERS), "Trainings": len(of)})
+    report.show(
+        pd.DataFrame(lines), "Pixel AUROC with 95 % intervals over images; of several trainings mean, least, greatest."
+    )
 
 
 def explained() -> None:
-    """Show what explains the maps of untrained networks, by data set and rule: means over the networks."""
-    lines = []
+    """Show what explains the maps of untrained networks, by data set and rule: means over networks and categories."""
+    found = []
     for run in runs.find("sanity", control="untrained"):
         rows = run.metrics[run.metrics["metric"] == EXPLAINED]  # none in records of the first version
         rows = rows[rows["subset"].str.startswith("random") & run.card.published]
-        if rows.empty:
-            continue
-        by = rows["subset"].str.rsplit("; ", n=1).str[-1]
-        for name, of in rows.groupby(["method", by], sort=False)["value"].mean().unstack(sort=False).iterrows():
-            lines.append({"Images": pictured(run), "Map": name} | of.map("{:.2f}".format).to_dict())
-    if not lines:
+        images = "MVTec AD" if "category" in run.parameters else pictured(run)
+        found.append(rows.assign(Images=images, by=rows["subset"].str.rsplit("; ", n=1).str[-1]))
+    if not any(len(rows) for rows in found):
         display(Markdown("*No run of ours says it yet.*"))
         return
+    means = pd.concat(found).groupby(["Images", "method", "by"], sort=False)["value"].mean().unstack(sort=False)
     report.show(
-        pd.DataFrame(lines),
+        means.map("{:.2f}".format).reset_index().rename(columns={"method": "Map"}).rename_axis(columns=None),
         "R² of the maps of untrained networks by least squares, on the half of the images that the fit has not seen; "
         "mean over the networks, which differ. Below 0 the fit is worse than a constant. “Position” is the mean map of "
         "the other half; maps that are exchanged among images keep nothing else.",
@@ -167,12 +207,73 @@ def controls() -> None:
             report.show(table, f"{tables.CONTROLS[control]} {stored.caption}")
 
 
-def cascades() -> None:
-    """Show what is left of maps where layers are random, by run."""
-    for store in SHOWN:
-        judged = [run for run in runs.find(store) if KEPT_RANKS in set(run.metrics["metric"])]
-        for same in judging.alike(judged, "seed"):
-            caption = f"Maps of networks some of whose layers are random. {same[0].caption}"
-            if len(same) == 1:
-                caption += " No second seed is stored, so that two trainings are not compared yet."
-            report.show(tables.cascade(same), caption)
+def cascades(store: str) -> Image | Markdown:
+    """The rank correlation with the trained map over the layers that are random, by map and by where it begins."""
+    panels: dict[str, dict[str, list[figures.Line]]] = {}
+    for kind, of in _randomised(store).items():
+        for run in of:
+            rows = run.rows(KEPT_RANKS)
+            for way in ("from the latents", "from the image"):
+                steps = rows[rows["subset"].str.startswith(f"random {way}")]
+                for name, values in steps.groupby("method")["value"]:
+                    line = list(range(1, len(values) + 1)), values.tolist()
+                    panels.setdefault(f"{name}, {way}", {}).setdefault(kind, []).append(line)
+    if not panels:
+        return Markdown("*No run of ours says it yet.*")
+    return figures.show(figures.curves(panels, x="layers that are random"))
+
+
+def cascaded() -> None:
+    """Show what is left of maps where layers are random, by kind of training; means over seeds and categories."""
+    lines = [cascade(of).assign(Training=kind) for store in SHOWN for kind, of in _randomised(store).items()]
+    if lines:
+        table = pd.concat(lines)
+        report.show(table[["Training", *table.columns[:-1]]], "Means over the runs of a kind.")
+
+
+def cascade(of: list[Run]) -> pd.DataFrame:
+    """What is left of a map where layers are random: pixel AUROC, and rank correlation with the trained map.
+
+    Beside it how far the maps of two trained seeds are alike on the images that both keep, and those of two random
+    networks. Means over the runs.
+
+    Args:
+        of: Runs of one kind of training.
+    """
+    lines = []
+    for name in dict.fromkeys(name for run in of for name in run.rows(KEPT_RANKS)["method"]):
+        line = {"Map": name, "Runs": len(of)}
+        of_name = pd.concat([run.metrics for run in of]).query("method == @name")
+        means = of_name.groupby(["metric", "subset"], sort=False)["value"].mean()
+        scores, ranks = means.get(AUROC, pd.Series()), means[KEPT_RANKS]
+        steps = [subset for subset in ranks.index if subset.startswith("random from the latents")]
+        line[f"{AUROC}, trained"] = scores.get("random nothing", np.nan)  # kept by later records only
+        line[f"{AUROC}, all random"] = scores.get(steps[-1], np.nan)
+        line |= {"Rank correlation, latents random": ranks[steps[0]], "all random": ranks[steps[-1]]}
+        line |= {
+            "two trainings": _trained_alike(of, f"compared/{name}"),
+            FLOOR: ranks.get(FLOOR, np.nan),
+        }
+        lines.append(line)
+    table = pd.DataFrame(lines)
+    digits = {title: "{:.3f}" if title.startswith(AUROC) else "{:+.2f}" for title in table.columns[2:]}
+    return table.assign(**{title: table[title].map(form.format) for title, form in digits.items()}).replace(
+        {"nan": "", "+nan": ""}
+    )
+
+
+def _trained_alike(of: list[Run], name: str) -> float:
+    """The mean rank correlation of a map, over images and pairs of trainings that differ in the seed alone."""
+    ranks = [
+        spearmanr(a_YX, b_YX, axis=None).statistic
+        for same in judging.alike((run for run in of if name in run.arrays), "seed")
+        for one, other in combinations(same, 2)
+        for a_YX, b_YX in zip(one.arrays[name], other.arrays[name], strict=True)
+        if a_YX.std() and b_YX.std()
+    ]
+    return float(np.mean(ranks)) if ranks else np.nan
+
+
+def _randomised(store: str) -> dict[str, list[Run]]:
+    found = {kind: [run for run in of if KEPT_RANKS in set(run.metrics["metric"])] for kind, of in kinds(store).items()}
+    return {kind: of for kind, of in found.items() if of}

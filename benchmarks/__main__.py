@@ -85,7 +85,7 @@ def measure(name: str, data: str, device: torch.device, rounds: int) -> None:
         budget={"unit": "rounds", "asked": 5, "used": rounds},
         seconds={"all": time.monotonic() - started},
         device=devices.describe_device(device),
-        extra={"peers": {peer: version(peer) for peer in benchmark.PEERS}},
+        extra={"peers": {peer: version(peer) for peer in benchmark.PEERS}, **getattr(images, "extra", {})},
     )
     for row in rows:
         spread = f"[{row['low']:,.4g}, {row['high']:,.4g}]" if row["low"] is not None else ""

@@ -7,6 +7,7 @@ alone changes. Rounds are seeds here. Models come from the cache of weights wher
 
 import dataclasses
 import statistics
+from collections.abc import Mapping
 
 import torch
 
@@ -33,12 +34,16 @@ class Task:
         held_out_NCYX: Held-out images.
         outlier_NCYX: Test images of other digits.
         truth_NYX: Their foreign ink, with a margin of one pixel.
+        known: Seed and precision -> the results that a stored run has.
+        extra: For the record: what made these.
     """
 
     train_NCYX: torch.Tensor
     held_out_NCYX: torch.Tensor
     outlier_NCYX: torch.Tensor
     truth_NYX: torch.Tensor
+    known: Mapping[tuple[str, str], dict[str, float]]
+    extra: Mapping[str, list]
 
 
 def load(data: str) -> tuple[Task, DataCard]:
@@ -47,7 +52,23 @@ def load(data: str) -> tuple[Task, DataCard]:
     train_NCYX, held_out_NCYX = images.training(DIGIT)
     outlier_NCYX = images.test_NYX[images.testing(mnist.outliers(DIGIT))][:, None]
     foreign_NYX = truth.ink_truth(training.to_unit(outlier_NCYX)[:, 0], training.to_unit(train_NCYX)[:, 0], 1)
-    return Task(train_NCYX, held_out_NCYX, outlier_NCYX, foreign_NYX), images.card
+    known, made = stored(data)
+    return Task(train_NCYX, held_out_NCYX, outlier_NCYX, foreign_NYX, known, {"carried": made}), images.card
+
+
+def stored(data: str) -> tuple[dict[tuple[str, str], dict[str, float]], list[dict]]:
+    """The results of a stored run by seed and precision, and by which commit and device each seed was measured."""
+    run = runs.load("performance", {"benchmark": "precision", "data": data})
+    if run is None or run.outdated or not run.of_data_at_hand:
+        return {}, []
+    known: dict[tuple[str, str], dict[str, float]] = {}
+    for row in run.record["metrics"]:
+        if row["subset"]:
+            known.setdefault((row["subset"], row["method"]), {})[row["metric"]] = row["value"]
+    made = run.record.get("carried", [])
+    earlier = {seed for part in made for seed in part["seeds"]}
+    seeds = sorted({seed for seed, _ in known} - earlier)
+    return known, [*made, {"seeds": seeds, "git": run.record["git"], "device": run.record["device"]}]
 
 
 def results(task: Task, recipe: Recipe, device: torch.device, seed: int, precision: str) -> dict[str, float]:
@@ -79,7 +100,10 @@ def results(task: Task, recipe: Recipe, device: torch.device, seed: int, precisi
 def measure(task: Task, recipe: Recipe, device: torch.device, rounds: int) -> list[dict]:
     """Each seed's results in both precisions, their spread between seeds, and the mean change."""
     found = {
-        precision: [results(task, recipe, device, seed, precision) for seed in range(rounds)]
+        precision: [
+            task.known.get((f"seed {seed}", precision)) or results(task, recipe, device, seed, precision)
+            for seed in range(rounds)
+        ]
         for precision in PRECISIONS
     }
     rows = []

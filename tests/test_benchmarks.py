@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -256,6 +257,17 @@ def test_the_change_of_precision_is_set_beside_the_spread_between_seeds(monkeypa
         assert plain != other
         assert of[benchmark.CHANGE, ""] == pytest.approx(np.mean(other) - np.mean(plain))
         assert of[benchmark.SPREAD, ""] == pytest.approx(np.std(plain, ddof=1))
+    # Seeds of a stored run are taken from it, and it is said what made them.
+    run = SimpleNamespace(outdated=[], of_data_at_hand=True, record={"metrics": rows, "git": "g", "device": "d"})
+    monkeypatch.setattr(benchmark.runs, "load", lambda *given: run)
+    known, made = benchmark.stored("sample")
+    assert made == [{"seeds": ["seed 0", "seed 1"], "git": "g", "device": "d"}]
+    asked.clear()
+    again = benchmark.measure(replace(few, known=known), replace(MNIST["liu2020"], epochs=1, batch_size=4), CPU, 3)
+    assert asked == [(2, "float32"), (2, "bfloat16")]
+    assert [row for row in again if row["subset"] in ("seed 0", "seed 1")] == [row for row in rows if row["subset"]]
+    run.record |= {"metrics": again, "carried": made, "git": "h"}
+    assert benchmark.stored("sample")[1] == [*made, {"seeds": ["seed 2"], "git": "h", "device": "d"}]
 
 
 # --- what is stored --------------------------------------------------------------------------------------------------

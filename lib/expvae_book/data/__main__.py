@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
         problem = f"The data root cannot be used: {error}."
     except KeyboardInterrupt:
         problem = "Stopped; nothing half-written is left behind."
-    print(problem, file=sys.stderr)
+    tqdm.write(problem, file=sys.stderr)  # below a bar that was cut off
     return 1
 
 

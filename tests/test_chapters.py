@@ -559,7 +559,7 @@ def stored(folder, monkeypatch):
     card = DataCard("mnist", "sample", {"train": 1}, {"train": 1}, "digest", "licence", "credit")
     record = {"chapter": "small", "parameters": {"digit": 2}, "protocols": {}, "metrics": [], "data": asdict(card)}
     record |= {"recipe": asdict(MNIST["liu2020"]), "losses": {"kl": [3.0]}, "seconds": {}, "device": "cpu"}
-    record |= {"budget": {"unit": "epochs", "asked": 100, "used": 0}}
+    record |= {"budget": {"unit": "epochs", "asked": 100, "used": 0}, "git": {"commit": None, "dirty": None}}
     path = folder / "runs" / "small" / "digit=2" / "record.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(record))
@@ -605,7 +605,7 @@ def test_a_job_has_its_run_where_that_is_stored_and_current(stored, monkeypatch,
 )
 def test_a_job_that_was_told_to_end_early_goes_on(parameters, budget, whole, stored, monkeypatch):
     monkeypatch.delenv("EXPVAE_MODE", raising=False)
-    record = json.loads(stored.read_text()) | {"budget": budget, "training": {"images": 48}}
+    record = json.loads(stored.read_text()) | {"budget": budget | {"asked": 60}, "training": {"images": 48}}
     path = stored.parents[1] / ",".join(f"{name}={value}" for name, value in parameters.items()) / "record.json"
     path.parent.mkdir()
     path.write_text(json.dumps(record | {"parameters": parameters}))
@@ -651,7 +651,8 @@ def test_only_what_an_outdated_run_lacks_stops_the_page(tmp_path, monkeypatch, l
     card = DataCard("mnist", "sample", {"train": 1}, {"train": 1}, "digest", "licence", "credit")
     record = {"chapter": "mnist", "parameters": {"digit": 2}, "metrics": [], "data": asdict(card)}
     record |= {"protocols": {"PIXEL": 0}, "recipe": asdict(MNIST["liu2020"])}
-    record |= {"git": {"commit": None, "dirty": None}}
+    record |= {"git": {"commit": None, "dirty": None}, "losses": {}, "seconds": {}, "device": "cpu"}
+    record |= {"budget": {"unit": "epochs", "asked": 100, "used": 0}}
     path = tmp_path / "runs" / "mnist" / "digit=2"
     path.mkdir(parents=True)
     (path / "record.json").write_text(json.dumps(record))

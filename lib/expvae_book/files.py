@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all."""
 
 import os
+import re
 import shutil
 import uuid
 import zipfile
@@ -82,6 +83,11 @@ def opened(folder: Path, name: str) -> BinaryIO:
         with suppress(FileNotFoundError):
             return (located(folder) / name).open("rb")
     raise FileNotFoundError(f"there is no {folder / name}")
+
+
+def reason(error: Exception) -> str:
+    """The kind of an error and the first sentence of what it says, to stand within another sentence."""
+    return f"{type(error).__name__}: " + re.split(r"\. |:?\n", str(error))[0]
 
 
 def _aside(folder: Path) -> Path:

@@ -421,6 +421,7 @@ def test_paths_that_papermill_injects_are_no_unknown_parameters(folder):
         ("page.md", "# Only text\n", "book/page.md is not a chapter that can be run"),
         ("broken.md", "---\njupytext: {text\n---\n", "book/broken.md is not a chapter that can be run"),
         ("cell.md", chapter().replace("[parameters]", "[parameters"), "book/cell.md cannot be read as a MyST notebook"),
+        ("tags.md", chapter().replace("[parameters]", "null"), "book/tags.md cannot be read as a MyST notebook"),
         ("kernel.md", chapter().replace("kernelspec:", "kernel:"), "names no kernelspec"),
         ("code.md", chapter("digit = 1"), "must read 'name: int|float|str|bool = value'"),
         ("syntax.md", chapter("digit: int = "), "the parameters cell is not valid Python"),
@@ -449,6 +450,18 @@ def test_a_file_that_is_no_chapter_gets_one_sentence(folder, name, text, sentenc
     assert sentence in str(raised.value)
     assert "\n" not in str(raised.value)
     assert not Path("out.ipynb").exists()
+
+
+def test_a_full_disk_leaves_the_executed_notebook_that_was_there(folder, full_disk):
+    path = folder / "out.ipynb"
+    chapters.ChapterHandler.write("before", str(path))
+    said = rf"^{path} could not be written \(.*\); nothing was lost"
+    with full_disk(), pytest.raises(OSError, match=said):
+        chapters.ChapterHandler.write("x" * 999, str(path))
+    assert path.read_text() == "before"
+    assert [file.name for file in folder.glob("out*")] == ["out.ipynb"]
+    chapters.ChapterHandler.write("after", os.devnull)
+    assert not Path(os.devnull).is_file()
 
 
 def test_a_chapter_is_never_overwritten(folder):

@@ -759,6 +759,26 @@ def test_a_reader_finds_the_run_while_a_writer_is_between_its_two_renames(part):
         assert run.figure("panel").exists()
 
 
+def test_a_run_is_found_that_is_renamed_while_the_store_is_listed(monkeypatch):
+    folder, glob = save().folder, Path.glob
+
+    def listed(path, pattern):
+        found = list(glob(path, pattern))
+        if folder.exists():
+            folder.rename(folder.with_name(f".old-{folder.name}"))
+            return [one for one in found if one != folder]  # as scandir does at that moment
+        return found
+
+    monkeypatch.setattr(Path, "glob", listed)
+    assert [run.folder for run in runs.find("reuse")] == [folder]
+
+
+def test_a_file_beside_the_runs_is_no_run(store):
+    save()
+    (store / "reuse" / "notes.txt").write_text("no run")
+    assert len(runs.find()) == 1
+
+
 def test_a_reader_looks_again_where_a_writer_was_faster(monkeypatch):
     folder = save().folder
     places = iter([folder.with_name(".old-gone"), folder])

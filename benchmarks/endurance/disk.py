@@ -19,7 +19,6 @@ from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -55,7 +54,7 @@ def noise(number: int, *shape: int) -> np.ndarray:
 
 def save(folder: Path, number: int, **parts: object) -> runs.Run:
     with patch.dict(os.environ, EXPVAE_RUNS=str(folder)):
-        return kills.store({"seed": 0}, seconds={"all": number}, **parts)
+        return kills.store({"seed": 0}, seconds={"all": float(number)}, **parts)
 
 
 def drawn(number: int, moving: bool = False) -> Figure | FuncAnimation:
@@ -101,9 +100,10 @@ def pack(folder: Path, number: int) -> None:
 
 
 def take_example(folder: Path, number: int) -> None:
-    arrays = {"weights/a": noise(number), "shown": np.arange(3)}
-    card = SimpleNamespace(credit="")
-    example.save(SimpleNamespace(arrays=arrays, label="", caption="", record={"recipe": {}}, card=card), folder)
+    with patch.dict(os.environ, EXPVAE_RUNS=str(folder.parent / f"runs {number}")):
+        arrays = {"weights/a": noise(number), "shown": np.arange(3)}
+        (run,) = runs.find() or [kills.store({"seed": 0}, arrays=arrays)]
+    example.save(run, folder)
 
 
 def explain(folder: Path, number: int) -> None:

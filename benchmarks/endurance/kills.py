@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -150,14 +150,14 @@ def endured(trainer: str, folder: Path, seconds: float, draw: np.random.Generato
     return killed, process.exitcode == 0
 
 
-def measure(folder: Path, count: int) -> Counter:
+def measure(folder: Path, count: int, trainers: Sequence[str] = tuple(TRAINERS)) -> Counter:
     """Kill jobs of each trainer so often in all, and count what was lost or different."""
     draw, counts = np.random.default_rng(0), Counter({"kills": 0, "jobs": 0, "lost results": 0, "different results": 0})
-    seconds = {trainer: duration(trainer, folder / trainer) for trainer in TRAINERS}
-    expected = {trainer: stored(folder / trainer) for trainer in TRAINERS}
+    seconds = {trainer: duration(trainer, folder / trainer) for trainer in trainers}
+    expected = {trainer: stored(folder / trainer) for trainer in trainers}
     with tqdm(total=count, desc="kills", file=sys.stderr) as bar:
         while counts["kills"] < count:
-            trainer = list(TRAINERS)[counts["jobs"] % len(TRAINERS)]
+            trainer = trainers[counts["jobs"] % len(trainers)]
             place, most = folder / f"job {counts['jobs']}", count - counts["kills"]
             killed, ended = endured(trainer, place, seconds[trainer], draw, most)
             counts.update({"kills": killed, "jobs": 1})

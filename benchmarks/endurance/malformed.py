@@ -22,6 +22,7 @@ from benchmarks.endurance import inputs
 from tqdm import tqdm
 
 DOCUMENTED = (ValueError, OSError, KeyError)
+ANSWERS = ("answered by one sentence", "answered otherwise", "silently read as another")
 LONGEST = 900  # characters of a sentence
 
 
@@ -51,9 +52,8 @@ def is_sentence(error: Exception, name: str) -> bool:
 
 def measure(folder: Path, count: int, seed: int = 0) -> Counter:
     """Damage inputs of all kinds in turn until so many were malformed, and count how they were answered."""
-    names = ("malformed inputs", "answered by one sentence", "read the same, not counted", "silently read as another")
-    counts, draw = Counter(dict.fromkeys((*names, "half-written"), 0)), np.random.default_rng(seed)
-    expected, turn = {}, 0
+    counts = Counter(dict.fromkeys(("malformed inputs", *ANSWERS, "half-written", "read the same, not counted"), 0))
+    draw, expected, turn = np.random.default_rng(seed), {}, 0
     order = {name: draw.permutation(len(reader.damages)) for name, reader in inputs.READERS.items()}
     for name, reader in inputs.READERS.items():
         (folder / name).mkdir()
@@ -76,15 +76,9 @@ def measure(folder: Path, count: int, seed: int = 0) -> Counter:
             if error is None and value == expected[name]:
                 counts["read the same, not counted"] += 1
                 continue
-            right = error is not None and is_sentence(error, concerned)
-            answer = (
-                "answered by one sentence" if right else "silently read as another" if error is None else "otherwise"
-            )
+            answer = ANSWERS[2 if error is None else not is_sentence(error, concerned)]
             counts.update({"malformed inputs": 1, answer: 1, "half-written": half})
             bar.update()
-            if half or not right:
-                tqdm.write(
-                    f"{name}: {concerned} {answer}, {half=}: {error!r}",
-                    file=sys.stderr,
-                )
+            if half or answer != ANSWERS[0]:
+                tqdm.write(f"{name}: {concerned} {answer}, {half=}: {error!r}", file=sys.stderr)
     return counts

@@ -11,18 +11,16 @@ A run appears whole or not at all, and to read it nothing need be written (expva
 EXPVAE_RUNS names another folder for the store.
 """
 
-import hashlib
 import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -84,13 +82,8 @@ class Run:
             ValueError: If their file is damaged, or is not of the record because the run has been stored anew since it
                 was read; the message names it. Runs from before there was a digest are not held against one.
         """
-        with _stored(self.folder, "arrays.npz") as file:
-            with np.load(file, allow_pickle=False) as archive:
-                arrays = dict(archive)
-            if not all(isinstance(array, np.ndarray) for array in arrays.values()):
-                raise ValueError("not all that it holds are arrays")
-            file.seek(0)
-            digest, expected = hashlib.file_digest(file, "sha256").hexdigest(), self.record.get(DIGEST)
+        with files.stored(self.folder, "arrays.npz") as file:
+            (arrays, digest), expected = files.read_arrays(file), self.record.get(DIGEST)
             anew = expected != digest and (now := _read(self.folder)) and now.record.get(DIGEST) != expected
             if expected not in (None, digest) and not anew:
                 raise ValueError("its SHA-256 is not that in the record")
@@ -400,23 +393,12 @@ def amend(run: Run, entries: Mapping[str, Any]) -> Run:
 
 def _read(folder: Path) -> Run | None:
     try:
-        with _stored(folder, "record.json") as file:
+        with files.stored(folder, "record.json") as file:
             record = read_text(file)
             DataCard(**record["data"])
             return Run(record["chapter"], record["parameters"], record, folder)
     except (FileNotFoundError, NotADirectoryError):
         return None
-
-
-@contextmanager
-def _stored(folder: Path, name: str) -> Iterator[BinaryIO]:
-    """A file of a run; whatever its content lets its reader raise is a ValueError that names it."""
-    with files.opened(folder, name) as file:
-        try:
-            yield file
-        except Exception as error:  # of json, zipfile, zlib or NumPy, by the place that is damaged
-            message = f"{folder / name} is damaged ({files.reason(error)}); delete its folder and run the chapter again"
-            raise ValueError(message) from error
 
 
 def commit_text(git: Mapping[str, Any]) -> str:

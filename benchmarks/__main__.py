@@ -3,6 +3,7 @@
     python -m benchmarks [training] [attention] [pixel] [factorvae] [rbm] [--rounds 5] [--data auto] [--device auto]
     python -m benchmarks precision --rounds 3     # no speed, but what bfloat16 changes in the result; an hour or more
     python -m benchmarks gpu                      # a GPU beside the CPU: speed, and that they agree
+    python -m benchmarks endurance                # no speed, but kills, malformed inputs, two writers and a full disk
 
 The contestants of a benchmark take turns, so that whatever else the machine does falls on all of them; what is printed
 and stored under runs/performance/ is the median of the rounds, with the fastest and the slowest.
@@ -26,7 +27,7 @@ from expvae_book.data.card import DataCard
 from expvae_book.recipes import MNIST
 
 TIMED = ("training", "attention", "pixel", "factorvae", "rbm")
-NAMES = (*TIMED, "precision", "gpu")
+NAMES = (*TIMED, "precision", "gpu", "endurance")
 DATA = ("auto", "real", "sample")
 RECIPE = MNIST["liu2020"]
 

@@ -310,6 +310,7 @@ def test_a_timing_names_its_own_peers_and_device(monkeypatch, capsys):
         "rbm": ("meta", {"scikit-learn"}),
         "precision": ("meta", set()),
         "gpu": ("meta", set()),
+        "endurance": ("cpu", set()),
     }
     for name, (device, peers) in expected.items():
         monkeypatch.setattr(load(name), "measure", lambda *_: [runs.row("ratio", 2.5, "theirs / ours")])

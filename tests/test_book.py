@@ -224,7 +224,8 @@ def store_run(store: Path, version: int) -> None:
     """Store a run of mnist for digit 4 that holds no result, made by this version of its protocol."""
     card = DataCard("mnist", "sample", {"train": 1}, {"train": 1}, "digest", "licence", "credit")
     record = {"chapter": "mnist", "parameters": {"digit": 4}, "protocols": {"mnist": version}, "metrics": []}
-    record |= {"data": asdict(card), "git": {"commit": None, "dirty": None}}
+    record |= {"data": asdict(card), "git": {"commit": None, "dirty": None}, "losses": {}, "recipe": {}, "seconds": {}}
+    record |= {"budget": {"unit": "epochs", "asked": 1, "used": 1}, "device": "cpu"}
     path = store / "mnist" / "digit=4" / "record.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record))

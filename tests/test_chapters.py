@@ -421,6 +421,7 @@ def test_paths_that_papermill_injects_are_no_unknown_parameters(folder):
         ("page.md", "# Only text\n", "book/page.md is not a chapter that can be run"),
         ("broken.md", "---\njupytext: {text\n---\n", "book/broken.md is not a chapter that can be run"),
         ("cell.md", chapter().replace("[parameters]", "[parameters"), "book/cell.md cannot be read as a MyST notebook"),
+        ("tags.md", chapter().replace("[parameters]", "null"), "book/tags.md cannot be read as a MyST notebook"),
         ("kernel.md", chapter().replace("kernelspec:", "kernel:"), "names no kernelspec"),
         ("code.md", chapter("digit = 1"), "must read 'name: int|float|str|bool = value'"),
         ("syntax.md", chapter("digit: int = "), "the parameters cell is not valid Python"),
@@ -449,6 +450,18 @@ def test_a_file_that_is_no_chapter_gets_one_sentence(folder, name, text, sentenc
     assert sentence in str(raised.value)
     assert "\n" not in str(raised.value)
     assert not Path("out.ipynb").exists()
+
+
+def test_a_full_disk_leaves_the_executed_notebook_that_was_there(folder, full_disk):
+    path = folder / "out.ipynb"
+    chapters.ChapterHandler.write("before", str(path))
+    said = rf"^{path} could not be written \(.*\); nothing was lost"
+    with full_disk(), pytest.raises(OSError, match=said):
+        chapters.ChapterHandler.write("x" * 999, str(path))
+    assert path.read_text() == "before"
+    assert [file.name for file in folder.glob("out*")] == ["out.ipynb"]
+    chapters.ChapterHandler.write("after", os.devnull)
+    assert not Path(os.devnull).is_file()
 
 
 def test_a_chapter_is_never_overwritten(folder):
@@ -559,7 +572,7 @@ def stored(folder, monkeypatch):
     card = DataCard("mnist", "sample", {"train": 1}, {"train": 1}, "digest", "licence", "credit")
     record = {"chapter": "small", "parameters": {"digit": 2}, "protocols": {}, "metrics": [], "data": asdict(card)}
     record |= {"recipe": asdict(MNIST["liu2020"]), "losses": {"kl": [3.0]}, "seconds": {}, "device": "cpu"}
-    record |= {"budget": {"unit": "epochs", "asked": 100, "used": 0}}
+    record |= {"budget": {"unit": "epochs", "asked": 100, "used": 0}, "git": {"commit": None, "dirty": None}}
     path = folder / "runs" / "small" / "digit=2" / "record.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(record))
@@ -605,7 +618,7 @@ def test_a_job_has_its_run_where_that_is_stored_and_current(stored, monkeypatch,
 )
 def test_a_job_that_was_told_to_end_early_goes_on(parameters, budget, whole, stored, monkeypatch):
     monkeypatch.delenv("EXPVAE_MODE", raising=False)
-    record = json.loads(stored.read_text()) | {"budget": budget, "training": {"images": 48}}
+    record = json.loads(stored.read_text()) | {"budget": budget | {"asked": 60}, "training": {"images": 48}}
     path = stored.parents[1] / ",".join(f"{name}={value}" for name, value in parameters.items()) / "record.json"
     path.parent.mkdir()
     path.write_text(json.dumps(record | {"parameters": parameters}))
@@ -651,7 +664,8 @@ def test_only_what_an_outdated_run_lacks_stops_the_page(tmp_path, monkeypatch, l
     card = DataCard("mnist", "sample", {"train": 1}, {"train": 1}, "digest", "licence", "credit")
     record = {"chapter": "mnist", "parameters": {"digit": 2}, "metrics": [], "data": asdict(card)}
     record |= {"protocols": {"PIXEL": 0}, "recipe": asdict(MNIST["liu2020"])}
-    record |= {"git": {"commit": None, "dirty": None}}
+    record |= {"git": {"commit": None, "dirty": None}, "losses": {}, "seconds": {}, "device": "cpu"}
+    record |= {"budget": {"unit": "epochs", "asked": 100, "used": 0}}
     path = tmp_path / "runs" / "mnist" / "digit=2"
     path.mkdir(parents=True)
     (path / "record.json").write_text(json.dumps(record))

@@ -284,6 +284,16 @@ def test_fetch_replaces_only_what_is_wrong(release, server, files, tmp_path, cap
     assert f"{raw / NAMES[2]} is not the file of the release" in capsys.readouterr().out
 
 
+def test_a_full_disk_leaves_the_data_that_were_there(release, files, tmp_path, capsys, full_disk):
+    raw = write(tmp_path, files | {NAMES[2]: b"another"})
+    with full_disk():
+        assert fetch("mnist", tmp_path) == 1
+    assert sentence(capsys).startswith(f"The data root {tmp_path} cannot be used: ")
+    assert everything(raw) == sorted(NAMES)
+    assert (raw / NAMES[2]).read_bytes() == b"another"
+    assert not list((tmp_path / "MNIST").rglob(".fetch*"))
+
+
 def not_found(server):
     server.files.popitem()
     return "404 Client Error: Not Found"
@@ -986,3 +996,11 @@ def test_sample_looks_like_mnist_and_keeps_its_labels(sample):
     assert x_NYX.std() == pytest.approx(0.3081, abs=0.01)
     neighbours = KNeighborsClassifier(3).fit(sample.train_NYX.flatten(1).numpy(), sample.train_label_N.numpy())
     assert neighbours.score(sample.test_NYX.flatten(1).numpy(), sample.test_label_N.numpy()) > 0.95
+
+
+def test_a_note_in_another_encoding_is_named(files, tmp_path):
+    note = tmp_path / "MNIST" / "NOTE.txt"
+    write(tmp_path, files, note="")
+    note.write_bytes("café".encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"^{note} is no text in UTF-8 \("):
+        survey(catalogue.MNIST, tmp_path)

@@ -131,6 +131,13 @@ def break_image(place):
     (place / "images" / "b.png").write_bytes(b"no image")
 
 
+def spoil(place):
+    """A PNG with another byte among its pixels, which its checksum does not fit."""
+    content = (place / "images" / "b.png").read_bytes()
+    at = content.index(b"IDAT") + 99
+    (place / "images" / "b.png").write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+
+
 def deepen(place):
     Image.fromarray(np.zeros((64, 64), np.uint16)).save(place / "images" / "b.png")
 
@@ -161,6 +168,7 @@ def nothing(_place):
         (nothing, {"images": "nowhere"}, r"nowhere is no folder with images \(\.bmp, \.gif, .*\)"),
         (nothing, {"images": "."}, r"\. is no folder with images"),
         (break_image, {}, r"images/b\.png cannot be read as an image: cannot identify image file"),
+        (spoil, {}, r"images/b\.png cannot be read as an image: "),
         (deepen, {}, r"images/b\.png cannot be read as an image: it has more than 8 bits"),
         (shrink, {}, r"c\.bmp and b\.png have different sizes; give --size"),
         (repeat, {}, "images holds two images whose names differ in the suffix only; rename one"),
@@ -184,6 +192,7 @@ def nothing(_place):
         (nothing, {"latent": "all"}, "argument --latent: invalid int value: 'all'"),
         (nothing, {"size": "28"}, "L images of 28x28 pixels: "),
         (nothing, {"batch": "0"}, "--batch must be 1 or more"),
+        (nothing, {"size": "-1"}, "--size must be 1 or more"),
         (nothing, {"device": "abacus"}, "--device abacus: Expected one of cpu, cuda"),
         (nothing, {"out": "no/maps"}, r"No such file or directory: 'no/\.maps\.part'"),
         (make_out, {}, "--out maps is there already"),
@@ -197,6 +206,18 @@ def test_what_cannot_be_done_is_said_in_one_sentence_and_nothing_is_left(place, 
     assert told.count("\n") == 1
     assert len(told) < 500
     assert sorted(place.rglob("*")) == before
+
+
+def test_a_full_disk_and_a_kill_leave_nothing_that_hinders(place, explain, full_disk):
+    before = sorted(place.rglob("*"))
+    with full_disk():
+        told = explain()
+    assert re.fullmatch(r"--out maps could not be written \(.*\); nothing is left of it\n", told)
+    assert sorted(place.rglob("*")) == before
+    (place / ".maps.part").mkdir()
+    (place / ".maps.part" / "half.npy").touch()  # as a process leaves it that was killed
+    assert "3 maps are in maps" in explain()
+    assert not {".maps.part", "maps/half.npy"} & {str(path.relative_to(place)) for path in place.rglob("*")}
 
 
 def test_without_its_packages_the_command_names_the_extra(monkeypatch):

@@ -48,6 +48,8 @@ def keep(chapter, given, *, spent=60.0, device="cpu: 1 threads", old=(), **entri
         "parameters": given,
         "protocols": versions,
         "metrics": [],
+        "losses": {},
+        "recipe": {},
         "data": asdict(DataCard("mnist", "partial", {"train": 1}, {"train": 1}, "digest", "licence", "credit")),
         "git": {"commit": None, "dirty": None},
         "budget": {"unit": "epochs", "asked": 1000, "used": length},

@@ -67,6 +67,16 @@ def test_a_damaged_file_is_refused(tmp_path):
         imagenet.load(tmp_path)
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    values = tensors()
+    values["bn1.bias"][3] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"resnet18_imagenet\.safetensors holds numbers that are not finite: bn1\.bias$"
+    ):
+        put(tmp_path, values)
+        imagenet.load(tmp_path)
+
+
 def test_torchvisions_weights_come_second(tmp_path, monkeypatch, capsys):
     values = tensors()
     monkeypatch.setattr(imagenet, "imagenet_weights", lambda: values)

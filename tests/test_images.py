@@ -63,6 +63,15 @@ def refused(file, *parts):
         assert all(part in said for part in parts), said
 
 
+def test_a_png_whose_checksum_does_not_fit_is_refused(tmp_path):
+    file = tmp_path / "x.png"
+    Image.fromarray(noise()).save(file)
+    content = file.read_bytes()
+    for at in range(content.index(b"IDAT") + 4, len(content) - 16, 7):
+        file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        refused(file, "is damaged or no image that can be taken")
+
+
 # Images
 
 

@@ -272,7 +272,18 @@ def test_a_changed_default_is_another_invocation(store):
     assert printed(page(chapter("print(digit)", parameters=free))) == "1\n"
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"parameters": {}}'])
+STORED = '{"parameters": {}, "cells": %s}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("{", "[]", '{"parameters": {}}', '{"parameters": 7, "cells": []}', STORED % "7", STORED % "[{}]"),
+        STORED % '[{"source": "f()", "outputs": [7]}]',
+        STORED % '[{"source": "f()", "outputs": [{"output_type": "stream"}]}]',
+        STORED % '[{"source": 7, "outputs": []}]',
+    ],
+)
 def test_damaged_outputs_name_their_file(store, content):
     store.parent.mkdir(parents=True)
     store.write_text(content)

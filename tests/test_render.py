@@ -107,6 +107,7 @@ def test_the_line_counts_from_the_page_and_not_from_the_options_of_the_cell(rend
     ("text", "sentence"),
     [
         (page_text("1", options=":tags: [open\n"), "Code cell 1 at line 13 could not be read"),
+        (page_text("1", options=":tags: null\n"), "None is not of type 'array'"),
         ("# Text\n\n```{code-cell}\n1\n```\n", "does not say that it is a notebook"),
     ],
 )

@@ -587,6 +587,62 @@ def test_arrays_damaged_at_any_place_are_named_or_read():
     assert named > len(content) // 3
 
 
+@pytest.mark.parametrize("value", [0.5, 0.75])
+def test_arrays_of_another_write_are_never_taken_for_those_of_a_record(value):
+    earlier = save(value=0.5)
+    content = (earlier.folder / "arrays.npz").read_bytes()
+    save(value=0.25)
+    with pytest.raises(ValueError, match=r"arrays\.npz has been stored anew since its run was read; load that again$"):
+        _ = earlier.arrays
+    later = save(value=value)
+    (later.folder / "arrays.npz").write_bytes(content)
+    if value == 0.5:
+        assert later.arrays["curve"][0] == 0.5
+    else:
+        with pytest.raises(
+            ValueError, match=r"arrays\.npz is damaged \(ValueError: its SHA-256 is not that in the rec"
+        ):
+            _ = later.arrays
+
+
+def test_runs_from_before_there_was_a_digest_are_read():
+    run = save()
+    record = json.loads((run.folder / "record.json").read_text())
+    assert len(record.pop("arrays_sha256")) == 64
+    (run.folder / "record.json").write_text(json.dumps(record))
+    assert runs.load("reuse", PARAMETERS).arrays["curve"][0] == 0.5
+
+
+@pytest.mark.parametrize("part", ["git", "git.dirty", "data.counts", "budget.asked", "losses", "metrics"])
+@pytest.mark.parametrize("wrong", [None, "text", 7])
+def test_a_record_that_lacks_an_entry_or_has_another_type_is_named(part, wrong):
+    path = save().folder / "record.json"
+    record = json.loads(path.read_text())
+    *above, name = part.split(".")
+    holder = record[above[0]] if above else record
+    if wrong is None:
+        del holder[name]
+    else:
+        holder[name] = "text" if part == "budget.asked" else wrong
+    path.write_text(json.dumps(record))
+    if (part, wrong) == ("git.dirty", None):
+        assert runs.load("reuse", PARAMETERS).record["git"].keys() == {"commit"}  # None, where there is no checkout
+        return
+    with pytest.raises(
+        ValueError, match=rf"damaged \(ValueError: record\.{part} is not there or something else than it"
+    ):
+        runs.load("reuse", PARAMETERS)
+
+
+@pytest.mark.parametrize("row", ['["a", "", "", 1, null, null]', '["a", "", "", "1", null, null, null]', '"AUROC  "'])
+def test_a_row_of_a_record_that_is_none_is_named(row):
+    path = save().folder / "record.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"metrics": [json.loads(row)]}))
+    with pytest.raises(ValueError, match=r"record\.json is damaged \(ValueError: "):
+        runs.load("reuse", PARAMETERS)
+
+
 def test_a_full_disk_keeps_the_stored_run(store, full_disk):
     run = save(value=0.5)
     kept = {name: (store / name).read_bytes() for name in files(store)}
@@ -703,6 +759,26 @@ def test_a_reader_finds_the_run_while_a_writer_is_between_its_two_renames(part):
         assert run.figure("panel").exists()
 
 
+def test_a_run_is_found_that_is_renamed_while_the_store_is_listed(monkeypatch):
+    folder, glob = save().folder, Path.glob
+
+    def listed(path, pattern):
+        found = list(glob(path, pattern))
+        if folder.exists():
+            folder.rename(folder.with_name(f".old-{folder.name}"))
+            return [one for one in found if one != folder]  # as scandir does at that moment
+        return found
+
+    monkeypatch.setattr(Path, "glob", listed)
+    assert [run.folder for run in runs.find("reuse")] == [folder]
+
+
+def test_a_file_beside_the_runs_is_no_run(store):
+    save()
+    (store / "reuse" / "notes.txt").write_text("no run")
+    assert len(runs.find()) == 1
+
+
 def test_a_reader_looks_again_where_a_writer_was_faster(monkeypatch):
     folder = save().folder
     places = iter([folder.with_name(".old-gone"), folder])
@@ -784,8 +860,8 @@ def write_often(name, value, count):
     (runs.root() / f"{name}.ready").touch()
     while not (runs.root() / "go").exists():
         time.sleep(0.005)
-    for _ in range(count):
-        save(value=value, figures={})
+    for number in range(count):
+        save(value=value + 2 * number, figures={})
 
 
 def test_two_writers_and_a_reader(store):
@@ -808,19 +884,24 @@ def test_two_writers_and_a_reader(store):
         seen = set()
         while any(writer.poll() is None for writer in writers):
             run = runs.load("reuse", PARAMETERS)
-            seen.add(run.metric("AUROC", "ours", "digit 7")["value"])
-            assert np.unique(run.arrays["curve"]).item() in {0.0, *values}
+            assert len(runs.find("reuse")) == 1
+            seen.add(value := run.metric("AUROC", "ours", "digit 7")["value"])
+            try:
+                assert np.unique(run.arrays["curve"]).item() == value
+            except ValueError as error:
+                assert "has been stored anew since its run was read" in str(error)
     finally:
         for writer in writers:
             writer.kill()
             writer.wait()
     assert [writer.returncode for writer in writers] == [0, 0]
-    assert seen & set(values)
-    assert seen <= {0.0, *values}
+    written = {value + 2 * number for value in values for number in range(20)}
+    assert seen & written
+    assert seen <= {0.0, *written}
 
     (run,) = runs.find("reuse")
     value = run.metric("AUROC", "ours", "digit 7")["value"]
-    assert value in values
+    assert value in {value + 2 * 19 for value in values}
     assert np.unique(run.arrays["curve"]).tolist() == [value]
     assert read_record(run.folder) == run.record
     assert sorted(path.name for path in run.folder.parent.iterdir()) == [".lock", "digit=1,seed=0"]

@@ -479,6 +479,52 @@ def test_a_file_that_is_found_damaged_is_named(tmp_path, kept):
         checkpoints.read_tensors(path)
 
 
+def test_a_changed_byte_is_found_wherever_it_lies(tmp_path):
+    path, tensors = tmp_path / "weights", {"value": torch.arange(9.0), "count": torch.tensor(3)}
+    checkpoints.write_tensors(path, tensors, {"step": "1"})
+    content, silent = path.read_bytes(), 0
+    for at in range(len(content)):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 0x05]) + content[at + 1 :])
+        try:
+            found, metadata = checkpoints.read_tensors(path)
+        except ValueError as error:
+            assert re.fullmatch(rf"{path} is damaged \(.*\); delete it and run again", str(error))
+        else:  # but for the name under which the digest lies
+            silent += 1
+            assert all(torch.equal(found[name], value) for name, value in tensors.items())
+            assert metadata.items() >= {"step": "1"}.items()
+    assert silent <= len("sha256") + 8  # and spaces behind the header
+
+
+def test_a_file_from_before_there_was_a_digest_is_read(tmp_path):
+    checkpoints.save_file({"value": torch.ones(3)}, tmp_path / "weights", {"step": "1"})
+    found, metadata = checkpoints.read_tensors(tmp_path / "weights")
+    assert (found["value"].tolist(), metadata) == ([1, 1, 1], {"step": "1"})
+
+
+def without(name):
+    return lambda tensors, metadata: (tensors.pop(name, None), metadata.pop(name, None))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *map(without, ("step", "total", "histories", "model/conv.weight", "generator/0")),
+        lambda tensors, metadata: metadata.update(step="one"),
+        lambda tensors, metadata: metadata.update(histories="[]"),
+        lambda tensors, metadata: tensors.update({"model/conv.bias": tensors["model/conv.bias"][:1].clone()}),
+    ],
+)
+def test_a_checkpoint_that_lacks_something_is_named(tmp_path, change):
+    path = tmp_path / "checkpoint"
+    fit(path, epochs=1, keep_last=True)
+    tensors, metadata = checkpoints.read_tensors(path)
+    change(tensors, metadata)
+    checkpoints.write_tensors(path, tensors, metadata)
+    with pytest.raises(ValueError, match=rf"^{path} is damaged \(.*\); delete it and run again$"):
+        fit(path, epochs=2)
+
+
 # --- how long it takes, and an early end -----------------------------------------------------------------------------
 
 

@@ -79,8 +79,11 @@ def explain(asked: argparse.Namespace) -> str:
         ValueError: If an option leads nowhere, or the model cannot take the images.
         OSError: If the folder cannot be written.
     """
-    if asked.batch < 1 or asked.out.exists():
-        raise ValueError("--batch must be 1 or more" if asked.batch < 1 else f"--out {asked.out} is there already")
+    for name, value in (("--batch", asked.batch), ("--size", asked.size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be 1 or more")
+    if asked.out.exists():
+        raise ValueError(f"--out {asked.out} is there already")
     model = _model(asked)
     with _said(f"--encode {asked.encode} of {asked.model}"):
         encode = getattr(model, asked.encode)
@@ -137,6 +140,8 @@ def _images(folder: Path, size: int | None) -> list[Path]:
 
 def _pixels(file: Path, mode: str, size: int | None) -> UInt8[np.ndarray, "y x c"]:
     with _said(f"{file} cannot be read as an image"), Image.open(file) as image:
+        image.verify()  # the checksums of a PNG, which its decoder leaves aside
+    with _said(f"{file} cannot be read as an image"), Image.open(file) as image:
         if image.mode.startswith(("I", "F")):
             raise ValueError("it has more than 8 bits")
         image = ImageOps.exif_transpose(image).convert(mode)
@@ -148,10 +153,13 @@ def _pixels(file: Path, mode: str, size: int | None) -> UInt8[np.ndarray, "y x c
 def _new_folder(folder: Path) -> Iterator[Path]:
     """A folder that appears whole or not at all."""
     temporary = folder.with_name(f".{folder.name}.part")
-    temporary.mkdir()
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
     try:
+        temporary.mkdir()
         yield temporary
         temporary.rename(folder)
+    except OSError as error:
+        raise OSError(f"--out {folder} could not be written ({error}); nothing is left of it") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

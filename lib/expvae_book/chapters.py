@@ -12,6 +12,7 @@ import shlex
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expvae_book.parameters import ChapterError, Value, declared, parameters_cell
@@ -61,14 +62,22 @@ class ChapterHandler:
 
     @staticmethod
     def write(text: str, path: str) -> None:
-        """Write an executed notebook.
+        """Write an executed notebook, whole or not at all.
 
         Raises:
             ChapterError: If the path is that of a chapter.
+            OSError: If it cannot be written; what was there before stays.
         """
+        from expvae_book.files import replacing
+
         if path.endswith(".md"):
             raise ChapterError(f"The executed notebook cannot be written to {path}: give a name that ends in .ipynb.")
-        _local_files("write", text, path)
+        place = Path(path).resolve()
+        if not place.parent.is_dir() or (place.exists() and not place.is_file()):  # papermill says so; or a device
+            _local_files("write", text, path)
+            return
+        with replacing(place) as temporary:
+            _local_files("write", text, str(temporary))
 
     @staticmethod
     def pretty_path(path: str) -> str:
@@ -308,6 +317,7 @@ def _notebook(text: str, path: str) -> "NotebookNode":
     import jupytext
     from jupytext.myst import MystMetadataParsingError
     from myst_nb.core.read import is_myst_markdown_notebook
+    from nbformat import ValidationError, validate
     from yaml import YAMLError
 
     text = text.removeprefix("\ufeff")  # which some editors write before UTF-8
@@ -315,7 +325,8 @@ def _notebook(text: str, path: str) -> "NotebookNode":
         if not is_myst_markdown_notebook(text):
             raise ChapterError(f"{path} is not a chapter that can be run: its top does not say that it is a notebook.")
         notebook = jupytext.reads(text, fmt="md:myst")
-    except (MystMetadataParsingError, YAMLError) as error:
+        validate(notebook)
+    except (MystMetadataParsingError, YAMLError, ValidationError) as error:
         raise ChapterError(f"{path} cannot be read as a MyST notebook: {' '.join(str(error).split())}.") from None
     if "kernelspec" not in notebook.metadata:
         raise ChapterError(f"{path} is not a chapter that can be run: its top names no kernelspec.")

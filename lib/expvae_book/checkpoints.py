@@ -11,6 +11,7 @@ last one of an epoch.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -27,14 +28,15 @@ from typing import Any
 
 import torch
 from jaxtyping import Int64
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from expvae_book.files import replacing
+from expvae_book.files import reason, replacing
 
 STEPS_PER_REPORT = 20  # reading the loss waits for the device, so the bar and the check for NaN do it rarely
+DIGEST = "sha256"  # among the metadata of a file
 TIMED_STEPS = 5  # whose rate says how long a training takes; the one before them warms up
 
 
@@ -75,15 +77,18 @@ class State:
     def load(self, path: Path) -> None:
         """Go where a checkpoint left off; a ValueError if it is damaged or its total does not do."""
         stored, metadata = read_tensors(path)
-        if int(metadata["step"]) > self.total or (self.scheduled and int(metadata["total"]) != self.total):
-            raise ValueError(f"{path} is of a training of {metadata['total']} steps, not of {self.total}")
-        for name, value in (self.weights | self.others).items():
-            value.copy_(stored[name])
-        for index, generator in enumerate(self.generators):
-            generator.set_state(stored[f"generator/{index}"])
-        for history, values in zip(self.histories, json.loads(metadata["histories"]), strict=True):
-            vars(history).update(values)
-        self.done = int(metadata["step"])
+        with undamaged(path):
+            step, total, histories = int(metadata["step"]), int(metadata["total"]), json.loads(metadata["histories"])
+        if step > self.total or (self.scheduled and total != self.total):
+            raise ValueError(f"{path} is of a training of {total} steps, not of {self.total}")
+        with undamaged(path):
+            for name, value in (self.weights | self.others).items():
+                value.copy_(stored[name].view_as(value))  # no smaller one, which would be repeated
+            for index, generator in enumerate(self.generators):
+                generator.set_state(stored[f"generator/{index}"])
+            for history, values in zip(self.histories, histories, strict=True):
+                vars(history).update(values)
+        self.done = step
 
 
 def run(
@@ -313,26 +318,58 @@ def total_of(weights: Mapping[str, Tensor]) -> float:
     return sum(value.detach().sum() for value in weights.values()).item()
 
 
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 of the shape, type and content of a tensor."""
+    content = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{tuple(content.shape)} {content.dtype}".encode())
+    digest.update(content.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digests = {name: tensor_digest(value) for name, value in tensors.items()}
+    return hashlib.sha256(json.dumps([digests, metadata], sort_keys=True).encode()).hexdigest()
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors to a safetensors file that appears whole or not at all; see `expvae_book.files.replacing`."""
+    """Write tensors to a safetensors file that appears whole or not at all; see `expvae_book.files.replacing`.
+
+    Its metadata hold a digest of all that is in it, by which `read_tensors` finds what has been damaged since.
+    """
     with replacing(path) as temporary:
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
+        stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        save_file(stored, temporary, metadata | {DIGEST: _digest(stored, metadata)})
 
 
 def steps_done(path: Path) -> int:
     """How many steps a training had taken when it wrote this checkpoint; a ValueError if that is damaged."""
-    return int(read_tensors(path, only_metadata=True)[1]["step"])
+    metadata = read_tensors(path, only_metadata=True)[1]
+    with undamaged(path):
+        return int(metadata["step"])
+
+
+@contextmanager
+def undamaged(path: Path) -> Iterator[None]:
+    """Within it, whatever the content of a file lets its reader raise is a ValueError that names it."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # of safetensors, json or PyTorch, by the place that is damaged
+        raise ValueError(f"{path} is damaged ({reason(error)}); delete it and run again") from error
 
 
 def read_tensors(path: Path, *, only_metadata: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the tensors, if they are wanted, and the metadata of a safetensors file.
 
     Raises:
-        ValueError: If it is damaged; the message names it.
+        ValueError: If it is damaged; the message names it. Files from before there was a digest are not held against
+            one, and neither are metadata that are read alone.
     """
-    try:
+    with undamaged(path):
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-        return {} if only_metadata else load_file(path), metadata
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
+            metadata = file.metadata() or {}
+        tensors, digest = {} if only_metadata else load_file(path), metadata.pop(DIGEST, None)
+        if digest and not only_metadata and digest != _digest(tensors, metadata):
+            raise ValueError("it does not hold what its digest was taken of")
+    return tensors, metadata

@@ -1,6 +1,8 @@
 """Files and folders that appear whole or not at all."""
 
+import hashlib
 import os
+import re
 import shutil
 import uuid
 import zipfile
@@ -84,6 +86,22 @@ def opened(folder: Path, name: str) -> BinaryIO:
     raise FileNotFoundError(f"there is no {folder / name}")
 
 
+@contextmanager
+def stored(folder: Path, name: str) -> Iterator[BinaryIO]:
+    """A file of a run; whatever its content lets its reader raise is a ValueError that names it."""
+    with opened(folder, name) as file:
+        try:
+            yield file
+        except Exception as error:  # of json, zipfile, zlib or NumPy, by the place that is damaged
+            message = f"{folder / name} is damaged ({reason(error)}); delete its folder and run the chapter again"
+            raise ValueError(message) from error
+
+
+def reason(error: Exception) -> str:
+    """The kind of an error and the first sentence of what it says, to stand within another sentence."""
+    return f"{type(error).__name__}: " + re.split(r"\. |:?\n", str(error))[0]
+
+
 def _aside(folder: Path) -> Path:
     return folder.with_name(ASIDE + folder.name)
 
@@ -107,3 +125,13 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
+
+
+def read_arrays(file: BinaryIO) -> tuple[dict[str, np.ndarray], str]:
+    """The arrays of such a file, and its SHA-256; a ValueError, or another error of its readers, where it is none."""
+    with np.load(file, allow_pickle=False) as archive:
+        arrays = dict(archive)
+    if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+        raise ValueError("not all that it holds are arrays")
+    file.seek(0)
+    return arrays, hashlib.file_digest(file, "sha256").hexdigest()

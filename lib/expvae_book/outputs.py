@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.displayhook import DisplayHook
-from nbformat import NotebookNode, from_dict
+from nbformat import NotebookNode, from_dict, validate
 from nbformat.v4 import new_output
 
 from expvae_book import files, places, provenance, runs
@@ -161,12 +161,12 @@ def fill(notebook: NotebookNode, chapter: str) -> None:
     compute = [cell for cell in notebook.cells if is_compute(cell)]
     stored, command = _load(chapter), f"`papermill book/{chapter}.md out.ipynb`"
     known = {name: parameter.default for name, parameter in declared(notebook, chapter).items() if name not in FREE}
-    if stored is None or any(value != known.get(name, value) for name, value in stored["parameters"].items()):
+    if stored is None or any(value != known.get(name, value) for name, value in stored[0].items()):
         show(compute, f"No outputs of this page are stored: {command} runs it on the real data and stores them.")
         return
     left = defaultdict(list)
-    for cell in stored["cells"]:
-        left[normalised(cell["source"])].append(from_dict(cell["outputs"]))
+    for source, shown in stored[1]:
+        left[source].append(shown)
     for cell in compute:
         same = left[normalised(cell.source)]
         changed = f"This cell has changed since its output was stored; {command} stores it again."
@@ -191,14 +191,20 @@ def _path(chapter: str) -> Path:
     return runs.root() / "outputs" / f"{chapter}.json"
 
 
-def _load(chapter: str) -> dict[str, Any] | None:
+def _load(chapter: str) -> tuple[dict[str, Any], list[tuple[str, list[NotebookNode]]]] | None:
+    """The parameters of what is stored, and of each cell the normalised source and the outputs."""
     try:
         stored = json.loads(_path(chapter).read_text(encoding="utf-8"))
-        return {part: stored[part] for part in ("parameters", "cells")}
+        cells = [(normalised(cell["source"]), from_dict(cell["outputs"])) for cell in stored["cells"]]
+        for output in (output for _, shown in cells for output in shown):
+            validate(output, ref="output", version=4)
+        return dict(stored["parameters"]), cells
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{_path(chapter)} is damaged ({error!r}); delete it and run the chapter again") from error
+    except Exception as error:  # of json, nbformat or Python, by the place that is damaged
+        raise ValueError(
+            f"{_path(chapter)} is damaged ({files.reason(error)}); delete it and run the chapter again"
+        ) from error
 
 
 def _kept(outputs: Sequence[NotebookNode], where: str) -> list[NotebookNode]:

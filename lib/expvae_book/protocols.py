@@ -28,6 +28,7 @@ VERSIONS = {
     "reuse": 1,
     # Benchmarks: what is timed, and beside what.
     "benchmark attention": 1,
+    "benchmark endurance": 1,
     "benchmark factorvae": 1,
     "benchmark gpu": 1,
     "benchmark pixel": 1,

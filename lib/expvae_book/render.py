@@ -33,7 +33,7 @@ from matplotlib_inline import backend_inline
 from matplotlib_inline.config import InlineBackend
 from myst_nb.core.read import MystMetadataParsingError, is_myst_markdown_notebook, read_myst_markdown_notebook
 from myst_parser.config.main import MdParserConfig
-from nbformat import NotebookNode
+from nbformat import NotebookNode, ValidationError, validate
 from nbformat.v4 import new_output
 from sphinx.application import Sphinx
 from sphinx.errors import SphinxError
@@ -87,8 +87,9 @@ def parse(text: str, path: Path, config: MdParserConfig | None = None) -> Notebo
     text = io.StringIO(text.removeprefix("\ufeff"), newline=None).read()  # whatever mark and line ends an editor leaves
     try:
         notebook = read_myst_markdown_notebook(text, config, add_source_map=True, path=path)
-    except MystMetadataParsingError as error:
-        raise PageError(f"{path}: {error}") from error
+        validate(notebook)
+    except (MystMetadataParsingError, ValidationError) as error:
+        raise PageError(f"{path}: {' '.join(str(error).split())}") from error
     if not is_myst_markdown_notebook(text) and any(cell.cell_type == "code" for cell in notebook.cells):
         raise PageError(f"{path} has code cells, and its top does not say that it is a notebook (jupytext, myst).")
     notebook.metadata["language_info"] = NotebookNode(LANGUAGE)

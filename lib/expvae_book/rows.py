@@ -8,6 +8,14 @@ import math
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
+# What every record has, for its readers to count on.
+ENTRIES: dict[str, Any] = dict.fromkeys(("parameters", "protocols", "losses", "recipe", "seconds"), dict)
+ENTRIES |= {"chapter": str, "device": str, "metrics": list}
+ENTRIES |= {"git": {"commit": str | None, "dirty": bool | None}, "budget": {"unit": str, "asked": float | int}}
+ENTRIES["budget"]["used"] = float | int
+ENTRIES["data"] = dict.fromkeys(("name", "kind", "digest", "licence", "credit", "note"), str)
+ENTRIES["data"] |= {"counts": dict, "official": dict}
+TEXTS = ("metric", "method", "subset")
 METRIC_COLUMNS = ["metric", "method", "subset", "value", "low", "high", "n"]
 
 
@@ -66,8 +74,22 @@ def as_text(record: Mapping[str, Any]) -> str:
 def read_text(file: BinaryIO) -> dict[str, Any]:
     """A record from its text, rows as `row` makes them; a ValueError where it is no such text."""
     record = json.load(file, parse_constant=_finite, parse_float=_finite)
+    if wrong := _wrong(record, ENTRIES, "record"):
+        raise ValueError(f"{wrong} is not there or something else than it should be")
     record["metrics"] = [dict(zip(METRIC_COLUMNS, row, strict=True)) for row in record["metrics"]]
+    for one in record["metrics"]:
+        if not all(isinstance(value, str if name in TEXTS else float | int | None) for name, value in one.items()):
+            raise ValueError(f"{list(one.values())} is no row of its metrics")
     return record
+
+
+def _wrong(value: Any, kind: Any, name: str) -> str:
+    """The first entry that is lacking or of another type; empty where none is."""
+    if not isinstance(kind, dict):
+        return "" if isinstance(value, kind) else name
+    if not isinstance(value, dict):
+        return name
+    return next(filter(None, (_wrong(value.get(part), of, f"{name}.{part}") for part, of in kind.items())), "")
 
 
 def _finite(number: str) -> float:

@@ -15,13 +15,12 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -31,7 +30,7 @@ from matplotlib.figure import Figure
 
 from expvae_book import files, places, protocols, provenance
 from expvae_book.data import root as data_root
-from expvae_book.data.card import DataCard, survey
+from expvae_book.data.card import DataCard, sha256, survey
 from expvae_book.data.catalogue import source
 from expvae_book.names import ATTENTION, COMMON
 from expvae_book.recipes import RBMRecipe, Recipe, StepRecipe
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from expvae_book.probes import Probe
 
 FRAMES_PER_SECOND = 4
+DIGEST = "arrays_sha256"  # in a record
 TOLERANCE = 1e-3  # of the greatest number of a probe: what another processor or device may change
 
 # What "auto" may become and then stands in the record and its folder's name; the first is taken before the second.
@@ -79,12 +79,18 @@ class Run:
         """Maps and curves, by name.
 
         Raises:
-            ValueError: If their file is damaged; the message names it.
+            ValueError: If their file is damaged, or is not of the record because the run has been stored anew since it
+                was read; the message names it. Runs from before there was a digest are not held against one.
         """
-        with _stored(self.folder, "arrays.npz") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = dict(archive)
-            if not all(isinstance(array, np.ndarray) for array in arrays.values()):
-                raise ValueError("not all that it holds are arrays")
+        with files.stored(self.folder, "arrays.npz") as file:
+            (arrays, digest), expected = files.read_arrays(file), self.record.get(DIGEST)
+            anew = expected != digest and (now := _read(self.folder)) and now.record.get(DIGEST) != expected
+            if expected not in (None, digest) and not anew:
+                raise ValueError("its SHA-256 is not that in the record")
+        if anew:
+            raise ValueError(
+                f"{self.folder / 'arrays.npz'} has been stored anew since its run was read; load that again"
+            )
         return arrays
 
     @property
@@ -253,7 +259,8 @@ def root() -> Path:
 def find(chapter: str | None = None, **parameters: Any) -> list[Run]:
     """All stored runs, of one chapter or of all, that have the parameters given; ordered by their folders."""
     store = STORES.get(chapter, chapter) or "*"
-    folders = (path.parent for path in root().glob(f"{store}/*/record.json"))
+    # Listed twice, because a listing can lack what is renamed meanwhile.
+    folders = [folder for _ in range(2) for folder in root().glob(f"{store}/*")]
     of_runs = {folder.with_name(folder.name.removeprefix(files.ASIDE)) for folder in folders}
     runs = [_read(folder) for folder in sorted(of_runs) if not folder.name.startswith(".")]
     return [run for run in runs if run is not None and parameters.items() <= run.parameters.items()]
@@ -347,14 +354,14 @@ def save(
                 f"{part} of the run {folder.name} cannot be stored: JSON takes finite numbers, text, lists and dicts "
                 f"of Python ({error})"
             ) from error
-    text = as_text(record)
     for name, array in arrays.items():
         if np.asarray(array).dtype.hasobject:  # NumPy would pickle it
             raise ValueError(f"arrays[{name!r}] of the run {folder.name} holds Python objects; give it a numeric type")
 
     with files.replacing_folder(folder) as temporary:
-        (temporary / "record.json").write_text(text + "\n", encoding="utf-8")
         files.write_arrays(temporary / "arrays.npz", arrays)
+        record[DIGEST] = sha256(temporary / "arrays.npz")
+        (temporary / "record.json").write_text(as_text(record) + "\n", encoding="utf-8")
         (temporary / "figures").mkdir()
         for name, figure in figures.items():
             if isinstance(figure, Animation):
@@ -386,22 +393,12 @@ def amend(run: Run, entries: Mapping[str, Any]) -> Run:
 
 def _read(folder: Path) -> Run | None:
     try:
-        with _stored(folder, "record.json") as file:
+        with files.stored(folder, "record.json") as file:
             record = read_text(file)
+            DataCard(**record["data"])
             return Run(record["chapter"], record["parameters"], record, folder)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-
-
-@contextmanager
-def _stored(folder: Path, name: str) -> Iterator[BinaryIO]:
-    """A file of a run; whatever its content lets its reader raise is a ValueError that names it."""
-    with files.opened(folder, name) as file:
-        try:
-            yield file
-        except Exception as error:  # of json, zipfile, zlib or NumPy, by the place that is damaged
-            message = f"{folder / name} is damaged ({error!r}); delete its folder and run the chapter again"
-            raise ValueError(message) from error
 
 
 def commit_text(git: Mapping[str, Any]) -> str:

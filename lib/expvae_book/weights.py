@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from expvae import models
 from expvae_book import contrastive, devices, places, protocols, training
-from expvae_book.checkpoints import read_tensors, steps_done, write_tensors
+from expvae_book.checkpoints import read_tensors, steps_done, tensor_digest, undamaged, write_tensors
 from expvae_book.recipes import RBMRecipe, Recipe, StepRecipe
 
 CHECKPOINT_SECONDS = 180.0  # what a kill may cost; a checkpoint of the largest network is a gigabyte to write
@@ -89,7 +89,8 @@ class Entry:
     def read(cls, path: Path) -> "Entry":
         """What this file holds; a ValueError if it is damaged."""
         tensors, metadata = read_tensors(path)
-        return cls(tensors, json.loads(metadata["history"]), metadata["device"], metadata["key"])
+        with undamaged(path):
+            return cls(tensors, json.loads(metadata["history"]), metadata["device"], metadata["key"])
 
 
 def folder() -> Path:
@@ -315,7 +316,8 @@ def trained(
 
     (entry,), reused = cached(kind.__name__, [key], device, train, kept)
     model = training.build(make, seed).to(device)
-    model.load_state_dict(entry.tensors)
+    with undamaged(place(kind.__name__, entry.key)):
+        model.load_state_dict(entry.tensors)
     history = [contrastive.History(**part) for part in entry.history] if is_stack else training.History(**entry.history)
     networks, done = (len(history), epochs) if is_stack else (1, len(history.kl))
     return Trained(
@@ -349,14 +351,6 @@ def key_of(recipe: Recipe | RBMRecipe | StepRecipe, protocol: str, **determinant
         name: tensor_digest(value) if isinstance(value, Tensor) else value for name, value in determinants.items()
     }
     return _digest({"recipe": hyper_parameters, "protocols": protocols.versions(protocol), **values})
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of the shape, type and content of a tensor."""
-    content = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{tuple(content.shape)} {content.dtype}".encode())
-    digest.update(content.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _digest(determinants: object) -> str:

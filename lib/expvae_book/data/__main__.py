@@ -111,6 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     for command in (fetching, commands.add_parser("status", help="print what is there")):
         command.add_argument("--root", help="data root (default: EXPVAE_DATA, or data/ in the repository)")
     options = parser.parse_args(arguments)
+    root = Path(options.root or "of EXPVAE_DATA")
     try:
         root = expvae_book.data.root()
         if options.root is not None:
@@ -122,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (places.SettingError, FetchError) as error:
         problem = f"{error}."
     except OSError as error:
-        problem = f"The data root cannot be used: {error}."
+        problem = f"The data root {root} cannot be used: {error}."
     except KeyboardInterrupt:
         problem = "Stopped; nothing half-written is left behind."
     tqdm.write(problem, file=sys.stderr)  # below a bar that was cut off

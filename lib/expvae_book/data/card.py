@@ -143,7 +143,10 @@ def kind_of(counts: dict[str, int], official: dict[str, int], note: str, altered
 def notes_in(folder: Path) -> list[str]:
     """The text of a NOTE.txt in a folder, if there is one."""
     file = folder / "NOTE.txt"
-    return [file.read_text(encoding="utf-8").strip()] if file.is_file() else []
+    try:
+        return [file.read_text(encoding="utf-8").strip()] if file.is_file() else []
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8 ({error})") from error
 
 
 def takes_sample(

@@ -77,6 +77,8 @@ def _read(file: Path) -> dict[str, Tensor]:
             f"{file} does not hold the weights of torchvision's ResNet-18; missing, unknown or of another shape: "
             f"{listed(wrong)}"
         )
+    if unsound := [name for name, value in tensors.items() if not value.isfinite().all()]:
+        raise ValueError(f"{file} holds numbers that are not finite: {listed(unsound)}")
     return tensors
 
 

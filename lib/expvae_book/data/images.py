@@ -186,6 +186,8 @@ def _open(file: Path) -> tuple[Image.Image, bool, bool]:
     """A file in mode L, RGB or one of DEEP, whether its encoding is lossy, and whether it has 16 bits per channel."""
     try:
         # Of a file by its name Pillow maps an uncompressed TIFF with width and height already exchanged: garbage.
+        with file.open("rb") as content:
+            Image.open(content).verify()  # the checksums of a PNG, which its decoder leaves aside
         with file.open("rb") as content, Image.open(content) as image:
             lossy = image.format not in LOSSLESS or image.info.get("compression") in LOSSY_TIFF
             # Of 16-bit colours Pillow reads the upper 8, which its own mode hides; BMP's BGR;16 are 16 bits for all

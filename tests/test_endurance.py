@@ -28,6 +28,7 @@ def test_a_killed_job_ends_with_what_an_undisturbed_one_stores(tmp_path):
     assert counts["kills"] == 2
     assert counts["jobs"] > 0
     assert counts["lost results"] == counts["different results"] == 0
+    assert os.environ["EXPVAE_RUNS"] == str(tmp_path / "store")  # where the numbers are to be stored
 
 
 def test_a_result_that_is_lost_or_different_is_counted(tmp_path, monkeypatch, capsys):

@@ -60,7 +60,11 @@ def save(folder: Path, number: int, **parts: object) -> runs.Run:
 def drawn(number: int, moving: bool = False) -> Figure | FuncAnimation:
     figure = Figure(figsize=(2, 2))
     shown = figure.add_subplot().imshow(noise(number))
-    return FuncAnimation(figure, lambda frame: [shown.set_data(noise(number + frame))], 3) if moving else figure
+    if not moving:
+        return figure
+    animation = FuncAnimation(figure, lambda frame: [shown.set_data(noise(number + frame))], 3)
+    animation._draw_was_started = True  # or it warns, where there is no room, that nobody drew it
+    return animation
 
 
 def amend(folder: Path, number: int) -> None:

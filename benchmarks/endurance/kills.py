@@ -17,6 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import RLock
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -111,8 +112,8 @@ def stored(folder: Path) -> tuple[dict, dict[str, bytes], list[str]]:
     Raises:
         ValueError: If there is not one run, or it is damaged.
     """
-    os.environ["EXPVAE_RUNS"] = str(folder / "runs")
-    (run,) = runs.find()
+    with patch.dict(os.environ, EXPVAE_RUNS=str(folder / "runs")):
+        (run,) = runs.find()
     record = {name: value for name, value in run.record.items() if name not in UNEQUAL}
     record["verified"] = {"difference": run.record["verified"]["difference"]}
     content = {name: array.tobytes() for name, array in run.arrays.items()}

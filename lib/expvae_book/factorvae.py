@@ -3,7 +3,6 @@
     L = reconstruction + β KL + γ TC + λ L_AD                              (means over the images of a batch, in nats)
 
 With γ = λ = 0 that is β-VAE, with γ > 0 FactorVAE (Kim & Mnih 2018), with λ > 0 AD-FactorVAE (Liu et al. 2020, eq. 7).
-
 Suffixes of tensor names as in expvae.attention, and M models side by side, K maps that are paired.
 """
 

@@ -4,14 +4,15 @@ import html
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
+from statistics import mean
 from typing import Any
 
 import pandas as pd
 from IPython.display import Markdown
 
-from expvae_book import claims, runs
+from expvae_book import claims, judging, runs
 from expvae_book.data.catalogue import source
-from expvae_book.matching import NO_RUN
+from expvae_book.matching import NO_RUN, budget_text
 from expvae_book.publications import QUOTED_BY, SOURCES
 
 COLOURS = {"supported": "success", "contradicted": "danger", "mixed": "warning", "undecided": "muted"}
@@ -182,8 +183,19 @@ def cells(run: runs.Run, columns: Mapping[str, Cell]) -> dict[str, Any]:
     return {name: cell(run) if callable(cell) else run.text(*cell, lacking="") for name, cell in columns.items()}
 
 
+def spread(found: Sequence[runs.Run], metric: str, method: str = "", subset: str = "", form: str = ".3f") -> str:
+    """A number with its interval where one run has it; where several do, their mean, least and greatest."""
+    having = [run for run in found if run.text(metric, method, subset, lacking="")]
+    if len(having) == 1:
+        return having[0].text(metric, method, subset, form)
+    values = [run.metric(metric, method, subset)["value"] for run in having]
+    return f"{mean(values):{form}} ({min(values):{form}} to {max(values):{form}})" if values else ""
+
+
 def stored_runs(chapter: str, told_by: Sequence[str], columns: Mapping[str, Cell]) -> pd.DataFrame:
-    """Every stored run of a chapter: what tells it apart, its data, its budget, some of its numbers and its state.
+    """Every stored run of a chapter, those that differ in the seed alone in one line.
+
+    That is what tells them apart, their data, budgets and numbers (see `spread`), and their states.
 
     Args:
         chapter: Name of the chapter.
@@ -191,9 +203,21 @@ def stored_runs(chapter: str, told_by: Sequence[str], columns: Mapping[str, Cell
         columns: The numbers.
     """
     lines = []
-    for run in runs.find(chapter):
-        facts, budget = run.parameters | run.record.get("training", {}), run.record["budget"]
-        line = {name: facts[name] for name in told_by} | {"data": run.card.mark or "complete"}
-        line[budget["unit"]] = f"{budget['used']:,} of {budget['asked']:,}"
-        lines.append(line | cells(run, columns) | {"state": run.state, "made by": made([run])})
+    for same in judging.alike(runs.find(chapter), "seed"):
+        facts = [run.parameters | run.record.get("training", {}) for run in same]
+        line: dict[str, Any] = {name: ", ".join(dict.fromkeys(str(of[name]) for of in facts)) for name in told_by}
+        line |= {"data": listed(same, lambda run: run.card.mark or "complete"), "budget": listed(same, budget_text)}
+        for name, cell in columns.items():
+            line[name] = listed(same, cell) if callable(cell) else spread(same, *cell)
+        lines.append(line | {"state": listed(same, word), "made by": made(same)})
     return pd.DataFrame(lines)
+
+
+def listed(found: Sequence[runs.Run], what: Callable[[runs.Run], Any]) -> str:
+    """What is said of each run, each thing once."""
+    return ", ".join(dict.fromkeys(str(what(run)) for run in found))
+
+
+def word(run: runs.Run) -> str:
+    """The state of a run in a word."""
+    return run.state.partition(" ")[0]

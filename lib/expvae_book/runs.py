@@ -392,6 +392,22 @@ def amend(run: Run, entries: Mapping[str, Any]) -> Run:
 
 
 def _read(folder: Path) -> Run | None:
+    """The run of a folder; pages, which change none, share what was read since it was last written."""
+    if not reading():
+        return _read_now(folder)
+    try:
+        state = (files.located(folder) / "record.json").stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return _read_for_pages(folder, state.st_ino, state.st_mtime_ns)
+
+
+@cache
+def _read_for_pages(folder: Path, *_state: int) -> Run | None:
+    return _read_now(folder)
+
+
+def _read_now(folder: Path) -> Run | None:
     try:
         with files.stored(folder, "record.json") as file:
             record = read_text(file)

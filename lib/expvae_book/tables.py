@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 
 from expvae.metrics import CONVENTIONS
-from expvae_book import names, publications, runs
+from expvae_book import judging, names, publications, report, runs
 from expvae_book.data.catalogue import MOTIFS
 from expvae_book.matching import budget_text
 from expvae_book.names import ATTENTION, AUROC, BASELINES, ERROR, METHODS, plain
 from expvae_book.places import REPOSITORY
-from expvae_book.report import cells, stored_runs
+from expvae_book.report import cells
 from expvae_book.runs import Run
 
 LITERATURE = REPOSITORY / "book" / "literature" / "mvtec.csv"
@@ -239,15 +239,20 @@ def layers(found: Found) -> pd.DataFrame:
 
 
 def every_run(layer: str, preset: str) -> pd.DataFrame:
-    """Every stored run on MVTec AD: what it was made with, its budget and the pixel AUROC of one of its maps."""
-    told_by = ("category", "recipe", "augmentation", "seed", "encoder")
-    columns = {
-        AUROC: (AUROC, f"{layer}, {preset}"),
-        names.BEST_IOU: (names.BEST_IOU, f"{layer}, {preset}"),
-        "greatest mean KL of an epoch (nats)": lambda run: f"{max(run.record['losses']['kl'], default=0):,.0f}",
-        "held-out cost / that of the mean image": lambda run: f"{_relative_cost(run):.2f}",
-    }
-    return stored_runs("mvtec", told_by, columns)
+    """Every stored run on MVTec AD: a line for each kind of training, with two measures of one of its maps.
+
+    Those are the pixel AUROC and the best IoU, means over seeds, in the column of the category.
+    """
+    lines = []
+    for same in judging.alike(runs.find("mvtec"), "category", "seed"):
+        line = {name: same[0].parameters[name] for name in ("recipe", "initial", "augmentation", "encoder")}
+        line |= {"seeds": report.listed(same, lambda run: run.parameters["seed"])}
+        line |= {"budget": report.listed(same, budget_text), "state": report.listed(same, report.word)}
+        for of in judging.alike(same, "seed"):
+            values = [report.spread(of, metric, f"{layer}, {preset}", form=".2f") for metric in (AUROC, names.BEST_IOU)]
+            line[of[0].parameters["category"]] = "; ".join(value.partition(" ")[0] for value in values if value)
+        lines.append(line | {"made by": report.made(same)})
+    return pd.DataFrame(lines).fillna("")
 
 
 def mirroring(categories: Sequence[str]) -> pd.DataFrame:

@@ -27,7 +27,7 @@ from expvae_book.names import (
 from expvae_book.runs import Run
 
 RULES = {"paper's rule": "liu2020_paper", "rule of the authors' code": "liu2020_code"}
-WORDS = {"above": "more than", "below": "less than"}
+WORDS = {"above": "higher", "below": "lower", "not told apart from": "not told apart"}
 
 
 def followed() -> list[Run]:
@@ -38,14 +38,8 @@ def followed() -> list[Run]:
         for run in runs.find(store)
         if run.card.published
         and not (run.outdated or run.differs)
-        and any(name.startswith("course/") for name in run.arrays)
+        and any(row["subset"] == LAST for row in run.record["metrics"])
     ]
-
-
-def named(run: Run) -> str:
-    """A run in a few words: data set, inlier or category, recipe and seed."""
-    wrong = ", trained on the wrong digits" if "trained_on" in run.parameters else ""
-    return f"{pictured(run)}, {run.parameters['recipe']}, seed {run.parameters['seed']}{wrong}"
 
 
 def kinds(store: str = "") -> dict[str, list[Run]]:
@@ -70,41 +64,34 @@ def pictured(run: Run) -> str:
     return source(run.card.name).title + digit
 
 
-def spread(of: list[Run], metric: str, method: str, form: str = ".3f", subset: str = LAST) -> str:
-    """A number with its interval where one run has it, and where several do their mean, least and greatest."""
-    having = [run for run in of if run.text(metric, method, subset, lacking="")]
-    if len(having) < 2:
-        return having[0].text(metric, method, subset, form) if having else ""
-    values = [run.metric(metric, method, subset)["value"] for run in having]
-    return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
-
-
 def in_short() -> None:
-    """Show for each kind of training what its maps are worth beside those of the networks that it started from."""
+    """Show for each data set what its trainings added to maps: a line, and the figure of MNIST."""
     lines, orders = [], []
-    for kind, of in kinds().items():
-        layer, parts = SHOWN[of[0].chapter][0], []
+    for store, (layer, _) in SHOWN.items():
+        of = [run for run in followed() if run.chapter == store and "trained_on" not in run.parameters]
+        parts = []
         for rule, preset in RULES.items():
-            pair = (DIFFERENCE, f"{layer}, {preset} − {UNTRAINED}", LAST)
-            found = Counter(runs.order(run.metric(*pair), 0.0) for run in of if run.text(*pair, lacking=""))
+            name = f"{layer}, {preset} − {UNTRAINED}"
+            found = [runs.order(run.metric(DIFFERENCE, name, LAST), 0.0) for run in of if _paired(run, name)]
             if found:
-                orders += found.elements()
-                told = ", ".join(
-                    f"{WORDS.get(order, order)} before the first step" + f" in {count}" * (found.total() > 1)
-                    for order, count in found.items()
-                )
-                score, difference = spread(of, AUROC, f"{layer}, {preset}"), spread(of, *pair[:2], "+.3f")
-                parts.append(f"by the {rule} {score}, {told} ({difference})")
+                orders += found
+                told = ", ".join(f"{WORDS.get(order, order)} in {count}" for order, count in Counter(found).items())
+                parts.append(f"by the {rule} {report.spread(of, DIFFERENCE, name, LAST, '+.3f')}: {told}")
         if parts:
-            lines.append(f"- *{kind}*: {'; '.join(parts)}. {_extents(of)}{_restores_little(of)}")
+            title = source(of[0].card.name.partition("/")[0]).title
+            lines.append(f"- *{title}*, `{layer}`, {'; '.join(parts)}. {_extents(of)}{_restores_little(of)}")
     counts = (orders.count(order) for order in ("above", "below", "not told apart from"))
     told = (
         " Of {} cases, each a training and a [rule](method.md#the-paper-and-its-code), it was higher after it than "
-        "before in {}, lower in {}, and not told apart in {}. Where there are several trainings of a kind: mean, least "
-        "and greatest.\n\n".format(len(orders), *counts)
+        "before in {}, lower in {}, and not told apart in {}. Below are the differences: of one training with its "
+        "interval, of several mean, least and greatest.\n\n".format(len(orders), *counts)
     )
     text = "**In short.** What did training add to the [pixel AUROC](method.md#how-maps-are-measured) of maps?"
     display(Markdown(text + (told + "\n".join(lines) if lines else " *No run of ours says it yet.*")), courses("mnist"))
+
+
+def _paired(run: Run, name: str) -> bool:
+    return bool(run.text(DIFFERENCE, name, LAST, lacking=""))
 
 
 def _extents(of: list[Run]) -> str:
@@ -114,12 +101,12 @@ def _extents(of: list[Run]) -> str:
 
 
 def _restores_little(of: list[Run]) -> str:
-    """That networks restore images no better than their mean does, as a sentence."""
+    """How many networks restore images no better than their mean does, as a sentence."""
+    count = 0
     for run in of:
         rows = run.metrics[run.metrics["metric"].str.startswith(f"{RECONSTRUCTION}, mean ")]
-        if len(rows) and run.metric(RECONSTRUCTION)["value"] >= rows["value"].iloc[0]:
-            return f" That of {named(run)} restores images no better than their mean does: it is not finished."
-    return ""
+        count += bool(len(rows)) and run.metric(RECONSTRUCTION)["value"] >= rows["value"].iloc[0]
+    return f" Unfinished: {count} of them restore images no better than the images' mean does." if count else ""
 
 
 def courses(store: str) -> Image | Markdown:
@@ -145,11 +132,11 @@ def differences() -> None:
         layer, nothing = SHOWN[of[0].chapter]
         for rule, preset in RULES.items():
             name = f"{layer}, {preset}"
-            trained = spread(of, AUROC, name)
+            trained = report.spread(of, AUROC, name, LAST)
             if trained:
                 line = {"Training": kind, "Map": f"{layer}, {rule}", "Trained": trained}
                 for other in (UNTRAINED, nothing):
-                    line[f"Minus {other}"] = spread(of, DIFFERENCE, f"{name} − {other}", "+.3f")
+                    line[f"Minus {other}"] = report.spread(of, DIFFERENCE, f"{name} − {other}", LAST, "+.3f")
                 best = [float(found) for run in of if (found := tables.best_stage(run, name))]
                 line[BEST_STAGE.capitalize()] = f"{np.mean(best):.3f}" if best else ""
                 lines.append(line | {"Trainings": len(of)})
@@ -172,8 +159,8 @@ def wrong_class() -> None:
         for rule, preset in RULES.items():
             name = f"conv2, {preset}"
             kind = "attention, paper" if preset == "liu2020_paper" else "attention, authors' code"
-            line = {"Training": training, "Map": rule, "Foreign ink": spread(of, AUROC, name, subset=OUTLIERS)}
-            lines.append(line | {"Within ink": spread(of, WITHIN_INK, kind, subset=OUTLIERS), "Trainings": len(of)})
+            line = {"Training": training, "Map": rule, "Foreign ink": report.spread(of, AUROC, name, OUTLIERS)}
+            lines.append(line | {"Within ink": report.spread(of, WITHIN_INK, kind, OUTLIERS), "Trainings": len(of)})
     report.show(
         pd.DataFrame(lines), "Pixel AUROC with 95 % intervals over images; of several trainings mean, least, greatest."
     )

@@ -78,6 +78,8 @@ def explain(monkeypatch, capsys):
 def run_as_a_module(monkeypatch):
     """What ``python -m expvae`` does, in this process."""
     monkeypatch.delitem(sys.modules, "expvae.__main__")
+    # What runpy compiles here holds the checks of the tests; cached, it would be what other processes import.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     runpy.run_module("expvae", run_name="__main__")
 
 

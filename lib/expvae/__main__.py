@@ -29,8 +29,8 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 JSON = re.compile(r'true|false|null|-?\d.*|[\["{].*')  # how what is no plain text begins
 EXAMPLE = """\
 For each image NAME the folder OUT then holds NAME.npy, the map at the image's size (float32), and NAME.png, the image
-with its map beside it, in colours (cividis) from 0 to the highest value of all maps. In the repository, once
-`python -m expvae_book example` has taken a VAE from a stored run:
+with its map beside it, in colours (cividis) from 0 to the highest value of all maps. With the repository comes a VAE
+that was trained on dSprites:
 
   python -m expvae explain examples/dsprites/images --model expvae.models:DSpritesVAE \\
       --weights examples/dsprites/vae.safetensors --layer encoder.conv2 --out maps

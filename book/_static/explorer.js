@@ -138,12 +138,10 @@
         }
         return panel;
       });
-      if (panels.some(({ map }) => map)) {
-        const bar = scale(colours);
-        bar.set("0", "greatest of its model");
-        stage.append(bar.box);
-      }
-      return ([latent, place], texts) => {
+      const bar = scale(colours);
+      if (panels.some(({ map }) => map)) stage.append(bar.box);
+      return ([latent, place, ownScale], texts) => {
+        bar.set(...(ownScale ? ["least of the map", "greatest of the map"] : ["0", "greatest of its model"]));
         const told = panels.map(({ canvas, image, below, sheet, map }) => {
           image.decode().then(() => {
             const size = image.width / values;
@@ -154,7 +152,8 @@
           below.textContent = named;
           if (!map) return named;
           const seen = mapAt(sheet.maps, latent * values + place);
-          coloured(map.canvas, seen, colours, 0, Math.max(...sheet.maps.peaks));
+          const [from, to] = ownScale ? [seen.least, seen.greatest] : [0, Math.max(...sheet.maps.peaks)];
+          coloured(map.canvas, seen, colours, from, to);
           return `${named}, its map's greatest value ${short(seen.greatest)}`;
         });
         return `At ${texts[1]}: ${told.join("; ")}.`;

@@ -146,6 +146,9 @@ def traversals(found: Mapping[str, Run], pictures: Mapping[str, Image]) -> HTML:
         {"label": "Latent, by its KL", "options": [f"number {n + 1}" for n in range(len(sheets[0]["labels"]))]},
         {"label": "Value of the latent", "values": values, "start": len(values) // 2},
     ]
+    if any("maps" in sheet for sheet in sheets):
+        scales = ["shared by the maps of a model", "of each map, from its least value"]
+        controls.append({"label": "Colour scale", "options": scales, "start": 1})
     return _figure({"kind": "traversal", "controls": controls, "sheets": sheets}, pictures)
 
 

@@ -156,7 +156,7 @@
           coloured(map.canvas, seen, colours, from, to);
           return `${named}, its map's greatest value ${short(seen.greatest)}`;
         });
-        return `At ${texts[1]}: ${told.join("; ")}.`;
+        return `At ${texts[1]}: ${told.join("; ")}.` + (texts[2] ? ` Colour scale ${texts[2]}.` : "");
       };
     },
   };

@@ -79,9 +79,9 @@ def checkpoint(folder: Path, number: int) -> None:
 
 
 def cached(folder: Path, number: int) -> None:
-    made = lambda path: [(str(number), {"a": torch.from_numpy(noise(number))}, [])]  # noqa: E731
+    made = [(str(number), {"a": torch.from_numpy(noise(number))}, [])]
     with patch.dict(os.environ, EXPVAE_CACHE=str(folder)):
-        weights.cached("Kind", [str(number)], kills.CPU, made)
+        weights.cached("Kind", [str(number)], kills.CPU, lambda path: made)
 
 
 def executed(number: int) -> new_notebook:
